@@ -8,18 +8,16 @@ installed DeepSpeed.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero import partition_parameters
@@ -28,12 +26,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.shards import ShardSpec
+from lomo_ds.zero3.contract import PrivateName, PrivateNameStatus, check_names
 
 __all__ = [
     "DeepSpeedConfig",
     "EngineSeam",
     "Stage3Seam",
+    "accumulation_dtype",
     "check_contract",
+    "full_numel",
     "init_context_suspended",
     "is_sharded",
     "load_ds_config",
@@ -76,6 +77,13 @@ def full_numel(param: Parameter) -> int:
     return prod(param.ds_shape) if is_sharded(param) else param.numel()
 
 
+def accumulation_dtype(ds_config: DeepSpeedConfig) -> torch.dtype:
+    """The dtype in which reduced gradients come and add up, as DeepSpeed's engine derives it."""
+    if ds_config.grad_accum_dtype is not None:
+        return DtypeEnum(ds_config.grad_accum_dtype).value
+    return torch.bfloat16 if ds_config.bfloat16_config.enabled else torch.float32
+
+
 @contextmanager
 def init_context_suspended():
     """Leave a surrounding ``deepspeed.zero.Init`` for a while, as deepspeed.initialize does."""
@@ -89,8 +97,7 @@ def init_context_suspended():
 # The seams --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReducedGradient:
+class ReducedGradient(NamedTuple):
     """A gradient that has been averaged over the ranks and cut like its parameter.
 
     Attributes:
@@ -138,7 +145,9 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
             param.grad = None
 
     def partition_grads(self, params_to_release: list[Parameter], grad_partitions: list[Tensor]) -> None:
-        self.take([_reduced(param, part) for param, part in zip(params_to_release, grad_partitions)])
+        self.take(
+            [_reduced(param, part) for param, part in zip(params_to_release, grad_partitions, strict=True)]
+        )
         for param in params_to_release:
             if param.grad is not None and not get_accelerator().is_synchronized_device():
                 param.grad.record_stream(get_accelerator().current_stream())
@@ -191,7 +200,7 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
 
 def _reduced(param: Parameter, partition: Tensor) -> ReducedGradient:
     real = partition.view(-1).narrow(0, 0, shard_spec(param).shard_numel)
-    return ReducedGradient(param=param, shard=real)
+    return ReducedGradient(param, real)
 
 
 _STAGE3_ARGUMENTS = {
@@ -221,6 +230,10 @@ _STAGE3_ARGUMENTS = {
 
 class EngineSeam(DeepSpeedEngine):
     """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
+
+    def __init__(self, **engine_arguments: Any) -> None:
+        super().__init__(**engine_arguments)
+        self._configure_python_gc()
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Seam:
         raise NotImplementedError
@@ -254,34 +267,6 @@ def _timers(engine: DeepSpeedEngine) -> Any:
 
 
 # The contract -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivateName:
-    """A private name of DeepSpeed that this file leans on.
-
-    Attributes:
-        owner: "module" or "module:Class".
-        name: a method (checked on the class), or an attribute that the owner's source sets or reads.
-        used_for: what breaks here when it moves.
-        parameters: the parameter names that a method has to have, in order; None for an attribute.
-    """
-
-    owner: str
-    name: str
-    used_for: str
-    parameters: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivateNameStatus:
-    """A contract entry held against the installed DeepSpeed."""
-
-    owner: str
-    name: str
-    used_for: str
-    ok: bool
-    problem: str
 
 
 _STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
@@ -336,7 +321,10 @@ CONTRACT: tuple[PrivateName, ...] = (
     ),
     *_methods(_BASE, "recovering from a backward that raised", exit_backward=("self",)),
     *_attributes(
-        _BASE, "recovering from a backward that raised", "_backward_active_depth", "_epilogue_ran_this_backward"
+        _BASE,
+        "recovering from a backward that raised",
+        "_backward_active_depth",
+        "_epilogue_ran_this_backward",
     ),
     *_methods(
         _ENGINE,
@@ -347,7 +335,9 @@ CONTRACT: tuple[PrivateName, ...] = (
         _configure_python_gc=("self",),
         **{method: ("self",) for method in _STAGE3_ARGUMENTS.values()},
     ),
-    *_attributes(_ENGINE, "building our optimizer in DeepSpeed's engine", "seq_data_parallel_group", "param_names"),
+    *_attributes(
+        _ENGINE, "building our optimizer in DeepSpeed's engine", "seq_data_parallel_group", "param_names"
+    ),
     *_attributes(
         _PARAMS,
         "knowing a parameter's shard",
@@ -362,31 +352,6 @@ CONTRACT: tuple[PrivateName, ...] = (
 )
 
 
-def check_contract(contract: Iterable[PrivateName] = CONTRACT) -> list[PrivateNameStatus]:
-    """Hold every private name against the installed DeepSpeed. Reads source, runs nothing of it."""
-    return [_check(entry) for entry in contract]
-
-
-def _check(entry: PrivateName) -> PrivateNameStatus:
-    problem = _problem(entry)
-    return PrivateNameStatus(
-        owner=entry.owner, name=entry.name, used_for=entry.used_for, ok=not problem, problem=problem
-    )
-
-
-def _problem(entry: PrivateName) -> str:
-    module_name, _, class_name = entry.owner.partition(":")
-    try:
-        owner = import_module(module_name)
-        owner = getattr(owner, class_name) if class_name else owner
-    except (ImportError, AttributeError) as error:
-        return f"{entry.owner} is gone ({error})"
-    if entry.parameters is None:
-        return "" if entry.name in inspect.getsource(owner) else "no longer named in its owner's source"
-    method = getattr(owner, entry.name, None)
-    if method is None:
-        return "the method is gone"
-    found = tuple(inspect.signature(method).parameters)
-    return "" if found == entry.parameters else f"takes {found}, expected {entry.parameters}"
-
-
+def check_contract() -> list[PrivateNameStatus]:
+    """Hold every private name of this file against the installed DeepSpeed."""
+    return check_names(CONTRACT)

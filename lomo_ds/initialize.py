@@ -1,0 +1,172 @@
+"""The one place that puts model, optimizer and engine together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import Dataset
+
+from lomo_ds.optimizers import OPTIMIZERS, optimizer_from_json
+from lomo_ds.versions import require_supported_versions
+
+require_supported_versions()
+
+from lomo_ds.zero3._internals import (  # noqa: E402  (needs the versions to be right)
+    DeepSpeedConfig,
+    accumulation_dtype,
+    full_numel,
+    init_context_suspended,
+    load_ds_config,
+)
+from lomo_ds.zero3.agreement import failing_together  # noqa: E402
+from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
+from lomo_ds.zero3.policy import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
+from lomo_ds.zero3.supported import check_batch, refuse_unsupported  # noqa: E402
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    model_parameters: Iterable | None = None,
+    training_data: Dataset | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: None = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: str | dict[str, Any] | None = None,
+    mesh_param: None = None,
+    config_params: str | dict[str, Any] | None = None,
+) -> tuple[LomoEngine, Any, Any, Any]:
+    """Build the engine; signature and return of ``deepspeed.initialize``. Collective.
+
+    Args:
+        args: may carry ``deepspeed_config``, a path, in place of ``config``.
+        model: built under ``deepspeed.zero.Init`` or whole; a whole one is cut here.
+        optimizer: a ``lomo_ds.Lomo``; without one the JSON's "optimizer" section is read.
+        model_parameters: what is trained where the JSON names the optimizer, parameters or groups;
+            by default all of the model's. Frozen ones are left alone.
+        training_data: a dataset, for which DeepSpeed's dataloader is returned.
+        lr_scheduler: a scheduler or a callable that takes the optimizer; else the JSON's "scheduler".
+        distributed_port: for the process group, where none stands yet.
+        mpu: refused unless None, like ``mesh_param``: data parallelism only.
+        dist_init_required: as in DeepSpeed.
+        collate_fn: for the dataloader.
+        config: DeepSpeed JSON, a path or a dict. ``config_params`` is its older name.
+
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler); the last two None where not asked for.
+
+    Raises:
+        ValueError: a setting that is wrong or not supported, before anything is allocated.
+        RuntimeError: another rank failed, or unsupported versions.
+    """
+    with _checked_by_all_ranks(distributed_port, dist_init_required):
+        _require(mpu is None, "mpu: only data parallelism is supported, leave it out")
+        _require(mesh_param is None, "mesh_param: only data parallelism is supported, leave it out")
+        ds_json = _read_json(args, config if config is not None else config_params)
+        refuse_unsupported(ds_json)
+        _require(isinstance(model, torch.nn.Module), f"model has to be a torch module, not {type(model)}")
+        optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
+    ranks = dist.get_world_size()
+    check_batch(ds_json, ranks)
+    ds_config = DeepSpeedConfig(ds_json)
+    with init_context_suspended():
+        engine = LomoEngine(
+            choice=_choose(optimizer, ds_config, ranks),
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=ds_json,
+            config_class=ds_config,
+        )
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+@contextmanager
+def _checked_by_all_ranks(port: int, dist_init_required: bool | None) -> Iterator[None]:
+    """Run the block's checks; a rank that fails takes the others along.
+
+    Where no launcher has started this process, the checks come before the process group, so that a
+    wrong setting is not hidden by the missing launcher.
+    """
+    if dist.is_initialized() or "RANK" in os.environ:
+        _join(port, dist_init_required)
+        with failing_together():
+            yield
+    else:
+        yield
+        _join(port, dist_init_required)
+
+
+def _join(port: int, dist_init_required: bool | None) -> None:
+    accelerator = get_accelerator()
+    if "LOCAL_RANK" in os.environ:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(),
+        distributed_port=port,
+        dist_init_required=dist_init_required,
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _read_json(args: Any, config: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    from_args = getattr(args, "deepspeed_config", None)
+    _require(
+        config is None or from_args is None, "config is given twice: in args.deepspeed_config and as config="
+    )
+    config = from_args if config is None else config
+    _require(config is not None, "no DeepSpeed JSON: pass config=, a path or a dict")
+    return dict(load_ds_config(config if isinstance(config, dict) else os.fspath(config)))
+
+
+def _make_optimizer(
+    optimizer: torch.optim.Optimizer | Callable | None,
+    ds_json: Mapping[str, Any],
+    model: torch.nn.Module,
+    model_parameters: Iterable | None,
+) -> torch.optim.Optimizer:
+    """The user's optimizer, or the one the JSON names; one of ours in either case."""
+    if optimizer is None:
+        optimizer = optimizer_from_json(ds_json.get("optimizer"))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer(model.parameters() if model_parameters is None else model_parameters)
+    ours = tuple(cls for cls, _ in OPTIMIZERS.values())
+    _require(
+        isinstance(optimizer, ours),
+        f"optimizer: {type(optimizer).__name__} is not an optimizer of lomo_ds ({', '.join(OPTIMIZERS)}); "
+        "for others use deepspeed.initialize",
+    )
+    return optimizer
+
+
+def _choose(optimizer: torch.optim.Optimizer, ds_config: DeepSpeedConfig, ranks: int) -> Choice:
+    """Choose the policy from sizes alone, the same on every rank. Collective."""
+    demands = Demands(
+        max_grad_norm=ds_config.gradient_clipping, num_micro_batches=ds_config.gradient_accumulation_steps
+    )
+    refuse_contradictions(optimizer.apply, demands)
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    shard_numel = sum(-(-full_numel(param) // ranks) for param in params)
+    parked_bytes = shard_numel * accumulation_dtype(ds_config).itemsize
+    room = host_room_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    agreed = torch.tensor(room, dtype=torch.int64, device=get_accelerator().current_device_name())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return choose(optimizer.apply, demands, parked_bytes, int(agreed))

@@ -1,0 +1,1 @@
+"""Update rules: tensor maths on one shard. Nothing here communicates or knows DeepSpeed."""

@@ -1,0 +1,31 @@
+"""Failing together: an error of one rank becomes an error of all, so that none waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run the block on every rank; where it raised anywhere, raise everywhere. Collective.
+
+    The block must not communicate. Each rank raises its own exception where it has one, the others a
+    RuntimeError with the first failing rank's message.
+
+    Cost: one gather of a short string per rank.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, f"{type(own).__name__}: {own}" if own else None)
+    if own is not None:
+        raise own
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} failed: {message}")

@@ -1,0 +1,74 @@
+"""DeepSpeed's engine with LOMO's optimizer in it."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from lomo_ds.zero3._internals import EngineSeam
+from lomo_ds.zero3.optimizer import LomoZeroOptimizer
+from lomo_ds.zero3.policy import Choice
+
+
+class LomoEngine(EngineSeam):
+    """``DeepSpeedEngine`` whose gradients are applied shard by shard; used like DeepSpeed's.
+
+    Args:
+        choice: when gradient shards are applied.
+        engine_arguments: of DeepSpeed's engine, by name.
+    """
+
+    def __init__(self, choice: Choice, **engine_arguments: Any) -> None:
+        self._choice = choice
+        super().__init__(**engine_arguments)
+
+    def make_sharded_optimizer(self, **stage3_arguments: Any) -> LomoZeroOptimizer:
+        return LomoZeroOptimizer(self._choice, **stage3_arguments)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""
+        self.optimizer.refresh_gathered_params()
+        with self.optimizer.accepting_gradients():
+            return super().forward(*inputs, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Run backward and apply or park every gradient shard. Collective.
+
+        Args:
+            loss: a scalar; each rank's mean over its own examples.
+            retain_graph: as in torch.
+            scale_wrt_gas: divide the loss by ``gradient_accumulation_steps``.
+
+        Returns:
+            The loss, divided where ``scale_wrt_gas``.
+        """
+        with self.optimizer.accepting_gradients():
+            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    def get_global_grad_norm(self) -> float | None:
+        """The gradient's 2-norm over all parameters and ranks in the last step, before clipping.
+
+        None before the first step. Waits for the device.
+        """
+        norm = super().get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: resumable checkpoints are not part of this version.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "this version of lomo_ds writes no resumable checkpoints; engine.save_16bit_model(folder) and "
+            "lomo_ds.checkpoint.export write the model's weights"
+        )
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: resumable checkpoints are not part of this version.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("this version of lomo_ds reads no resumable checkpoints; load weights instead")

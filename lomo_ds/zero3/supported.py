@@ -1,0 +1,105 @@
+"""What of a DeepSpeed JSON this engine refuses, by key, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Refusal(NamedTuple):
+    """A key of the JSON, the values of it that are refused, and what the user can do."""
+
+    key: str
+    refused: Callable[[Any], bool]
+    remedy: str
+
+
+def _uses_device(section: Any) -> bool:
+    return isinstance(section, Mapping) and section.get("device", "none") not in (None, "none")
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 1
+
+
+def _enabled(section: Any) -> bool:
+    return bool(section.get("enabled", False)) if isinstance(section, Mapping) else bool(section)
+
+
+_NOT_YET = "this version does not support it: delete the key"
+_NO_STATE = "there are no fp32 copies and no optimizer states here that could be elsewhere: delete the key"
+_ONE_GROUP = "only data parallelism over all ranks is supported: delete the key"
+
+REFUSALS = (
+    Refusal("zero_optimization.offload_optimizer", _uses_device, _NO_STATE),
+    Refusal("zero_optimization.cpu_offload", bool, _NO_STATE),
+    Refusal("zero_optimization.zenflow", bool, _NO_STATE),
+    Refusal("zero_optimization.offload_param", _uses_device, _NOT_YET),
+    Refusal("zero_optimization.cpu_offload_params", bool, _NOT_YET),
+    Refusal("zero_optimization.zero_hpz_partition_size", _above_one, _NOT_YET),
+    Refusal("zero_optimization.zero_quantized_weights", bool, _NOT_YET),
+    Refusal("zero_optimization.zero_quantized_nontrainable_weights", bool, _NOT_YET),
+    Refusal("zero_optimization.zero_quantized_gradients", bool, _NOT_YET),
+    Refusal("zero_optimization.mics_shard_size", lambda size: (size or 0) > 0, _NOT_YET),
+    Refusal("zero_optimization.mics_hierarchical_params_gather", bool, _NOT_YET),
+    Refusal("fp16", _enabled, 'use "bf16": {"enabled": true}, or neither for fp32'),
+    Refusal("torch_autocast", _enabled, 'use "bf16": {"enabled": true}, or neither for fp32'),
+    Refusal("bf16.bf16_master_weights_and_grads", bool, _NO_STATE),
+    Refusal("bf16.bf16_optimizer_states", bool, _NO_STATE),
+    Refusal("compile.deepcompile", bool, _NOT_YET),
+    Refusal("hybrid_engine", _enabled, _NOT_YET),
+    Refusal("managed_gradient_accumulation", lambda managed: managed is False, _NOT_YET),
+    Refusal("sequence_parallel_size", _above_one, _ONE_GROUP),
+    Refusal("tensor_parallel.autotp_size", _above_one, _ONE_GROUP),
+    Refusal("expert_parallel", _enabled, _ONE_GROUP),
+)
+
+
+def refuse_unsupported(ds_json: Mapping[str, Any]) -> None:
+    """Check the keys that change how parameters and gradients are kept.
+
+    Raises:
+        ValueError: the stage is not 3, or a refused key is set; says which and what to do.
+    """
+    stage = _look_up(ds_json, "zero_optimization.stage")
+    if stage != 3:
+        raise ValueError(
+            f'"zero_optimization.stage" is {stage!r}: lomo_ds works on ZeRO-3\'s shards, set it to 3'
+        )
+    for key, refused, remedy in REFUSALS:
+        value = _look_up(ds_json, key)
+        if value is not None and refused(value):
+            raise ValueError(f'"{key}": {value!r} is refused: {remedy}')
+
+
+def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
+    """Hold the three batch keys against each other and the number of ranks.
+
+    Raises:
+        ValueError: they do not multiply up, or none of the two batch sizes is given.
+    """
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for name in names:
+        value = ds_json.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f'"{name}" has to be a whole number of at least 1, not {value!r}')
+    total, micro, steps = (ds_json.get(name) for name in names)
+    if total is None and micro is None:
+        raise ValueError(f'the JSON gives no batch: set "{names[0]}" or "{names[1]}"')
+    factor = (micro or 1) * (steps or 1) * world_size
+    whole = total is None or (total == factor if micro and steps else total % factor == 0)
+    if not whole:
+        given = " x ".join(f'"{name}" {ds_json[name]}' for name in names[1:] if ds_json.get(name))
+        raise ValueError(
+            f'"train_batch_size": {total} is not made of {world_size} ranks{" x " + given if given else ""}: '
+            f"set it to a multiple of {factor}"
+            if not (micro and steps)
+            else f'"train_batch_size": {total} is not {world_size} ranks x {given}: set it to {factor}'
+        )
+
+
+def _look_up(ds_json: Mapping[str, Any], key: str) -> Any:
+    value: Any = ds_json
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
