@@ -44,7 +44,7 @@ class Zygote:
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
-        problem = f"was not ready after {READY_DEADLINE_S:g} s (a stale lock in ~/.cache/torch_extensions?)"
+        problem = f"was not ready after {READY_DEADLINE_S:g} s (a stale lock in TORCH_EXTENSIONS_DIR?)"
         try:
             if self._control.poll(READY_DEADLINE_S):
                 self._control.recv()
@@ -87,11 +87,17 @@ class Zygote:
 
 
 def rank_environment() -> dict[str, str]:
-    """The environment of ranks: CPU only, one thread, and the tools of this Python's folder (ninja) found."""
+    """The environment of ranks: CPU only, one thread, and this Python's own ninja and compiled operations.
+
+    Operations are kept beside the packages they were compiled against; the cache in the home folder is shared
+    by environments with other versions of torch, and every other version of ninja compiles it anew.
+    """
     folder = str(Path(sys.executable).parent)
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
     return {
         **os.environ,
         "PATH": os.pathsep.join([folder, os.environ.get("PATH", "")]),
+        "TORCH_EXTENSIONS_DIR": extensions,
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",

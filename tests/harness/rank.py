@@ -172,6 +172,7 @@ class ProcessState:
     def restore_and_find_leaks(self) -> str:
         """Put the plain things back; say what DeepSpeed or transformers still hold on to ("" if nothing)."""
         import torch
+        from deepspeed.runtime.zero import parameter_offload
 
         os.environ.clear()
         os.environ.update(self.environment)
@@ -181,6 +182,7 @@ class ProcessState:
         torch.set_grad_enabled(True)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(False)
+        parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed leaves the root module there after a forward
         gc.collect()
         return ", ".join(name for name, is_leaked in leaks().items() if is_leaked)
 
@@ -189,14 +191,13 @@ def leaks() -> dict[str, bool]:
     """Module-global state that a call should have left as it found it."""
     import torch
     from deepspeed import comm
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.runtime.zero import partition_parameters
     from deepspeed.utils import groups
     from transformers.integrations.deepspeed import deepspeed_config
 
     return {
         "no process group": not (comm.is_initialized() and torch.distributed.is_initialized()),
         "an open zero.Init context": partition_parameters.zero_init_context != 0,
-        "modules on the forward stack": bool(parameter_offload.FWD_MODULE_STACK),
         "an HfDeepSpeedConfig": deepspeed_config() is not None,
         "an mpu": groups.mpu is not None,
         "a ZeRO parameter subgroup": groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is not None,

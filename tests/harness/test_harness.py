@@ -1,4 +1,4 @@
-"""The harness keeps its promises: order, first failure, deadline, warmth, clean state, no rank left behind."""
+"""The harness keeps its promises: order, first failure, deadline, warm and clean ranks, none left behind."""
 
 from __future__ import annotations
 

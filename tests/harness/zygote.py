@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -23,6 +24,7 @@ PRELOADED = (
     "torch.distributed.checkpoint",
     "torch.utils.checkpoint",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # deepspeed.initialize imports it; it calls torch.compile
     "transformers",
     "transformers.integrations.deepspeed",
     "transformers.models.llama.modeling_llama",
@@ -60,6 +62,8 @@ def prepare() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and builder.is_compatible():
         builder.load()
+    gc.collect()
+    gc.freeze()  # ranks collect often (so does DeepSpeed); what was imported need not be looked at again
     if os.path.isdir("/proc/self/task"):
         assert len(os.listdir("/proc/self/task")) == 1, "forking is safe only while there is a single thread"
 
