@@ -1,0 +1,48 @@
+# Everything a newcomer runs. `make help` lists the commands.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+STAMP := .venv/.stamp
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# This environment's own ninja; and the operations that DeepSpeed compiles stay beside the torch they fit.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format quickstart bench-step clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv with the pinned versions
+
+# torch comes first: DeepSpeed's setup asks the installed torch what it can build.
+$(STAMP): constraints.txt pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install -c constraints.txt setuptools wheel
+	$(RUN) -m pip install -c constraints.txt '$(TORCH)'
+	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[test,quickstart]'
+	touch $@
+
+test: $(STAMP)  ## run the default tests on CPU ranks
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+lint: $(STAMP)  ## check style and formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(STAMP)  ## mend style and formatting
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+quickstart: $(STAMP)  ## fine-tune a real pretrained model with LOMO on two CPU ranks
+	$(RUN) recipes/prepare_quickstart.py
+	.venv/bin/lomo-ds train recipes/quickstart.yaml --num-ranks 2
+
+bench-step: $(STAMP)  ## memory and step time beside ZeRO-3 with SGD and AdamW
+	$(RUN) benchmarks/step.py
+
+clean:  ## remove caches and build outputs; .venv, runs and downloads stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
