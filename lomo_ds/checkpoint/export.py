@@ -1,0 +1,150 @@
+"""Write a cut model as a folder in Hugging Face format, one parameter at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lomo_ds.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from lomo_ds.zero3._internals import is_sharded, shard_spec
+from lomo_ds.zero3.agreement import failing_together
+
+MAX_FILE_BYTES = 2 * 10**9
+"""Largest safetensors file, and so the host memory that rank 0 needs beside its shard."""
+
+
+def export_pretrained(
+    model: Module, path: str | Path, tokenizer: Any = None, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """Write ``model`` so that transformers' ``from_pretrained`` loads it. Collective.
+
+    Everything is written to a folder beside ``path``, which takes that name only when it is whole; what
+    was at ``path`` is replaced then.
+
+    Args:
+        model: the engine's module, cut over the ranks; training may go on afterwards.
+        path: of the new folder; seen by rank 0.
+        tokenizer: saved with the model where given.
+        max_file_bytes: a larger model becomes several files and an index.
+
+    Raises:
+        OSError: rank 0 cannot write; the other ranks raise a RuntimeError.
+
+    Cost: rank 0 holds one file's tensors in host memory; each parameter is gathered once.
+    """
+    path = Path(path)
+    tensors = stored_tensors(model)
+    plan = plan_files({name: _num_bytes(tensor) for name, tensor in tensors.items()}, max_file_bytes)
+    scratch = None
+    try:
+        with failing_together():
+            if dist.get_rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+                _write_descriptions(model, tokenizer, plan, scratch)
+        for file, names in plan.items():
+            gathered = _gather_on_rank_0(tensors, names)
+            with failing_together():
+                if scratch is not None:
+                    save_file(gathered, scratch / file, metadata={"format": "pt"})
+        with failing_together():
+            if scratch is not None:
+                _put_in_place(scratch, path)
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def stored_tensors(model: Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied one only under its first name."""
+    params = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: model.get_buffer(name) for name in model.state_dict() if name not in tied}
+    return params | buffers
+
+
+def plan_files(num_bytes: Mapping[str, int], max_file_bytes: int) -> dict[str, list[str]]:
+    """File name -> the tensors it holds, in order; a tensor larger than a file gets its own."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in num_bytes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = max_file_bytes
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    total = len(groups)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    numel = shard_spec(tensor).numel if _is_cut(tensor) else tensor.numel()
+    return numel * tensor.element_size()
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    return isinstance(tensor, Parameter) and is_sharded(tensor)
+
+
+def _gather_on_rank_0(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Whole tensors on rank 0's host, nothing elsewhere. Collective."""
+    kept = {}
+    for name in names:
+        with deepspeed.zero.GatheredParameters([tensors[name]], enabled=_is_cut(tensors[name])):
+            if dist.get_rank() == 0:
+                kept[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
+    return kept
+
+
+def _write_descriptions(model: Module, tokenizer: Any, plan: Mapping[str, list[str]], path: Path) -> None:
+    """Everything but the weights: configurations, tokenizer, and the index of several files."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(path)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    if len(plan) > 1:
+        tensors = stored_tensors(model)
+        index = {
+            "metadata": {"total_size": sum(_num_bytes(tensor) for tensor in tensors.values())},
+            "weight_map": {name: file for file, names in plan.items() for name in names},
+        }
+        (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    """Give the whole folder its name and ordinary permissions; what had the name goes."""
+    ordinary = 0o777 & ~_umask()
+    scratch.chmod(ordinary)
+    for file in _files(scratch):
+        file.chmod(ordinary & 0o666)
+    old = scratch.with_name(scratch.name + "-old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(scratch, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (entry for entry in folder.rglob("*") if entry.is_file())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

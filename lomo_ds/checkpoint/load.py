@@ -1,0 +1,197 @@
+"""Load a pretrained model straight into ZeRO-3's shards.
+
+transformers' own loading under ZeRO-3 holds the whole model in every rank's memory. Here each rank reads
+its own slice of every tensor, so that a rank needs room for its shard and the rows of one tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lomo_ds.checkpoint.folder import ModelFolder, read_flat, read_folder
+from lomo_ds.zero3._internals import is_sharded, local_shard, shard_spec
+from lomo_ds.zero3.agreement import failing_together
+
+_MAX_NAMED = 3
+"""Tensors that an error names before it only counts the rest."""
+
+_OUTDATED = re.compile(r"rotary_emb\.inv_freq$")
+"""Tensors that old checkpoints carry and that models compute themselves today."""
+
+
+def load_pretrained(name: str, ds_json: Mapping[str, Any], trust_remote_code: bool = False) -> Module:
+    """A causal language model from a folder or the hub, cut over the ranks. Collective.
+
+    Call it before ``lomo_ds.initialize``, with ``torch.distributed`` initialized.
+
+    Args:
+        name: folder in Hugging Face format, or name on the hub.
+        ds_json: DeepSpeed JSON with ZeRO stage 3; its bf16 and fp16 sections give the dtype.
+        trust_remote_code: allow a model that brings its own code.
+
+    Raises:
+        ValueError: on all ranks alike, where the folder is not there or its tensors are not the model's.
+
+    Cost: host memory for the rank's shard and the rows of one tensor.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = model_folder(name)
+    with failing_together():
+        folder = read_folder(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config.dtype = model_dtype(ds_json)
+    with _sharded_construction(ds_json, config.dtype):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    load_shards(model, folder)
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(path)
+    return model
+
+
+def model_dtype(ds_json: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which a DeepSpeed JSON trains: its bf16 or fp16 section, else fp32."""
+    for section, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds_json.get(section, {}).get("enabled") is True:
+            return dtype
+    return torch.float32
+
+
+def model_folder(name: str) -> Path:
+    """The folder ``name``, or the hub's model of that name, downloaded once per node. Collective.
+
+    Raises:
+        ValueError: no such folder and no such model, or the hub cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with failing_together():
+        path = _download(name) if first else None
+    with failing_together():
+        return path or _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise ValueError(f"model: {name} is no folder, and the hub did not give it: {reason}") from error
+
+
+@contextmanager
+def _sharded_construction(ds_json: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Parameters are cut as they are made, without random initial values."""
+    from transformers.initialization import no_init_weights
+
+    cutting = deepspeed.zero.Init(config_dict_or_path=dict(ds_json), dtype=dtype)
+    with no_init_weights(), _rotary_buffers_kept_exact(), cutting:
+        yield
+
+
+def _rotary_buffers_kept_exact() -> AbstractContextManager:
+    """``zero.Init`` would round fp32 buffers made with torch.arange to the model's dtype."""
+    try:
+        from transformers.integrations.deepspeed import prevent_arange_dtype_change
+    except ImportError:
+        return nullcontext()
+    return prevent_arange_dtype_change()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """Where a tensor of the folder goes: a parameter (cut or whole) or a buffer."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+    def flat_range(self) -> tuple[int, int]:
+        if isinstance(self.tensor, Parameter) and is_sharded(self.tensor):
+            spec = shard_spec(self.tensor)
+            return spec.start, spec.stop
+        return 0, self.tensor.numel()
+
+    def flat(self) -> Tensor:
+        if isinstance(self.tensor, Parameter) and is_sharded(self.tensor):
+            return local_shard(self.tensor)
+        return self.tensor.data.view(-1)
+
+
+@torch.no_grad()
+def load_shards(model: Module, folder: ModelFolder) -> None:
+    """Fill a cut model's shards (and its buffers) from ``folder``. Collective.
+
+    Args:
+        model: its parameters cut by ``deepspeed.zero.Init``; not yet given to ``lomo_ds.initialize``,
+            which gathers the small parameters that ZeRO-3 keeps whole.
+        folder: values are cast to the model's dtype.
+
+    Raises:
+        ValueError: on all ranks alike: tensors are missing, unexpected or of another shape.
+    """
+    with failing_together():
+        targets = _match(model, folder)
+        for file in sorted(set(folder.files.values())):
+            with folder.open(file) as tensors:
+                for name, target in targets.items():
+                    if folder.files[name] == file:
+                        target.flat().copy_(read_flat(tensors, name, *target.flat_range()))
+
+
+def _match(model: Module, folder: ModelFolder) -> dict[str, _Target]:
+    """Tensor name in the folder -> where it goes; a tied parameter under the first name that is there."""
+    names_of: dict[Tensor, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(param, []).append(name)
+    for name in set(model.state_dict().keys()) - {n for names in names_of.values() for n in names}:
+        names_of[model.get_buffer(name)] = [name]
+    present = {tensor: [n for n in names if n in folder.files] for tensor, names in names_of.items()}
+    missing = [names_of[tensor][0] for tensor, names in present.items() if not names]
+    known = {name for names in names_of.values() for name in names}
+    unexpected = [n for n in folder.files if n not in known and not _may_be_ignored(model, n)]
+    targets = {n[0]: _Target(tensor=t, shape=_whole_shape(t)) for t, n in present.items() if n}
+    wrong = [
+        f"{name} has shape {folder.shapes[name]} instead of {target.shape}"
+        for name, target in targets.items()
+        if folder.shapes[name] != target.shape
+    ]
+    _refuse_misfits(folder, missing=missing, unexpected=unexpected, wrong=wrong)
+    return targets
+
+
+def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    sharded = isinstance(tensor, Parameter) and is_sharded(tensor)
+    return shard_spec(tensor).shape if sharded else tuple(tensor.shape)
+
+
+def _may_be_ignored(model: Module, name: str) -> bool:
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return bool(_OUTDATED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
+
+
+def _refuse_misfits(folder: ModelFolder, **misfits: list[str]) -> None:
+    problems = []
+    for kind, names in misfits.items():
+        if names:
+            label = {"wrong": "of the wrong shape"}.get(kind, kind)
+            rest = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            problems.append(f"{len(names)} {label}: {', '.join(sorted(names)[:_MAX_NAMED])}{rest}")
+    if problems:
+        raise ValueError(f"model: the tensors in {folder.path} are not the model's: {'; '.join(problems)}")

@@ -1,0 +1,195 @@
+"""A recipe: everything that a training run needs to know, in frozen dataclasses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Where the examples are.
+
+    Attributes:
+        train: file of training examples, one a line.
+        evaluation: file of held-out examples; without one the run does not evaluate.
+        format: "tsv" (a header line, no quoting) or "jsonl"; None goes by the files' suffix.
+    """
+
+    train: str
+    evaluation: str | None = None
+    format: Literal["tsv", "jsonl"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecipe:
+    """What the model reads and what it has to answer; see ``lomo_ds.tasks.prompts``.
+
+    Attributes:
+        prompt: template; ``{column}`` stands for a column of the data.
+        options: the possible answers as they follow the prompt (a leading space counts).
+        label: column that holds the right option, by its index or by its entry in ``label_names``.
+        label_names: values of the label column in the order of ``options``; None means indices.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    label: str = "label"
+    label_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
+            raise ValueError(f"options has to hold at least two different answers, given: {self.options}")
+        if self.label_names is not None and len(self.label_names) != len(self.options):
+            raise ValueError(f"label_names has {len(self.label_names)} entries, options {len(self.options)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRecipe:
+    """How many examples make a step.
+
+    Attributes:
+        train_batch_size: examples a step over all ranks.
+        micro_batch_size: examples that one rank takes through the model at a time; None means all its
+            share, without accumulation.
+    """
+
+    train_batch_size: int
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} has to be at least 1, not {value}")
+
+    def per_rank(self, world_size: int) -> tuple[int, int]:
+        """(micro batch size, micro batches a step) of each of ``world_size`` ranks.
+
+        Raises:
+            ValueError: the batch does not divide.
+        """
+        share, rest = divmod(self.train_batch_size, world_size)
+        if rest:
+            raise ValueError(
+                f"batch.train_batch_size {self.train_batch_size} does not divide over {world_size} ranks"
+            )
+        micro = self.micro_batch_size or share
+        if share % micro:
+            raise ValueError(
+                f"batch.micro_batch_size {micro} does not divide a rank's share of {share} "
+                f"(batch.train_batch_size {self.train_batch_size} over {world_size} ranks)"
+            )
+        return micro, share // micro
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """Fills ``"optimizer": {"params": ...}`` of the DeepSpeed JSON; None leaves that key to the JSON.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: L2 coefficient.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} has to be a finite number of at least 0, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRecipe:
+    """How the learning rate moves.
+
+    Attributes:
+        type: "linear" or "cosine" (to 0 at the last step), "constant", or the name of a scheduler of
+            DeepSpeed, whose "scheduler" section it becomes. None leaves it to the JSON.
+        warmup_ratio: part of all steps over which the rate rises linearly, in [0, 1).
+        params: of DeepSpeed's scheduler; the value "auto" is filled in for numbers of steps and rates.
+    """
+
+    type: str | None = None
+    warmup_ratio: float = 0.0
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio has to be in [0, 1), not {self.warmup_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecipe:
+    """How the held-out examples are scored.
+
+    Attributes:
+        num_examples: the first so many of the file; None means all.
+        batch_size: prompts that one rank takes through the model at a time.
+    """
+
+    num_examples: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} has to be at least 1, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run from model to metric. docs/training.md explains every key.
+
+    Attributes:
+        model: folder in Hugging Face format, or the name of one on the hub.
+        data: where the examples are.
+        task: prompt and options.
+        batch: examples a step.
+        output: folder for the results, relative to the working directory.
+        deepspeed: DeepSpeed JSON.
+        trust_remote_code: allow a model that brings its own code.
+        max_sequence_length: tokens; longer prompts lose their beginning.
+        epochs: passes over the training examples; exactly one of epochs and steps is given.
+        steps: optimizer steps.
+        optimizer: learning rate and weight decay.
+        schedule: of the learning rate.
+        activation_checkpointing: recompute activations in backward (reentrant, which needs least memory).
+        evaluation: how the held-out examples are scored.
+        save_model: write the trained model to ``output/model``.
+        seed: of the order of the examples and of dropout.
+        overwrite: replace the results of an earlier run in ``output``.
+    """
+
+    model: str
+    data: DataRecipe
+    task: TaskRecipe
+    batch: BatchRecipe
+    output: str
+    deepspeed: str
+    trust_remote_code: bool = False
+    max_sequence_length: int = 512
+    epochs: int | None = None
+    steps: int | None = None
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    activation_checkpointing: bool = False
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    save_model: bool = True
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"give exactly one of epochs and steps, not epochs {self.epochs}, steps {self.steps}"
+            )
+        for name in ("epochs", "steps", "max_sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} has to be at least 1, not {value}")

@@ -1,0 +1,1 @@
+"""Data sets, prompts, batches and scores."""

@@ -1,0 +1,1 @@
+"""The main job: from a recipe to a trained model, its metrics and its plot."""
