@@ -1,0 +1,233 @@
+"""``lomo-ds doctor``: is this machine fit for training, and if not, what is to be done."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+
+from lomo_ds.versions import check_versions
+
+GIB = 2**30
+SHM_BYTES_PER_RANK = 70 * 2**20  # what DeepSpeed's CPU communication op maps for each rank
+PIPED_WIDTH = 160
+STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        section: heading under which it stands.
+        subject: what was looked at.
+        found: what was found.
+        state: "ok", "note" (worth knowing, does not stop training) or "wrong".
+        remedy: what to do; empty where nothing is.
+    """
+
+    section: str
+    subject: str
+    found: str
+    state: str = "ok"
+    remedy: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report.
+
+    Returns:
+        1 if anything that training needs is wrong, else 0.
+    """
+    parser = argparse.ArgumentParser(prog="lomo-ds doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    options = parser.parse_args(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is the report's
+        findings = examine()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        show(findings)
+    return int(any(finding.state == "wrong" for finding in findings))
+
+
+def examine() -> list[Finding]:
+    """Make every examination; one that raises is itself a finding."""
+    return [finding for section in EXAMINATIONS for finding in guarded(section)]
+
+
+def guarded(section: str) -> list[Finding]:
+    """The findings of one section, up to where its examination raised."""
+    findings = []
+    try:
+        findings.extend(dataclasses.replace(found, section=section) for found in EXAMINATIONS[section]())
+    except Exception as error:
+        reason = traceback.format_exception_only(error)[-1].strip()
+        stopped = _finding(
+            "examination", f"stopped: {reason}", "wrong", "mend what is wrong above, then run again"
+        )
+        findings.append(dataclasses.replace(stopped, section=section))
+    return findings
+
+
+def _finding(subject: str, found: object, state: str = "ok", remedy: str = "") -> Finding:
+    return Finding(section="", subject=subject, found=str(found), state=state, remedy=remedy)
+
+
+def versions() -> Iterator[Finding]:
+    """Versions of what this project stands on."""
+    yield _finding("python", platform.python_version())
+    for status in check_versions():
+        found = f"{status.installed or 'not installed'} (supported: {status.supported})"
+        yield _finding(status.package, found, "ok" if status.ok else "wrong", status.remedy)
+    try:
+        yield _finding("safetensors", metadata.version("safetensors"))
+    except metadata.PackageNotFoundError:
+        yield _finding("safetensors", "not installed", "wrong", "pip install safetensors")
+
+
+def accelerator() -> Iterator[Finding]:
+    """What DeepSpeed computes and communicates with."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    name = device.device_name()
+    yield _finding("kind", name)
+    yield _finding("count", device.device_count())
+    yield _finding("communication backend", device.communication_backend_name())
+    for index in range(device.device_count() if name != "cpu" else 0):
+        memory = f"{device.total_memory(index) / GIB:.1f} GiB"
+        yield _finding(f"{name}:{index}", memory)
+    bf16 = device.is_bf16_supported()
+    remedy = "" if bf16 else "bf16 recipes run slowly or not at all: train in fp32"
+    yield _finding("bf16", "supported" if bf16 else "not supported", "ok" if bf16 else "note", remedy)
+
+
+def build_tools() -> Iterator[Finding]:
+    """What DeepSpeed builds its operations with, on their first use."""
+    for tool, needed in (("g++", needs_cpu_op()), ("ninja", needs_cpu_op()), ("nvcc", False)):
+        path = shutil.which(tool)
+        if path:
+            yield _finding(tool, f"{tool_version(path)} ({path})")
+        elif needed:
+            yield _finding(tool, "not found", "wrong", f"install {tool}: CPU ranks cannot start without it")
+        else:
+            yield _finding(
+                tool, "not found", "note", "needed only for operations that this project leaves alone"
+            )
+
+
+def needs_cpu_op() -> bool:
+    """Whether DeepSpeed compiles its CPU communication op when ranks start: on Linux CPU ranks it does."""
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        return sys.platform == "linux" and get_accelerator().device_name() == "cpu"
+    except Exception:
+        return False  # DeepSpeed cannot be imported, which another line reports
+
+
+def tool_version(path: str) -> str:
+    """The line of ``--version`` that holds the number."""
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    lines = output.strip().splitlines() or ["version unknown"]
+    return next((line for line in lines if "release" in line), lines[0])
+
+
+def operations() -> Iterator[Finding]:
+    """The operations of DeepSpeed that matter here."""
+    from deepspeed.accelerator import get_accelerator
+
+    known = (
+        ("ShareMemCommBuilder", "CPU communication", "gloo alone is used"),
+        ("AsyncIOBuilder", "async_io", "needed only for NVMe offload"),
+    )
+    for builder_name, subject, without in known:
+        builder = get_accelerator().create_op_builder(builder_name)
+        if builder is not None and builder.is_compatible(verbose=False):
+            yield _finding(subject, "compatible")
+        else:
+            yield _finding(subject, "not compatible", "note", without)
+
+
+def host() -> Iterator[Finding]:
+    """Memory and cores of the machine."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield _finding("memory", f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB free")
+    yield _finding(
+        "cores", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = locked == resource.RLIM_INFINITY
+    amount = "unlimited" if unlimited else f"{locked / GIB:.2f} GiB (ulimit -l)"
+    yield _finding("lockable memory, for pinned host buffers", amount)
+    yield from shared_memory()
+
+
+def shared_memory() -> Iterator[Finding]:
+    """Room in /dev/shm, where DeepSpeed's CPU op keeps a buffer for each rank and leaves it behind."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    free = shutil.disk_usage("/dev/shm").free
+    enough = free >= 2 * SHM_BYTES_PER_RANK or not needs_cpu_op()
+    remedy = "CPU ranks need 70 MiB each: give the container a larger --shm-size, or remove old "
+    remedy += "/dev/shm/deepspeed_allreduce_buffer_* files while no rank runs"
+    yield _finding("free in /dev/shm", f"{free / GIB:.2f} GiB", *(() if enough else ("wrong", remedy)))
+
+
+def private_names() -> Iterator[Finding]:
+    """Each private name of DeepSpeed that this project uses, held against the installed version."""
+    internals = importlib.import_module("lomo_ds.zero3._internals")
+    for status in internals.check_contract():
+        subject = f"{re.split('[.:]', status.owner)[-1]}.{status.name}"
+        if status.ok:
+            yield _finding(subject, f"stands; for {status.used_for}")
+        else:
+            remedy = "install a supported DeepSpeed, or mend lomo_ds/zero3/_internals.py"
+            yield _finding(subject, f"{status.problem}; for {status.used_for}", "wrong", remedy)
+
+
+EXAMINATIONS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "Versions": versions,
+    "Accelerator": accelerator,
+    "Compiler": build_tools,
+    "DeepSpeed's operations": operations,
+    "Host": host,
+    "Private names of DeepSpeed": private_names,
+}
+
+
+def show(findings: list[Finding]) -> None:
+    """Print a table for each section, plain where the output is not a terminal."""
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    for section, members in groupby(findings, key=lambda finding: finding.section):
+        console.print(f"\n[bold]{section}[/bold]")
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for _ in range(3):
+            table.add_column(overflow="fold")
+        for finding in members:
+            state = f"[{STYLES[finding.state]}]{finding.state}[/]"
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            table.add_row(f"  {state}", finding.subject, finding.found + remedy)
+        console.print(table)
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    console.print(f"\n{wrong} wrong" if wrong else "\nFit for training.")

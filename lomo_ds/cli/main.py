@@ -1,0 +1,83 @@
+"""The ``lomo-ds`` command: finds the subcommand and hands its arguments on. Imports nothing heavy itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from lomo_ds import __version__
+from lomo_ds.config import did_you_mean
+
+USAGE_ERROR = 2
+
+
+class Command(NamedTuple):
+    """A subcommand: the module whose ``main(argv) -> int`` runs it, and a line for the help."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(
+        "lomo_ds.cli.train", "fine-tune a model as a recipe says, and measure it before and after"
+    ),
+    "doctor": Command(
+        "lomo_ds.cli.doctor", "check versions, accelerator, compiler and memory of this machine"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after ``lomo-ds``; None takes them from the command line.
+
+    Returns:
+        The exit code: the command's own, or 2 where no command could be found.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    find_tools_of_this_environment()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else USAGE_ERROR
+    name, *rest = arguments
+    if name == "--version":
+        print(f"lomo-ds {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"lomo-ds: no command {name!r}; {did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        return USAGE_ERROR
+    return import_module(COMMANDS[name].module).main(rest)
+
+
+def help_text() -> str:
+    """What ``lomo-ds --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lomo-ds [--version] COMMAND ...",
+            "",
+            *lines,
+            "",
+            "lomo-ds COMMAND --help explains a command.",
+        ]
+    )
+
+
+def find_tools_of_this_environment() -> None:
+    """Let DeepSpeed find the ninja that was installed beside this Python, activated or not."""
+    folder = str(Path(sys.executable).parent)
+    paths = os.environ.get("PATH", "").split(os.pathsep)
+    if folder not in paths:
+        os.environ["PATH"] = os.pathsep.join([folder, *paths])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
