@@ -142,16 +142,14 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
             super().reduce_ready_partitions_and_remove_grads(param)
         else:
             self.refuse(param)
-            param.grad = None
+            _drop_grad(param)
 
     def partition_grads(self, params_to_release: list[Parameter], grad_partitions: list[Tensor]) -> None:
         self.take(
             [_reduced(param, part) for param, part in zip(params_to_release, grad_partitions, strict=True)]
         )
         for param in params_to_release:
-            if param.grad is not None and not get_accelerator().is_synchronized_device():
-                param.grad.record_stream(get_accelerator().current_stream())
-            param.grad = None
+            _drop_grad(param)
 
     def independent_gradient_partition_epilogue(self) -> None:
         for dtype in list(self.ipg_buckets):
@@ -188,14 +186,26 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
     def begin_step(self) -> None:
         self._pre_step()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what is left of full gradients; always to None. DeepSpeed's own fails on CPU ranks."""
+        self.micro_step_id = 0
+        self._epilogue_ran_this_backward = False
+        for param in self.trainable_params():
+            _drop_grad(param)
+
     def forget_unfinished_backward(self) -> None:
         """Empty the reduce buckets and the hook counters after a backward that raised."""
         for bucket in self.ipg_buckets.values():
-            for param in bucket.params:
-                param.grad = None
             bucket.clear_params()
         while self._backward_active_depth > 0:
             self.exit_backward()
+
+
+def _drop_grad(param: Parameter) -> None:
+    """Release a full gradient, which the current stream may still be reading."""
+    if param.grad is not None and not get_accelerator().is_synchronized_device():
+        param.grad.record_stream(get_accelerator().current_stream())
+    param.grad = None
 
 
 def _reduced(param: Parameter, partition: Tensor) -> ReducedGradient:

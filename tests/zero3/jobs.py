@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,10 +39,17 @@ def build_model(zero_init: bool, ds_json: dict[str, Any], **model_arguments: Any
     """The seeded model, whole or cut at birth; both start from the same values."""
     import deepspeed
 
-    context = deepspeed.zero.Init(config_dict_or_path=ds_json) if zero_init else nullcontext()
     torch.manual_seed(0)
-    with context:
-        return TinyModel(**model_arguments)
+    whole = TinyModel(**model_arguments)
+    if not zero_init:
+        return whole
+    with deepspeed.zero.Init(config_dict_or_path=ds_json):
+        cut = TinyModel(**model_arguments)
+    for ours, source in zip(cut.parameters(), whole.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([ours], modifier_rank=0), torch.no_grad():
+            if ours.numel():
+                ours.copy_(source)
+    return cut
 
 
 def initialize(ds_json: dict[str, Any], **arguments: Any) -> Any:
