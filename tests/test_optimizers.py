@@ -1,0 +1,33 @@
+"""The optimizer in torch's form: what it takes and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lomo_ds
+from lomo_ds.optimizers import optimizer_from_json
+
+
+def one_param() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(2))]
+
+
+def test_step_outside_the_engine_refuses_with_an_explanation() -> None:
+    with pytest.raises(RuntimeError, match="engine.backward"):
+        lomo_ds.Lomo(one_param(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -0.1}, {"lr": float("nan")}, {"lr": 0.1, "weight_decay": -1.0}])
+def test_bounds_hold_for_defaults_and_groups(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        lomo_ds.Lomo(one_param(), **wrong)
+    with pytest.raises(ValueError, match="at least 0"):
+        lomo_ds.Lomo([{"params": one_param(), **wrong}], lr=0.1)
+
+
+def test_the_json_builds_it_whatever_the_case_of_its_name() -> None:
+    section = {"type": "LOMO", "params": {"lr": "3e-2", "apply": "deferred"}}
+    optimizer = optimizer_from_json(section)(one_param())
+    assert isinstance(optimizer, lomo_ds.Lomo)
+    assert optimizer.param_groups[0]["lr"] == 0.03 and optimizer.apply == "deferred"
