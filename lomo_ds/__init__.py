@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {"initialize": "lomo_ds.initialize", "Lomo": "lomo_ds.optimizers"}
+_HOMES = {"initialize": "lomo_ds.initialization", "Lomo": "lomo_ds.optimizers"}
 
 __all__ = ["Lomo", "__version__", "initialize"]
 

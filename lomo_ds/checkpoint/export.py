@@ -25,15 +25,15 @@ MAX_FILE_BYTES = 2 * 10**9
 
 
 def export_pretrained(
-    model: Module, path: str | Path, tokenizer: Any = None, max_file_bytes: int = MAX_FILE_BYTES
+    engine: Any, path: str | Path, tokenizer: Any = None, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Write ``model`` so that transformers' ``from_pretrained`` loads it. Collective.
+    """Write the engine's model so that transformers' ``from_pretrained`` loads it. Collective.
 
     Everything is written to a folder beside ``path``, which takes that name only when it is whole; what
     was at ``path`` is replaced then.
 
     Args:
-        model: the engine's module, cut over the ranks; training may go on afterwards.
+        engine: of ``lomo_ds.initialize``; training may go on afterwards.
         path: of the new folder; seen by rank 0.
         tokenizer: saved with the model where given.
         max_file_bytes: a larger model becomes several files and an index.
@@ -43,7 +43,8 @@ def export_pretrained(
 
     Cost: rank 0 holds one file's tensors in host memory; each parameter is gathered once.
     """
-    path = Path(path)
+    path, model = Path(path), engine.module
+    engine.empty_partition_cache()  # a forward may have left the next one's parameters in flight
     tensors = stored_tensors(model)
     plan = plan_files({name: _num_bytes(tensor) for name, tensor in tensors.items()}, max_file_bytes)
     scratch = None

@@ -19,7 +19,18 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply ``key=value`` overrides and check that what it names is there.
+    """``parse_recipe``, and a check that the files and folders it names are there.
+
+    Raises:
+        ValueError: one line that names the key to change.
+    """
+    recipe = parse_recipe(path, overrides)
+    _require_inputs(recipe, path)
+    return recipe
+
+
+def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides.
 
     Args:
         path: YAML file.
@@ -31,9 +42,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     mapping = _beside(_read_yaml(Path(path)), Path(path).resolve().parent)
     for override in overrides:
         _apply_override(mapping, override)
-    recipe = from_mapping(Recipe, _beside(mapping, Path.cwd()), str(path))
-    _require_inputs(recipe, path)
-    return recipe
+    return from_mapping(Recipe, _beside(mapping, Path.cwd()), str(path))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
