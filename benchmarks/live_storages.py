@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import traceback
 from typing import Any
 
@@ -18,7 +19,8 @@ _NOT_OURS = ("/torch/", "live_storages")
 class LiveStorages(TorchDispatchMode):
     """Books every large storage with the operation and the source line that made it.
 
-    Storages older than the mode are booked when an operation first sees them, as ``(before)``.
+    Storages older than the mode are booked as ``(before)`` when it is entered; those that come from
+    where no mode looks (a collective's own buffers) as ``(unseen)`` when an operation first uses them.
     ``at_peak`` is the list of (bytes, operation, line) that was alive when most was.
     """
 
@@ -29,8 +31,12 @@ class LiveStorages(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int, str, str]] = {}
         self._total_bytes = 0
 
+    def __enter__(self) -> LiveStorages:
+        self._book([one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)], "(before)")
+        return super().__enter__()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._book(tree_leaves((args, kwargs)), "(before)")
+        self._book(tree_leaves((args, kwargs)), f"(unseen) used by {func}")
         result = func(*args, **(kwargs or {}))
         self._book(tree_leaves(result), str(func))
         return result

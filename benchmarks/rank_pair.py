@@ -54,7 +54,9 @@ def run_ranks(script: Path, arguments: list[str], num_ranks: int, deadline_s: fl
 
 
 def _start(command: list[str], out: Path, rank: int, num_ranks: int, port: int) -> subprocess.Popen:
-    environment = os.environ | RANK_ENVIRONMENT
+    environment = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix, "torch_extensions"))} | os.environ
+    environment |= RANK_ENVIRONMENT
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
