@@ -31,7 +31,7 @@ class Zygote:
         self._control, theirs = Pipe()
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.harness.zygote", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.harness.zygote", str(theirs.fileno()), self.folder],
                 cwd=REPOSITORY,
                 env=rank_environment(),
                 pass_fds=[theirs.fileno()],

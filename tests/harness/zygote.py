@@ -12,8 +12,10 @@ import ctypes
 import gc
 import importlib
 import os
+import shutil
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -33,8 +35,8 @@ PRELOADED = (
 PR_SET_PDEATHSIG = 1
 
 
-def main(control_fd: int) -> None:
-    """Serve the requests of one pytest process until it closes its end.
+def main(control_fd: int, folder: str) -> None:
+    """Serve the requests of one pytest process until it closes its end, then remove its temporary folder.
 
     Requests are ``("fork", RankSetup)``, followed by the rank's connection as a file descriptor and answered
     with the pid; and ``("reap", pids)``, answered with the wait status of each.
@@ -47,6 +49,7 @@ def main(control_fd: int) -> None:
             request, argument = control.recv()
             answer = fork_rank(control, argument) if request == "fork" else reap(argument)
             control.send(answer)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare() -> None:
@@ -81,6 +84,8 @@ def fork_rank(control: Connection, setup: Any) -> int:
         from tests.harness.rank import serve
 
         serve(Connection(handle), setup)
+    except BaseException:
+        traceback.print_exc()  # into the rank's log
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -101,4 +106,4 @@ def reap(pids: list[int]) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])
