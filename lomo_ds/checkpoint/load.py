@@ -52,7 +52,7 @@ def load_pretrained(name: str, ds_json: Mapping[str, Any], trust_remote_code: bo
         folder = read_folder(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     config.dtype = model_dtype(ds_json)
-    with _sharded_construction(ds_json, config.dtype):
+    with _sharded_construction(ds_json):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     load_shards(model, folder)
@@ -97,11 +97,14 @@ def _download(name: str) -> Path:
 
 
 @contextmanager
-def _sharded_construction(ds_json: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
-    """Parameters are cut as they are made, without random initial values."""
+def _sharded_construction(ds_json: Mapping[str, Any]) -> Iterator[None]:
+    """Parameters are cut as they are made, without random initial values.
+
+    ``zero.Init`` takes the dtype from the JSON; its argument ``dtype`` turns fp32 into bf16 on CPU ranks.
+    """
     from transformers.initialization import no_init_weights
 
-    cutting = deepspeed.zero.Init(config_dict_or_path=dict(ds_json), dtype=dtype)
+    cutting = deepspeed.zero.Init(config_dict_or_path=dict(ds_json))
     with no_init_weights(), _rotary_buffers_kept_exact(), cutting:
         yield
 

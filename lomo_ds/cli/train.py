@@ -1,0 +1,153 @@
+"""``lomo-ds train``: fine-tune a model as a recipe says, on all accelerators of this machine or on CPU ranks.
+
+Outside a launch this starts DeepSpeed's launcher; inside one (RANK and WORLD_SIZE are set) it is a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from lomo_ds.cli.main import USAGE_ERROR, find_tools_of_this_environment
+from lomo_ds.training.recipe_file import load_recipe, require_free_output
+
+DEFAULT_CPU_RANKS = 2
+_KEEP_FREED_BELOW_BYTES = "262144"
+"""glibc gives larger freed blocks back at once, so that resident memory is what is in use."""
+
+_CPU_RANK_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": _KEEP_FREED_BELOW_BYTES,
+    "MALLOC_TRIM_THRESHOLD_": _KEEP_FREED_BELOW_BYTES,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments after ``lomo-ds train``; None takes them from the command line.
+
+    Returns:
+        0, or another exit code after one line on standard error that says what is wrong.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    find_tools_of_this_environment()
+    inside = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    try:
+        return _run_rank(arguments) if inside else _launch(arguments)
+    except ValueError as error:
+        if os.environ.get("LOMO_DS_TRACEBACK"):
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lomo-ds train",
+        description="Fine-tune a model as a recipe says. docs/training.md explains the recipe's keys.",
+        epilog="On several nodes: launch/slurm.sbatch, or DeepSpeed's launcher with "
+        "--module lomo_ds.cli.train RECIPE.yaml.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="replace a key of the recipe, e.g. optimizer.lr=0.01; paths count from the working directory",
+    )
+    parser.add_argument(
+        "--num-ranks",
+        type=int,
+        help=f"processes; by default one per accelerator, or {DEFAULT_CPU_RANKS} on the CPU without any",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    return parser
+
+
+def _run_rank(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from lomo_ds.training.run import run
+
+    run(recipe)
+    return 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Check everything that can be checked here, then start DeepSpeed's launcher and wait for it."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    require_free_output(recipe)
+    num_accelerators = _num_accelerators()
+    num_ranks = _num_ranks(arguments.num_ranks, num_accelerators)
+    from lomo_ds.training.plan import plan_run
+
+    plan_run(recipe, num_ranks)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(num_ranks)]
+    command += ["--master_port", str(_free_port()), "--module", "lomo_ds.cli.train"]
+    command += [arguments.recipe, *arguments.overrides]
+    return _wait_for(command, launch_environment(os.environ, num_accelerators))
+
+
+def _num_accelerators() -> int:
+    """Accelerators of this machine; 0 where there is none, or where DS_ACCELERATOR asks for the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def _num_ranks(asked: int | None, num_accelerators: int) -> int:
+    if asked is None:
+        return num_accelerators or DEFAULT_CPU_RANKS
+    if asked < 1:
+        raise ValueError(f"--num-ranks has to be at least 1, not {asked}")
+    if num_accelerators and asked > num_accelerators:
+        raise ValueError(f"--num-ranks {asked}: this machine has {num_accelerators} accelerators")
+    return asked
+
+
+def launch_environment(environment: Mapping[str, str], num_accelerators: int) -> dict[str, str]:
+    """The environment for the launcher: CPU ranks get one thread each and return freed memory.
+
+    Args:
+        environment: the user's, whose own settings win.
+        num_accelerators: 0 for CPU ranks.
+    """
+    defaults = {} if num_accelerators else _CPU_RANK_ENVIRONMENT
+    return {**defaults, **environment}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the launcher to its end; SIGTERM and Ctrl-C are passed on, so that no rank is left behind."""
+    with subprocess.Popen(command, env=dict(environment)) as launcher:
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            launcher.send_signal(number)
+
+        previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return launcher.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""From a recipe and its DeepSpeed JSON to the JSON as used: the recipe fills what is missing or "auto"."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lomo_ds.recipe import Recipe
+from lomo_ds.training.schedule import SHAPES, num_warmup_steps
+from lomo_ds.zero3.supported import refuse_unsupported
+
+_AUTO = "auto"
+
+
+def read_ds_json(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        ValueError: it is not a JSON object, or asks for something that this engine refuses.
+    """
+    try:
+        ds_json = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed: {path} is not JSON: {error}") from None
+    if not isinstance(ds_json, dict):
+        raise ValueError(f"deepspeed: {path} has to be a JSON object")
+    refuse_unsupported(ds_json)
+    return ds_json
+
+
+def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The JSON as the engine gets it, but for what depends on the number of steps.
+
+    Args:
+        ds_json: of ``read_ds_json``.
+        recipe: the place for batch, learning rate and schedule.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: JSON and recipe say different things, naming both keys; or an "auto" remains.
+    """
+    filled = copy.deepcopy(dict(ds_json))
+    micro, num_micro = recipe.batch.per_rank(world_size)
+    _fill(filled, "train_batch_size", recipe.batch.train_batch_size, "batch.train_batch_size")
+    _fill(filled, "train_micro_batch_size_per_gpu", micro, "batch.micro_batch_size")
+    _fill(filled, "gradient_accumulation_steps", num_micro, "batch.micro_batch_size")
+    filled.setdefault("optimizer", {"type": "Lomo"}).setdefault("params", {})
+    _fill(filled, "optimizer.params.lr", recipe.optimizer.lr, "optimizer.lr")
+    _fill(filled, "optimizer.params.weight_decay", recipe.optimizer.weight_decay, "optimizer.weight_decay")
+    if filled["optimizer"]["params"].get("lr") is None:
+        raise ValueError('optimizer.lr: neither the recipe nor "optimizer.params.lr" of the JSON gives it')
+    filled.setdefault("steps_per_print", 10**9)
+    _take_over_scheduler(filled, recipe)
+    return filled
+
+
+def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> None:
+    """Fill the "auto" values of DeepSpeed's scheduler, in place, and refuse any "auto" that remains.
+
+    Raises:
+        ValueError: an "auto" that nothing is known about.
+    """
+    lr = ds_json["optimizer"]["params"]["lr"]
+    known = {
+        "total_num_steps": num_steps,
+        "warmup_num_steps": max(1, num_warmup_steps(num_steps, recipe.schedule.warmup_ratio)),
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": lr,
+    }
+    params = (ds_json.get("scheduler") or {}).get("params") or {}
+    for key, value in known.items():
+        if params.get(key) == _AUTO:
+            params[key] = value
+    leaves = _leaves({key: value for key, value in ds_json.items() if key != "optimizer"})
+    remaining = [key for key, value in leaves if value == _AUTO]
+    if remaining:
+        raise ValueError(f'deepspeed: "{remaining[0]}" is "auto", and the recipe has no value for it')
+
+
+def _fill(ds_json: dict[str, Any], dotted: str, value: Any, recipe_key: str) -> None:
+    *sections, last = dotted.split(".")
+    place = ds_json
+    for section in sections:
+        place = place.setdefault(section, {})
+    given = place.get(last, _AUTO)
+    if value is None:
+        if given == _AUTO:
+            place.pop(last, None)
+    elif given == _AUTO:
+        place[last] = value
+    elif given != value:
+        raise ValueError(
+            f'{recipe_key} asks for {value} where "{dotted}" of the DeepSpeed JSON says {given}: '
+            f'change one of them, or write "auto" in the JSON'
+        )
+
+
+def _take_over_scheduler(ds_json: dict[str, Any], recipe: Recipe) -> None:
+    schedule = recipe.schedule
+    if schedule.type is None:
+        return
+    if ds_json.get("scheduler"):
+        raise ValueError(
+            f'schedule.type {schedule.type} and "scheduler" of the DeepSpeed JSON both set the schedule: '
+            "leave one of them out"
+        )
+    if schedule.type not in SHAPES:
+        ds_json["scheduler"] = {"type": schedule.type, "params": dict(schedule.params)}
+    elif schedule.params:
+        raise ValueError(f"schedule.params belong to DeepSpeed's schedulers, not to {schedule.type}")
+
+
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

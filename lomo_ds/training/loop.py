@@ -1,0 +1,93 @@
+"""The training loop: DeepSpeed's forward, backward and step on the examples of each global batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lomo_ds.tasks.batching import AnswerBatch, collate
+from lomo_ds.tasks.encoding import EncodedAnswer
+from lomo_ds.tasks.order import global_batches, micro_batches
+from lomo_ds.tasks.scoring import answer_logits, target_log_likelihood
+from lomo_ds.training.memory import peak_bytes
+from lomo_ds.training.metrics import StepMetrics, sums_and_peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """The training examples and how they are dealt out.
+
+    Attributes:
+        answers: every example with its right answer.
+        train_batch_size: examples a step over all ranks.
+        micro_batch_size: examples a forward on each rank.
+        num_steps: of the run.
+        seed: of the order.
+        pad_token_id: any token; padding is masked.
+    """
+
+    answers: Sequence[EncodedAnswer]
+    train_batch_size: int
+    micro_batch_size: int
+    num_steps: int
+    seed: int
+    pad_token_id: int
+
+
+def train(engine: Any, data: TrainingSet, report: Callable[[StepMetrics], None]) -> None:
+    """Run every step. Collective.
+
+    Args:
+        engine: of ``lomo_ds.initialize``.
+        data: what to train on.
+        report: called on every rank after each step.
+
+    Raises:
+        RuntimeError: a loss that is no number, on all ranks alike; nothing is gained by going on.
+    """
+    engine.train()
+    batches = global_batches(len(data.answers), data.train_batch_size, data.num_steps, data.seed)
+    for step, indices in enumerate(batches, start=1):
+        metrics = _step(engine, data, indices, step)
+        report(metrics)
+        if metrics.loss != metrics.loss:
+            raise RuntimeError(f"the loss of step {step} is not a number; try a lower optimizer.lr")
+
+
+def _step(engine: Any, data: TrainingSet, indices: tuple[int, ...], step: int) -> StepMetrics:
+    """One global batch: every micro batch of this rank, then the optimizer's step."""
+    start_s = time.perf_counter()
+    num_targets = sum(len(data.answers[index].target_ids) for index in indices)
+    loss_sum, num_tokens = 0.0, 0
+    shares = micro_batches(indices, dist.get_rank(), dist.get_world_size(), data.micro_batch_size)
+    for share in shares:
+        batch = collate([data.answers[index] for index in share], data.pad_token_id)
+        num_tokens += int(batch.attention_mask.sum())
+        loss = token_loss_sum(engine, batch.to(engine.device))
+        engine.backward(loss * (dist.get_world_size() * len(shares) / num_targets))
+        lr = engine.get_lr()[0]
+        engine.step()
+        loss_sum += loss.item()
+    loss_sum, num_tokens, peak = sums_and_peak(loss_sum, num_tokens, peak_bytes(), engine.device)
+    return StepMetrics(
+        step=step,
+        loss=loss_sum / num_targets,
+        lr=lr,
+        grad_norm=float(engine.get_global_grad_norm()),
+        tokens_per_s=num_tokens / (time.perf_counter() - start_s),
+        peak_memory_bytes=peak,
+    )
+
+
+def token_loss_sum(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
+    """Negative log-likelihood of the answers, summed over their tokens; a scalar in fp32.
+
+    DeepSpeed averages over ranks and micro batches. Scaled by ranks * micro batches / answer tokens of the
+    global batch, the sums become the mean over that batch, however its tokens fall on the ranks.
+    """
+    return -target_log_likelihood(answer_logits(model, batch), batch.targets).sum()

@@ -1,0 +1,35 @@
+"""How much memory a rank has needed so far."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+from deepspeed.accelerator import get_accelerator
+
+
+def peak_bytes() -> int:
+    """The most that this rank has held at once: of the accelerator's memory, or resident on a CPU rank."""
+    if _is_cpu():
+        return _peak_resident_bytes()
+    return int(get_accelerator().max_memory_allocated())
+
+
+def peak_source() -> str:
+    """What ``peak_bytes`` counts, for readers of a summary."""
+    if _is_cpu():
+        return "peak resident memory of the process, libraries included (CPU ranks)"
+    return f"most bytes allocated by torch on {get_accelerator().device_name()}"
+
+
+def _is_cpu() -> bool:
+    return get_accelerator().device_name() == "cpu"
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

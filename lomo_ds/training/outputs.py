@@ -1,0 +1,49 @@
+"""A run's output folder: what is in it, and how it is cleared for a new run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lomo_ds.training.plan import RunPlan
+
+
+class OutputFolder:
+    """Names of the files that a run leaves. ``summary.json`` is written last: where it is, all is there.
+
+    Args:
+        path: the recipe's ``output``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.recipe = self.path / "recipe.yaml"
+        self.ds_json = self.path / "ds_config.json"
+        self.plot = self.path / "loss_and_memory.png"
+        self.summary = self.path / "summary.json"
+        self.model = self.path / "model"
+
+    def begin(self, plan: RunPlan) -> None:
+        """Make the folder, drop an earlier run's results and write the recipe and the JSON as used."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in (self.metrics, self.recipe, self.ds_json, self.plot, self.summary):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.model, ignore_errors=True)
+        recipe = json.loads(json.dumps(asdict(plan.recipe)))  # YAML has lists, not tuples
+        self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        self._write_json(self.ds_json, plan.ds_json)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary."""
+        self._write_json(self.summary, summary)
+
+    @staticmethod
+    def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

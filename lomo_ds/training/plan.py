@@ -1,0 +1,66 @@
+"""What a run will do, worked out from its recipe before anything is launched, allocated or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lomo_ds.optimizers import optimizer_from_json
+from lomo_ds.recipe import Recipe
+from lomo_ds.tasks.data import read_rows
+from lomo_ds.tasks.order import num_steps_per_epoch
+from lomo_ds.tasks.prompts import ChoiceExample, ChoicePrompt
+from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A checked recipe with everything that follows from it.
+
+    Attributes:
+        recipe: as read.
+        ds_json: the DeepSpeed JSON as used.
+        num_steps: optimizer steps.
+        train_examples: in the file's order.
+        held_out_examples: those that are evaluated; empty where the recipe names none.
+    """
+
+    recipe: Recipe
+    ds_json: dict[str, Any]
+    num_steps: int
+    train_examples: Sequence[ChoiceExample]
+    held_out_examples: Sequence[ChoiceExample]
+
+
+def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
+    """Read the JSON and the data, and hold them against the recipe.
+
+    Args:
+        recipe: of ``load_recipe``.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: one line that names the key to change.
+    """
+    ds_json = fill_ds_json(read_ds_json(recipe.deepspeed), recipe, world_size)
+    optimizer_from_json(ds_json["optimizer"])  # for its checks
+    task, data = recipe.task, recipe.data
+    prompt = ChoicePrompt(
+        template=task.prompt,
+        options=task.options,
+        label_column=task.label,
+        label_names=task.label_names,
+    )
+    train_examples = prompt.examples(read_rows(data.train, data.format))
+    per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
+    num_steps = recipe.steps or recipe.epochs * per_epoch
+    fill_scheduler(ds_json, recipe, num_steps)
+    held_out = read_rows(data.evaluation, data.format) if data.evaluation else []
+    return RunPlan(
+        recipe=recipe,
+        ds_json=ds_json,
+        num_steps=num_steps,
+        train_examples=train_examples,
+        held_out_examples=prompt.examples(held_out[: recipe.evaluation.num_examples]),
+    )

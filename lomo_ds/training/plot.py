@@ -1,0 +1,38 @@
+"""The picture of a run: loss and memory over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lomo_ds.training.metrics import StepMetrics
+
+_GIB = 1 << 30
+
+
+def plot_loss_and_memory(history: Sequence[StepMetrics], title: str, path: Path) -> None:
+    """Write a PNG with two panels that share the step axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, memory_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    steps = [metrics.step for metrics in history]
+    loss_axes.plot(steps, [metrics.loss for metrics in history], color="tab:blue", alpha=0.35, label="loss")
+    loss_axes.plot(steps, running_mean([m.loss for m in history]), color="tab:blue", label="running mean")
+    loss_axes.set_ylabel("loss (nats per answer token)")
+    loss_axes.set_title(title)
+    loss_axes.legend()
+    memory_axes.plot(steps, [m.peak_memory_bytes / _GIB for m in history], color="tab:red")
+    memory_axes.set_ylim(bottom=0)
+    memory_axes.set_ylabel("peak so far (GiB per rank)")
+    memory_axes.set_xlabel("step")
+    for axes in (loss_axes, memory_axes):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def running_mean(values: Sequence[float], window: int = 8) -> list[float]:
+    """Mean of each value and up to ``window - 1`` before it."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]

@@ -1,0 +1,65 @@
+"""What rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lomo_ds.training.metrics import StepMetrics
+
+_NUM_LINES = 16
+"""Lines that a run prints where there is no terminal."""
+
+
+def describe(metrics: StepMetrics) -> str:
+    """Loss, rate, norm, speed and memory of a step, in a line of fixed width."""
+    return (
+        f"loss {metrics.loss:6.3f}  lr {metrics.lr:8.2e}  grad norm {metrics.grad_norm:8.2f}  "
+        f"{metrics.tokens_per_s:6.0f} tokens/s  {metrics.peak_memory_bytes / (1 << 30):5.2f} GiB"
+    )
+
+
+class TrainingProgress:
+    """A context that shows each step's figures; silent on ranks other than 0.
+
+    Args:
+        num_steps: of the run.
+        visible: whether this rank shows anything.
+    """
+
+    def __init__(self, num_steps: int, visible: bool) -> None:
+        self._console = Console(soft_wrap=True, highlight=False, quiet=not visible)
+        self._every = max(1, num_steps // _NUM_LINES)
+        self._num_steps = num_steps
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            disable=not (visible and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("training", total=num_steps, figures="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, metrics: StepMetrics) -> None:
+        """Bring the bar up to a step that is done."""
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=metrics.step, figures=describe(metrics))
+        elif metrics.step in (1, self._num_steps) or metrics.step % self._every == 0:
+            self._console.print(f"step {metrics.step:5d}/{self._num_steps}  {describe(metrics)}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text)

@@ -1,0 +1,225 @@
+"""One rank's part of a run: load, evaluate, train, evaluate, write."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+import lomo_ds
+from lomo_ds.checkpoint.export import export_pretrained
+from lomo_ds.checkpoint.load import load_pretrained, model_dtype, model_folder
+from lomo_ds.recipe import Recipe
+from lomo_ds.tasks.encoding import encode_right_answers
+from lomo_ds.tasks.scoring import ChoiceEvaluation, queries_for
+from lomo_ds.training.loop import TrainingSet, train
+from lomo_ds.training.memory import peak_bytes, peak_source
+from lomo_ds.training.metrics import StepMetrics, append_line
+from lomo_ds.training.outputs import OutputFolder
+from lomo_ds.training.plan import RunPlan, plan_run
+from lomo_ds.training.plot import plot_loss_and_memory
+from lomo_ds.training.progress import TrainingProgress
+from lomo_ds.training.recipe_file import require_free_output
+from lomo_ds.training.schedule import SHAPES, Schedule, num_warmup_steps
+from lomo_ds.zero3.agreement import failing_together
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """What the phases of a run share on one rank."""
+
+    plan: RunPlan
+    output: OutputFolder
+    progress: TrainingProgress
+    tokenizer: Any
+    engine: Any
+    is_first: bool
+    start_s: float
+    history: list[StepMetrics] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def record(self, metrics: StepMetrics) -> None:
+        """Keep, write and show a step's figures."""
+        self.history.append(metrics)
+        if self.is_first:
+            append_line(self.output.metrics, metrics)
+        self.progress.show(metrics)
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap as ``phase``'s."""
+        passed_s = time.perf_counter() - self.start_s
+        self.seconds[phase] = passed_s - sum(self.seconds.values())
+
+
+def run(recipe: Recipe) -> None:
+    """Do what a recipe says, as one of the ranks that a launcher has started. Collective.
+
+    Raises:
+        ValueError: a setting that is wrong, on all ranks, before a model is built or anything is written.
+    """
+    start_s = time.perf_counter()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed()
+    try:
+        job = _set_up(recipe, start_s)
+        accuracies = _train_and_evaluate(job)
+        _write_results(job, accuracies)
+    finally:
+        dist.destroy_process_group()
+
+
+def _set_up(recipe: Recipe, start_s: float) -> _Job:
+    """Check everything, claim the output folder, then load the model and build the engine."""
+    is_first = dist.get_rank() == 0
+    output = OutputFolder(recipe.output)
+    with failing_together():
+        plan = plan_run(recipe, dist.get_world_size())
+        if is_first:
+            require_free_output(recipe)
+            output.begin(plan)
+    progress = TrainingProgress(plan.num_steps, visible=is_first)
+    progress.say(f"loading {recipe.model} onto {dist.get_world_size()} ranks")
+    torch.manual_seed(recipe.seed + dist.get_rank())
+    engine = _build_engine(plan)
+    progress.say(str(engine.optimizer.choice))
+    job = _Job(
+        plan=plan,
+        output=output,
+        progress=progress,
+        tokenizer=_load_tokenizer(recipe),
+        engine=engine,
+        is_first=is_first,
+        start_s=start_s,
+    )
+    job.lap("loading_s")
+    return job
+
+
+def _load_tokenizer(recipe: Recipe) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = model_folder(recipe.model)
+    with failing_together():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+
+
+def _build_engine(plan: RunPlan) -> Any:
+    recipe = plan.recipe
+    model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code)
+    if recipe.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    engine, *_ = lomo_ds.initialize(model=model, config=plan.ds_json, lr_scheduler=_schedule_maker(plan))
+    return engine
+
+
+def _schedule_maker(plan: RunPlan) -> Any:
+    """What ``lomo_ds.initialize`` takes as ``lr_scheduler``; None where the JSON has a scheduler, or none."""
+    shape = plan.recipe.schedule.type
+    if shape not in SHAPES:
+        return None
+    num_warmup = num_warmup_steps(plan.num_steps, plan.recipe.schedule.warmup_ratio)
+    return lambda optimizer: Schedule(optimizer, plan.num_steps, num_warmup, shape)
+
+
+def _train_and_evaluate(job: _Job) -> dict[str, float | None]:
+    evaluation = _evaluation(job)
+    before = _evaluate(job, evaluation, "before")
+    job.lap("evaluation_before_s")
+    with job.progress:
+        train(job.engine, _training_set(job), job.record)
+    job.lap("training_s")
+    after = _evaluate(job, evaluation, "after")
+    job.lap("evaluation_after_s")
+    return {"accuracy_before": before, "accuracy_after": after}
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+
+
+def _training_set(job: _Job) -> TrainingSet:
+    recipe, plan = job.plan.recipe, job.plan
+    return TrainingSet(
+        answers=encode_right_answers(job.tokenizer, plan.train_examples, recipe.max_sequence_length),
+        train_batch_size=recipe.batch.train_batch_size,
+        micro_batch_size=recipe.batch.per_rank(dist.get_world_size())[0],
+        num_steps=plan.num_steps,
+        seed=recipe.seed,
+        pad_token_id=_pad_token_id(job.tokenizer),
+    )
+
+
+def _evaluation(job: _Job) -> ChoiceEvaluation | None:
+    recipe, examples = job.plan.recipe, job.plan.held_out_examples
+    if not examples:
+        return None
+    return ChoiceEvaluation(
+        queries=queries_for(job.tokenizer, examples, recipe.max_sequence_length),
+        labels=[example.label for example in examples],
+        num_options=max(len(example.options) for example in examples),
+        batch_size=recipe.evaluation.batch_size,
+        pad_token_id=_pad_token_id(job.tokenizer),
+    )
+
+
+def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> float | None:
+    if evaluation is None:
+        return None
+    job.progress.say(f"scoring {len(evaluation.labels)} held-out examples {when} training")
+    result = evaluation.accuracy(job.engine)
+    job.progress.say(f"accuracy {when} training: {result:.3f}")
+    return result
+
+
+def _write_results(job: _Job, accuracies: dict[str, float | None]) -> None:
+    """Model, plot and, last, the summary."""
+    if job.plan.recipe.save_model:
+        job.progress.say("writing the model")
+        export_pretrained(job.engine, job.output.model, job.tokenizer)
+        job.lap("export_s")
+    peaks = torch.tensor([peak_bytes(), 0], dtype=torch.int64, device=job.engine.device)
+    parked = torch.tensor(job.engine.optimizer.parked_host_bytes, device=job.engine.device)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    dist.all_reduce(parked)
+    with failing_together():
+        if job.is_first:
+            title = f"{os.path.basename(job.plan.recipe.model)}, LOMO, {dist.get_world_size()} ranks"
+            plot_loss_and_memory(job.history, title, job.output.plot)
+            summary = accuracies | _figures(job, int(peaks[0]), int(parked))
+            job.output.end(summary)
+            _report(job, summary)
+
+
+def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[str, Any]:
+    return {
+        "num_eval_examples": len(job.plan.held_out_examples),
+        "final_loss": job.history[-1].loss,
+        "num_steps": job.plan.num_steps,
+        "num_ranks": dist.get_world_size(),
+        "dtype": str(model_dtype(job.plan.ds_json)).removeprefix("torch."),
+        "peak_device_bytes": peak_device_bytes,
+        "peak_device_bytes_source": peak_source(),
+        "parked_host_bytes": parked_host_bytes,
+        "wall_s": time.perf_counter() - job.start_s,
+        **job.seconds,
+        "versions": {name: version(name) for name in ("lomo_ds", "torch", "deepspeed", "transformers")},
+    }
+
+
+def _report(job: _Job, summary: dict[str, Any]) -> None:
+    if summary["num_eval_examples"]:
+        job.progress.say(
+            f"accuracy on {summary['num_eval_examples']} held-out examples: "
+            f"{summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after"
+        )
+    job.progress.say(f"plot: {job.output.plot}")
+    job.progress.say(f"everything else: {job.output.path} ({summary['wall_s']:.0f} s)")

@@ -1,0 +1,134 @@
+"""``lomo-ds train``: refusals before a launch, and one launch from recipe to summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lomo_ds.cli import train
+from lomo_ds.cli.train import launch_environment, main
+from tests.tiny import write_reviews, write_tiny_folder
+
+NUM_STEPS = 3
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    write_reviews(tmp_path / "train.tsv", 20)
+    write_reviews(tmp_path / "held_out.tsv", 9)
+    ds_json = {
+        "optimizer": {"type": "Lomo", "params": {"lr": "auto"}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+        "bf16": {"enabled": True},
+    }
+    (tmp_path / "zero.json").write_text(json.dumps(ds_json))
+    recipe = {
+        "model": "model",
+        "data": {"train": "train.tsv", "evaluation": "held_out.tsv"},
+        "task": {"prompt": "{text}", "options": [" bad", " good"]},
+        "batch": {"train_batch_size": 8, "micro_batch_size": 2},
+        "steps": NUM_STEPS,
+        "optimizer": {"lr": 0.1},
+        "schedule": {"type": "linear"},
+        "deepspeed": "zero.json",
+        "activation_checkpointing": True,
+        "evaluation": {"num_examples": 7, "batch_size": 3},
+        "output": str(tmp_path / "out"),
+    }
+    write_tiny_folder(tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Calls of the launcher, which is not started; no trace of a launch in the environment."""
+    calls: list = []
+    monkeypatch.setattr(train, "_wait_for", lambda command, environment: calls.append(command) or 0)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "did you mean 'lr'"),
+        ("batch.train_batch_size=9", "9 does not divide over 2 ranks"),
+        ("batch.train_batch_size=40", "more than the 20 training examples"),
+        ("task.label=sentiment", "no column 'sentiment'"),
+        ("task.label_names=[a, b]", "label '1'; known: a, b"),
+        ("deepspeed=train.tsv", "not JSON"),
+        ("optimizer.lr=.nan", "finite"),
+    ],
+)
+def test_mistakes_are_one_line_and_launch_nothing(
+    recipe_path: Path,
+    no_launch: list,
+    override: str,
+    message: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(recipe_path.parent)
+    assert main([str(recipe_path), override]) != 0
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and message in told
+    assert not no_launch and not (recipe_path.parent / "out").exists()
+
+
+def test_ranks_and_overrides_reach_the_launcher(recipe_path: Path, no_launch: list):
+    assert main([str(recipe_path), "seed=4", "--num-ranks", "4", "steps=9"]) == 0
+    (command,) = no_launch
+    assert command[command.index("--num_gpus") + 1] == "4"
+    assert command[-5:] == ["--module", "lomo_ds.cli.train", str(recipe_path), "seed=4", "steps=9"]
+    assert main([str(recipe_path), "--num-ranks", "0"]) != 0
+    assert len(no_launch) == 1
+
+
+def test_cpu_ranks_get_one_thread_unless_asked_otherwise():
+    assert launch_environment({}, 0)["DS_ACCELERATOR"] == "cpu"
+    assert launch_environment({"OMP_NUM_THREADS": "3"}, 0)["OMP_NUM_THREADS"] == "3"
+    assert launch_environment({"A": "b"}, 8) == {"A": "b"}
+
+
+def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "lomo_ds.cli.train", str(recipe_path), "seed=5", "--num-ranks", "2"]
+    done = subprocess.run(
+        command,
+        env=environment | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    out = recipe_path.parent / "out"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.2 / 3, 0.1 / 3])
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"}
+    assert all(set(line) == keys and min(line.values()) > 0 for line in lines)
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
+    assert summary["num_eval_examples"] == 7 and summary["num_ranks"] == 2
+    assert summary["peak_device_bytes"] >= lines[-1]["peak_memory_bytes"]
+    assert summary["parked_host_bytes"] > 0 and summary["wall_s"] > summary["training_s"] > 0
+    assert f"{summary['accuracy_after']:.3f} after" in done.stdout
+    assert str(out / "loss_and_memory.png") in done.stdout
+    assert (out / "loss_and_memory.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["seed"] == 5
+    assert json.loads((out / "ds_config.json").read_text())["gradient_accumulation_steps"] == 2
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
+    assert str(model.dtype) == "torch.bfloat16"
+    ids = AutoTokenizer.from_pretrained(out / "model")("a fine film", return_tensors="pt").input_ids
+    assert model(input_ids=ids).logits.isfinite().all()

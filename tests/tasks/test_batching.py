@@ -1,0 +1,90 @@
+"""Tokens, order and padding."""
+
+from __future__ import annotations
+
+import pytest
+
+from lomo_ds.tasks.batching import IGNORED, collate
+from lomo_ds.tasks.encoding import EncodedAnswer, encode_answer
+from lomo_ds.tasks.order import global_batches, micro_batches, num_steps_per_epoch
+from tests.tiny import tiny_tokenizer
+
+
+class MergingTokenizer:
+    """Splits at spaces and then in pairs of letters, so that a prompt's last letter may join the answer."""
+
+    bos_token_id = None
+    eos_token_id = 99
+
+    def __call__(self, text: str) -> dict:
+        return {
+            "input_ids": [
+                ord(text[i]) * 256 + ord(text[i + 1 : i + 2] or "\0") for i in range(0, len(text), 2)
+            ]
+        }
+
+
+def test_the_answer_is_what_follows_the_prompt():
+    tokenizer = tiny_tokenizer()
+    answer = encode_answer(tokenizer, "ab", " cd", 100)
+    whole = tokenizer("ab cd")["input_ids"]
+    assert (answer.input_ids, answer.target_ids) == (tuple(whole[:-1]), tuple(whole[2:]))
+
+
+def test_a_token_across_the_border_belongs_to_the_answer():
+    tokenizer = MergingTokenizer()
+    answer = encode_answer(tokenizer, "abc", "de", 100)
+    whole = tokenizer("abcde")["input_ids"]
+    assert answer.target_ids == tuple(whole[1:])
+
+
+def test_long_prompts_lose_their_beginning():
+    tokenizer = tiny_tokenizer()
+    whole = tokenizer("abcdefgh")["input_ids"]
+    answer = encode_answer(tokenizer, "abcdef", "gh", 4)
+    assert (answer.input_ids, answer.target_ids) == (tuple(whole[3:7]), tuple(whole[6:]))
+    tokenizer.bos_token_id = whole[0]
+    assert encode_answer(tokenizer, "abcdef", "gh", 4).input_ids == (whole[0], *whole[4:7])
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("", "x"), ("x", "")])
+def test_prompt_and_answer_need_a_token_each(prompt: str, answer: str):
+    with pytest.raises(ValueError, match="need a token each"):
+        encode_answer(tiny_tokenizer(), prompt, answer, 10)
+    with pytest.raises(ValueError, match="max_sequence_length 2"):
+        encode_answer(tiny_tokenizer(), "ab", "cd", 2)
+
+
+def test_padding_and_targets():
+    answers = [
+        EncodedAnswer(input_ids=(5, 6, 7, 8), target_ids=(9,)),
+        EncodedAnswer(input_ids=(5, 6), target_ids=(7, 8)),
+    ]
+    batch = collate(answers, pad_token_id=1)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 1, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.kept.tolist() == [0, 1, 3]
+    assert batch.targets.tolist() == [[IGNORED, IGNORED, 9], [7, 8, IGNORED]]
+
+
+def test_batches_come_from_seed_and_epoch_alone():
+    batches = list(global_batches(11, 3, num_steps=7, seed=5))
+    assert batches == list(global_batches(11, 3, num_steps=7, seed=5))
+    assert batches != list(global_batches(11, 3, num_steps=7, seed=6))
+    first_epoch = [index for batch in batches[:3] for index in batch]
+    assert len(set(first_epoch)) == 9 and batches[3:6] != batches[:3]
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 12), (1, 2), (2, 3), (3, 4), (3, 2), (4, 1)])
+def test_ranks_share_a_batch_without_loss_or_overlap(world_size: int, micro: int):
+    batch = tuple(range(100, 112))
+    shares = [micro_batches(batch, rank, world_size, micro) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {12 // (world_size * micro)}
+    in_order = [index for parts in zip(*shares, strict=True) for part in parts for index in part]
+    assert tuple(in_order) == batch
+
+
+def test_fewer_examples_than_a_batch_are_refused():
+    assert num_steps_per_epoch(11, 3) == 3
+    with pytest.raises(ValueError, match="train_batch_size 12 is more than the 11"):
+        num_steps_per_epoch(11, 12)

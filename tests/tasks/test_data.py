@@ -1,0 +1,61 @@
+"""Reading examples and turning them into questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lomo_ds.tasks.data import read_rows
+from lomo_ds.tasks.prompts import ChoicePrompt
+
+
+def test_tsv_and_jsonl_hold_the_same_rows(tmp_path: Path):
+    (tmp_path / "a.tsv").write_bytes('label\ttext\r\n1\t"quoted" é\r\n0\tb\n'.encode())
+    (tmp_path / "a.jsonl").write_text(
+        '{"label": "1", "text": "\\"quoted\\" é"}\n\n{"label": "0", "text": "b"}\n'
+    )
+    rows = read_rows(tmp_path / "a.tsv")
+    assert rows == [{"label": "1", "text": '"quoted" é'}, {"label": "0", "text": "b"}]
+    assert read_rows(tmp_path / "a.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "x", "data.format"),
+        ("a.tsv", "label\ttext\n", "no example"),
+        ("a.tsv", "label\ttext\n1\n", "line 2: 1 values for 2 columns"),
+        ("a.jsonl", '{"a": 1}\n{', "line 2: not JSON"),
+        ("a.jsonl", "[1]", "line 1: has to be an object"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: str, message: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_rows(tmp_path / name)
+
+
+def prompt(**changes) -> ChoicePrompt:
+    fields = {"template": "Review: {text}\nIt was", "options": (" bad", " good"), "label_column": "label"}
+    return ChoicePrompt(**{**fields, **changes})
+
+
+def test_a_row_becomes_a_question():
+    (example,) = prompt().examples([{"text": "{braces} stay", "label": 1, "other": 2}])
+    assert (example.prompt, example.answer) == ("Review: {braces} stay\nIt was", " good")
+    (named,) = prompt(label_names=("neg", "pos")).examples([{"text": "x", "label": "neg"}])
+    assert named.label == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": "0"}, "task.prompt: example 1 has no column 'text'"),
+        ({"text": "x"}, "task.label: example 1 has no column 'label'"),
+        ({"text": "x", "label": "2"}, "label '2'; known: 0, 1"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(row: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        prompt().examples([row])

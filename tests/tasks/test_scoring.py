@@ -1,0 +1,95 @@
+"""Option scores against an oracle that reads one whole text at a time, on one rank and on several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lomo_ds.tasks.prompts import ChoiceExample
+from lomo_ds.tasks.scoring import ChoiceEvaluation, accuracy, option_scores, queries_for, rank_batches
+from tests.harness import run_ranks
+from tests.tiny import SENTENCES, tiny_llama, tiny_tokenizer
+
+OPTIONS = {"one token": ("+", "-"), "several": (" good", " awful", " ok")}
+
+
+def examples(kind: str, number: int = 11) -> list[ChoiceExample]:
+    options = OPTIONS[kind]
+    return [
+        ChoiceExample(
+            prompt=f"{SENTENCES[i % len(SENTENCES)]} {i}", options=options, label=i * i % len(options)
+        )
+        for i in range(number)
+    ]
+
+
+def oracle(model: torch.nn.Module, items: list[ChoiceExample]) -> torch.Tensor:
+    """Log-likelihoods from the logits of each whole text, unpadded and alone."""
+    tokenizer = tiny_tokenizer()
+    scores = torch.empty(len(items), len(items[0].options), dtype=torch.float64)
+    for row, example in enumerate(items):
+        for column, option in enumerate(example.options):
+            ids = torch.tensor([tokenizer(example.prompt + option)["input_ids"]])
+            first = len(tokenizer(example.prompt)["input_ids"])
+            with torch.no_grad():
+                log_probs = model(input_ids=ids).logits[0].double().log_softmax(dim=-1)
+            answer = range(first, ids.shape[1])
+            scores[row, column] = sum(log_probs[place - 1, ids[0, place]] for place in answer)
+    return scores
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_batched_scores_equal_the_oracle(kind: str):
+    model, items = tiny_llama(), examples(kind)
+    queries = queries_for(tiny_tokenizer(), items, 100)
+    assert len(queries) == (11 if kind == "one token" else 33)
+    shape = (len(items), len(OPTIONS[kind]))
+    scores = option_scores(model, rank_batches(queries, 4, 0, 1), shape, pad_token_id=1)
+    torch.testing.assert_close(scores, oracle(model, items), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "number"), [(1, 4, 9), (2, 3, 7), (3, 2, 13), (4, 5, 2)]
+)
+def test_ranks_run_as_many_forwards_and_miss_nothing(world_size: int, batch_size: int, number: int):
+    queries = queries_for(tiny_tokenizer(), examples("one token", number), 100)
+    shares = [rank_batches(queries, batch_size, rank, world_size) for rank in range(world_size)]
+    assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
+    assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
+    read = {query.input_ids for share in shares for batch in share for query in batch}
+    assert read == {query.input_ids for query in queries}
+
+
+def test_accuracy_counts_the_likeliest_option():
+    scores = torch.tensor([[-1.0, -2.0], [-3.0, -2.0], [-1.0, -5.0]], dtype=torch.float64)
+    assert accuracy(scores, [0, 1, 1]) == pytest.approx(2 / 3)
+
+
+def evaluate_on_ranks(kind: str) -> tuple[float, bool]:
+    import deepspeed
+
+    model, items = tiny_llama(), examples(kind)
+    ds_json = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
+    evaluation = ChoiceEvaluation(
+        queries=queries_for(tiny_tokenizer(), items, 100),
+        labels=[item.label for item in items],
+        num_options=len(OPTIONS[kind]),
+        batch_size=2,
+        pad_token_id=1,
+    )
+    return evaluation.accuracy(engine), engine.training
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_agree_on_the_oracles_accuracy(world_size: int):
+    items = examples("several")
+    expected = accuracy(oracle(tiny_llama(), items), [item.label for item in items])
+    for result, still_training in run_ranks(world_size, evaluate_on_ranks, "several"):
+        assert result == pytest.approx(expected)
+        assert still_training

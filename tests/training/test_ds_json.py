@@ -1,0 +1,81 @@
+"""The DeepSpeed JSON as used: the recipe fills it, and contradictions name both keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lomo_ds.config import from_mapping
+from lomo_ds.recipe import Recipe
+from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
+from tests.training.test_recipe_file import MINIMAL
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+def recipe(**changes) -> Recipe:
+    return from_mapping(Recipe, {**MINIMAL, "optimizer": {"lr": 0.5}, **changes}, "test")
+
+
+def test_missing_and_auto_are_filled():
+    autos = {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "Lomo", "params": {"lr": "auto", "weight_decay": "auto", "apply": "auto"}},
+    }
+    filled = fill_ds_json(ZERO3 | autos, recipe(batch={"train_batch_size": 12, "micro_batch_size": 2}), 3)
+    assert filled["train_batch_size"] == 12
+    assert filled["train_micro_batch_size_per_gpu"] == 2
+    assert filled["gradient_accumulation_steps"] == 2
+    assert filled["optimizer"] == {"type": "Lomo", "params": {"lr": 0.5, "apply": "auto"}}
+    fill_scheduler(filled, recipe(), 3)
+    assert fill_ds_json(ZERO3, recipe(), 1)["optimizer"] == {"type": "Lomo", "params": {"lr": 0.5}}
+
+
+def test_the_json_keeps_what_the_recipe_leaves_open():
+    optimizer = {"type": "Lomo", "params": {"lr": 0.25, "weight_decay": 0.1}}
+    filled = fill_ds_json(ZERO3 | {"optimizer": optimizer}, recipe(optimizer={}), 2)
+    assert filled["optimizer"] == optimizer
+
+
+@pytest.mark.parametrize(
+    ("ds_json", "changes", "message"),
+    [
+        ({"train_batch_size": 8}, {}, 'batch.train_batch_size asks for 4 where "train_batch_size".* says 8'),
+        ({"train_micro_batch_size_per_gpu": 1}, {}, "batch.micro_batch_size asks for 2"),
+        ({"optimizer": {"type": "Lomo", "params": {"lr": 0.1}}}, {}, "optimizer.lr asks for 0.5"),
+        ({}, {"optimizer": {}}, "optimizer.lr: neither"),
+        ({"scheduler": {"type": "WarmupLR"}}, {"schedule": {"type": "linear"}}, "both set the schedule"),
+        ({}, {"schedule": {"type": "linear", "params": {"a": 1}}}, "schedule.params belong to DeepSpeed"),
+        ({}, {"batch": {"train_batch_size": 5}}, "does not divide over 2 ranks"),
+    ],
+)
+def test_contradictions_are_refused(ds_json: dict, changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        fill_ds_json(ZERO3 | ds_json, recipe(**changes), 2)
+
+
+def test_deepspeeds_scheduler_is_filled():
+    params = {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_max_lr": "auto"}
+    schedule = {"type": "WarmupDecayLR", "warmup_ratio": 0.25, "params": params}
+    filled = fill_ds_json(ZERO3, recipe(schedule=schedule), 2)
+    fill_scheduler(filled, recipe(schedule=schedule), 20)
+    expected = {"total_num_steps": 20, "warmup_num_steps": 5, "warmup_max_lr": 0.5}
+    assert filled["scheduler"] == {"type": "WarmupDecayLR", "params": expected}
+
+
+def test_an_auto_that_remains_is_refused():
+    filled = fill_ds_json({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, recipe(), 2)
+    with pytest.raises(ValueError, match='"zero_optimization.reduce_bucket_size" is "auto"'):
+        fill_scheduler(filled, recipe(), 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "JSON object"), (json.dumps({"zero_optimization": {"stage": 2}}), "stage")],
+)
+def test_files_that_do_not_serve(tmp_path: Path, text: str, message: str):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_ds_json(tmp_path / "ds.json")
