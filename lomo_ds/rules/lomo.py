@@ -38,9 +38,7 @@ def apply_(param_shard: Tensor, grad_shard: Tensor, hyper: Hyper) -> None:
 
     Reference: LOMO (arXiv 2306.09782), algorithm 1; weight decay as in torch.optim.SGD.
     """
-    decay = 1.0 - hyper.lr * hyper.weight_decay
     for param_chunk, grad_chunk in chunks(param_shard, grad_shard):
         with fp32_inside(param_chunk) as exact:
-            if decay != 1.0:
-                exact.mul_(decay)
-            exact.add_(grad_chunk.float(), alpha=-hyper.lr * hyper.grad_scale)
+            grad = grad_chunk.float() * hyper.grad_scale
+            exact.add_(grad.add_(exact, alpha=hyper.weight_decay), alpha=-hyper.lr)

@@ -346,7 +346,11 @@ CONTRACT: tuple[PrivateName, ...] = (
         **{method: ("self",) for method in _STAGE3_ARGUMENTS.values()},
     ),
     *_attributes(
-        _ENGINE, "building our optimizer in DeepSpeed's engine", "seq_data_parallel_group", "param_names"
+        _ENGINE,
+        "building our optimizer in DeepSpeed's engine",
+        "_config",
+        "seq_data_parallel_group",
+        "param_names",
     ),
     *_attributes(
         _PARAMS,

@@ -6,6 +6,7 @@ import ast
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -58,7 +59,7 @@ def _problem(entry: PrivateName) -> str:
     except (ImportError, AttributeError) as error:
         return f"{entry.owner} is gone ({error})"
     if entry.parameters is None:
-        return "" if entry.name in inspect.getsource(owner) else "no longer named in its owner's source"
+        return "" if entry.name in _source(owner) else "no longer named in its owner's source"
     found = _parameters(owner, entry.name.removeprefix(f"_{class_name}"))
     if found is None:
         return "the method is gone"
@@ -71,9 +72,18 @@ def _parameters(owner: Any, method: str) -> tuple[str, ...] | None:
     Signatures are read from the source since DeepSpeed's decorators hide them.
     """
     for base in inspect.getmro(owner):
-        if base.__module__ == "builtins":
-            continue
-        for node in ast.parse(inspect.getsource(base)).body[0].body:
-            if isinstance(node, ast.FunctionDef) and node.name == method:
-                return tuple(argument.arg for argument in node.args.args)
+        if base.__module__ != "builtins" and method in _methods(base):
+            return _methods(base)[method]
     return None
+
+
+@cache
+def _methods(owner: type) -> dict[str, tuple[str, ...]]:
+    body = ast.parse(_source(owner)).body[0].body
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    return {node.name: tuple(argument.arg for argument in node.args.args) for node in functions}
+
+
+@cache
+def _source(owner: Any) -> str:
+    return inspect.getsource(owner)
