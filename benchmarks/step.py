@@ -61,7 +61,9 @@ def run_rounds(args: argparse.Namespace, console: Console) -> Jobs:
             for name, runs in jobs.items():
                 progress.update(bar, description=f"round {round_number}: {VARIANTS[name].label}")
                 runs.append(run_job("step_job.py", name, args))
-                progress.console.print(f"round {round_number}  {_one_line(name, runs[-1])}", highlight=False)
+                progress.console.print(
+                    f"round {round_number}  {_one_line(name, runs[-1])}", highlight=False, soft_wrap=True
+                )
                 progress.advance(bar)
     return jobs
 
@@ -112,8 +114,9 @@ def main() -> None:
             f"{'met    ' if verdict['met'] else 'NOT MET'} {verdict['variant']:15} {verdict['measure']:23}"
             f" / {verdict['against']:6} {verdict['ratio']['median']:.3f} (at most {verdict['limit']:.2f})",
             highlight=False,
+            soft_wrap=True,
         )
-    console.print(f"report: {args.out / 'step.md'}", highlight=False)
+    console.print(f"report: {args.out / 'step.md'}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
