@@ -11,9 +11,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {"initialize": "lomo_ds.initialization", "Lomo": "lomo_ds.optimizers"}
+_HOMES = {
+    "initialize": "lomo_ds.initialization",
+    "AdaLomo": "lomo_ds.optimizers",
+    "Lomo": "lomo_ds.optimizers",
+}
 
-__all__ = ["Lomo", "__version__", "initialize"]
+__all__ = ["AdaLomo", "Lomo", "__version__", "initialize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import Dataset
 
-from lomo_ds.optimizers import OPTIMIZERS, optimizer_from_json
+from lomo_ds.optimizers import OPTIMIZERS, ShardedOptimizer, optimizer_from_json
 from lomo_ds.versions import require_supported_versions
 
 require_supported_versions()
@@ -34,7 +34,7 @@ from lomo_ds.zero3.supported import check_batch, refuse_unsupported  # noqa: E40
 def initialize(
     args: Any = None,
     model: torch.nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: ShardedOptimizer | None = None,
     model_parameters: Iterable | None = None,
     training_data: Dataset | None = None,
     lr_scheduler: Any = None,
@@ -51,7 +51,7 @@ def initialize(
     Args:
         args: may carry ``deepspeed_config``, a path, in place of ``config``.
         model: built under ``deepspeed.zero.Init`` or whole; a whole one is cut here.
-        optimizer: a ``lomo_ds.Lomo``; without one the JSON's "optimizer" section is read.
+        optimizer: a ``lomo_ds.Lomo`` or ``lomo_ds.AdaLomo``; else the JSON's "optimizer" section is read.
         model_parameters: what is trained where the JSON names the optimizer, parameters or groups;
             by default all of the model's. Frozen ones are left alone.
         training_data: a dataset, for which DeepSpeed's dataloader is returned.
@@ -138,34 +138,35 @@ def _read_json(args: Any, config: str | Mapping[str, Any] | None) -> dict[str, A
 
 
 def _make_optimizer(
-    optimizer: torch.optim.Optimizer | Callable | None,
+    optimizer: ShardedOptimizer | Callable | None,
     ds_json: Mapping[str, Any],
     model: torch.nn.Module,
     model_parameters: Iterable | None,
-) -> torch.optim.Optimizer:
+) -> ShardedOptimizer:
     """The user's optimizer, or the one the JSON names; one of ours in either case."""
     if optimizer is None:
-        optimizer = optimizer_from_json(ds_json.get("optimizer"))
+        return optimizer_from_json(ds_json.get("optimizer"))(model, model_parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model.parameters() if model_parameters is None else model_parameters)
-    ours = tuple(cls for cls, _ in OPTIMIZERS.values())
     _require(
-        isinstance(optimizer, ours),
+        isinstance(optimizer, ShardedOptimizer),
         f"optimizer: {type(optimizer).__name__} is not an optimizer of lomo_ds ({', '.join(OPTIMIZERS)}); "
         "for others use deepspeed.initialize",
     )
     return optimizer
 
 
-def _choose(optimizer: torch.optim.Optimizer, ds_config: DeepSpeedConfig, ranks: int) -> Choice:
+def _choose(optimizer: ShardedOptimizer, ds_config: DeepSpeedConfig, ranks: int) -> Choice:
     """Choose the policy from sizes alone, the same on every rank. Collective."""
     demands = Demands(
-        max_grad_norm=ds_config.gradient_clipping, num_micro_batches=ds_config.gradient_accumulation_steps
+        max_grad_norm=ds_config.gradient_clipping if optimizer.clipping == "global" else 0.0,
+        num_micro_batches=ds_config.gradient_accumulation_steps,
+        fp16=ds_config.float16_config.enabled,
     )
-    refuse_contradictions(optimizer.apply, demands)
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     shard_numel = sum(-(-full_numel(param) // ranks) for param in params)
     parked_bytes = shard_numel * accumulation_dtype(ds_config).itemsize
+    refuse_contradictions(optimizer.apply, demands, parked_bytes)
     room = host_room_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     agreed = torch.tensor(room, dtype=torch.int64, device=get_accelerator().current_device_name())
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)

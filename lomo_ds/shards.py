@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A rectangle of a shard: whole rows, or a part of one row.
+
+    Attributes:
+        at: its elements in the shard.
+        rows: of the parameter as a matrix of its last dimension's rows.
+        columns: of that matrix.
+    """
+
+    at: slice
+    rows: slice
+    columns: slice
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
+    def num_columns(self) -> int:
+        return self.columns.stop - self.columns.start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +80,25 @@ class ShardSpec:
     def padding(self) -> int:
         """Stored elements that belong to no parameter."""
         return self.partition_numel - self.shard_numel
+
+    def blocks(self, max_numel: int) -> Iterator[Block]:
+        """Cut the shard into rectangles: a row's end, whole rows, a row's beginning.
+
+        Args:
+            max_numel: whole rows come in blocks of at most so many elements, but at least one row.
+        """
+        num_columns = self.shape[-1]
+        rows_at_once = max(1, max_numel // num_columns)
+        index = self.start
+        while index < self.stop:
+            row, column = divmod(index, num_columns)
+            if column == 0 and self.stop - index >= num_columns:
+                num_rows = min(rows_at_once, (self.stop - index) // num_columns)
+                columns = slice(0, num_columns)
+            else:
+                num_rows = 1
+                columns = slice(column, min(num_columns, column + self.stop - index))
+            numel = num_rows * (columns.stop - columns.start)
+            offset = index - self.start
+            yield Block(at=slice(offset, offset + numel), rows=slice(row, row + num_rows), columns=columns)
+            index += numel

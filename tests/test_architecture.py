@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "rules": {"shards"},
     "zo": {"shards"},
-    "optimizers": {"config"},
+    "optimizers": {"config", "rules"},
     "zero3": ENGINE,
     "initialization": ENGINE,
     "checkpoint": {"zero3", "shards", "config"},

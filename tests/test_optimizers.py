@@ -28,6 +28,6 @@ def test_bounds_hold_for_defaults_and_groups(wrong: dict[str, float]) -> None:
 
 def test_the_json_builds_it_whatever_the_case_of_its_name() -> None:
     section = {"type": "LOMO", "params": {"lr": "3e-2", "apply": "deferred"}}
-    optimizer = optimizer_from_json(section)(one_param())
+    optimizer = optimizer_from_json(section)(torch.nn.Linear(2, 1), None)
     assert isinstance(optimizer, lomo_ds.Lomo)
     assert optimizer.param_groups[0]["lr"] == 0.03 and optimizer.apply == "deferred"

@@ -1,21 +1,36 @@
-"""The norm of all gradients from sums over shards, and the factor that clips to it."""
+"""Clipping: by the global norm, by value, or each parameter by its own norm."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lomo_ds.rules.rounding import chunk_numel
+from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
+
+Clipping = Literal["global", "value", "per_parameter", "lagged"]
+"""What ``gradient_clipping`` bounds: the norm over all parameters, each element, each parameter's norm, or
+the global norm by the factor that the step before would have needed."""
+
+_NORM_EPS = 1e-6
+
 
 @torch.no_grad()
 def sum_of_squares(grad_shard: Tensor) -> Tensor:
-    """The sum of squares of a shard, accumulated in fp32 and returned as a 0-dim fp64 tensor.
+    """The sum of squares of a shard, as a 0-dim fp64 tensor.
 
-    Sums over shards and ranks add up to the square of the global 2-norm. No host sync.
+    Sums over shards and ranks add up to the square of the global 2-norm. fp32 within a chunk, fp64 over
+    chunks; no host sync.
     """
-    norm = torch.linalg.vector_norm(grad_shard, dtype=torch.float32)
-    return norm.double().square()
+    total = torch.zeros((), dtype=torch.float64, device=grad_shard.device)
+    for chunk in grad_shard.split(chunk_numel(grad_shard.device)):
+        exact = chunk.float()
+        total += torch.dot(exact, exact)
+    return total
 
 
 def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
@@ -31,4 +46,14 @@ def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
     assert math.isfinite(grad_norm), "a step with a norm that is not finite is dropped, not clipped"
     if max_grad_norm <= 0:
         return 1.0
-    return min(1.0, max_grad_norm / (grad_norm + 1e-6))
+    return min(1.0, max_grad_norm / (grad_norm + _NORM_EPS))
+
+
+def clipped_per_parameter(rule: Rule, shard: Shard, hyper: Hyper, max_grad_norm: float) -> Sums:
+    """``rule``'s update with the parameter's gradient clipped to a norm of its own. Asks for one sum more."""
+    own = torch.zeros(1, dtype=torch.float32, device=shard.grad.device)
+    for at in shard.chunks():
+        own += shard.scaled_grad(at, hyper).square().sum()
+    norm = (yield own).sqrt().squeeze(0)
+    factor = (max_grad_norm / (norm + _NORM_EPS)).clamp(max=1.0)
+    yield from rule.update_(shard, replace(hyper, grad_scale=factor * hyper.grad_scale))

@@ -1,46 +1,115 @@
-"""Updating a low-precision shard with fp32 inside and one write-back."""
+"""Updating a low-precision shard: fp32 inside, one write-back, and what becomes of the rest.
+
+A bf16 weight keeps 8 significant bits, so that most updates of a fine-tuning step fall below half of
+its spacing. Rounding to nearest loses those; the other ways here keep them in the mean (stochastic) or
+in a second tensor (Kahan's compensation, in the weight's dtype or in 8 bits).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-_CHUNK_NUMEL = {"cpu": 1 << 18}
+from lomo_ds.rules.noise import random_int32
+
+Rounding = Literal["nearest", "stochastic", "kahan", "compensated8"]
+
+_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+_STEPS = 254
+"""Parts into which ``compensated8`` divides a weight's spacing; an int8 then holds half a spacing and
+either sign."""
+
+
+def error_state(rounding: Rounding, param_shard: Tensor) -> Tensor | None:
+    """What a way of rounding keeps beside the shard: a zeroed tensor of its shape, or None.
+
+    Cost: 2 bytes per element for ``kahan``, 1 for ``compensated8``, none else or in fp32.
+    """
+    if param_shard.dtype not in _MANTISSA_BITS:
+        return None
+    if rounding == "kahan":
+        return torch.zeros_like(param_shard)
+    if rounding == "compensated8":
+        return torch.zeros_like(param_shard, dtype=torch.int8)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteBack:
+    """How one update of one shard is written back.
+
+    Attributes:
+        rounding: the way.
+        key: for stochastic rounding, (seed, parameter, step).
+        start: flat index of the shard's first element in the whole parameter.
+        error: ``error_state`` of this shard.
+    """
+
+    rounding: Rounding = "nearest"
+    key: tuple[int, ...] = ()
+    start: int = 0
+    error: Tensor | None = None
+
+    def read(self, param_shard: Tensor, at: slice) -> Tensor:
+        """The shard's elements ``at`` in fp32, with the error that was kept for them.
+
+        An fp32 shard is given as a view, to be updated in place.
+        """
+        exact = param_shard[at].float()
+        if self.error is not None:
+            error = self.error[at]
+            exact += error.float() if self.rounding == "kahan" else _unpack(error, param_shard[at])
+        return exact
+
+    def write(self, exact: Tensor, param_shard: Tensor, at: slice) -> None:
+        """Round fp32 values ``exact`` into the shard's elements ``at`` and keep the error."""
+        target = param_shard[at]
+        if target.dtype == torch.float32:
+            return  # ``exact`` is the shard itself
+        if self.rounding == "stochastic":
+            noise = random_int32(self.key, self.start + at.start, exact.numel(), exact.device)
+            exact = _round_stochastically(exact, noise, _MANTISSA_BITS[target.dtype])
+        target.copy_(exact)
+        if self.error is not None:
+            lost = exact - target.float()
+            self.error[at] = lost if self.rounding == "kahan" else _pack(lost, target)
+
+
+def _round_stochastically(exact: Tensor, noise: Tensor, mantissa_bits: int) -> Tensor:
+    """Up or down to a value of ``mantissa_bits``, each with the probability that keeps the mean.
+
+    On the bits of an fp32 number: add noise below the last bit that is kept, then cut. What is not
+    finite stays. (fp16's subnormals are rounded to nearest afterwards.)
+    """
+    dropped = 23 - mantissa_bits
+    below = (1 << dropped) - 1
+    bits = exact.view(torch.int32).add(noise.bitwise_and_(below)).bitwise_and_(~below)
+    return torch.where(exact.isfinite(), bits.view(torch.float32), exact)
+
+
+def _spacing(values: Tensor) -> Tensor:
+    """The distance of each bf16 or fp16 value to the next larger of its exponent, in fp32."""
+    exponent_bits = values.float().view(torch.int32).bitwise_and(0x7F800000)
+    spacing_bits = exponent_bits.sub_(_MANTISSA_BITS[values.dtype] << 23).clamp_(min=0)
+    return spacing_bits.view(torch.float32)
+
+
+def _pack(lost: Tensor, rounded: Tensor) -> Tensor:
+    parts = lost * _STEPS / _spacing(rounded)
+    return parts.nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(-127, 127).to(torch.int8)
+
+
+def _unpack(error: Tensor, rounded: Tensor) -> Tensor:
+    return error.float() * _spacing(rounded) / _STEPS
+
+
+_CHUNK_NUMEL = {"cpu": 1 << 15}
 _CHUNK_NUMEL_ACCELERATOR = 1 << 22
 
 
 def chunk_numel(device: torch.device) -> int:
     """Elements that are updated at a time: small enough for a CPU's cache, large enough for a GPU."""
     return _CHUNK_NUMEL.get(device.type, _CHUNK_NUMEL_ACCELERATOR)
-
-
-def chunks(param_shard: Tensor, grad_shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk a parameter shard and its gradient shard, both 1-D and equally long, piece by piece.
-
-    This bounds the fp32 temporaries of an update, whatever the size of the shard.
-    """
-    size = chunk_numel(param_shard.device)
-    yield from zip(param_shard.split(size), grad_shard.split(size), strict=True)
-
-
-@contextmanager
-def fp32_inside(param_chunk: Tensor) -> Iterator[Tensor]:
-    """Give an fp32 tensor to update in place and write it back once, rounded to nearest.
-
-    An fp32 chunk is given as it is. torch's own ``add_`` on bf16 rounds the factor as well as the sum
-    on CPU, which is why the update is not left to it.
-
-    Args:
-        param_chunk: any floating dtype, updated in place.
-
-    Cost: 4 bytes per element for dtypes other than fp32.
-    """
-    if param_chunk.dtype == torch.float32:
-        yield param_chunk
-        return
-    exact = param_chunk.float()
-    yield exact
-    param_chunk.copy_(exact)

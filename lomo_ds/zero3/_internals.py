@@ -1,8 +1,8 @@
 """The one file that names what DeepSpeed keeps to itself.
 
-Three kinds of things stand here: readers of the attributes that ZeRO-3 hangs on a parameter, the two
-classes that override DeepSpeed's methods and hand on to ours in the words of this project, and the
-contract: a table of every private name used, which ``lomo-ds doctor`` and the tests hold against the
+Two kinds of things stand here: readers of the attributes that ZeRO-3 hangs on a parameter, and the two
+classes that override DeepSpeed's methods and hand on to ours in the words of this project. Every private
+name used is in the table of ``private_names``, which ``lomo-ds doctor`` and the tests hold against the
 installed DeepSpeed.
 """
 
@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.shards import ShardSpec
-from lomo_ds.zero3.contract import PrivateName, PrivateNameStatus, check_names
+from lomo_ds.zero3.private_names import CONTRACT, STAGE3_ARGUMENTS, check_contract
 
 __all__ = [
+    "CONTRACT",
     "DeepSpeedConfig",
     "EngineSeam",
     "Stage3Seam",
@@ -81,6 +82,8 @@ def accumulation_dtype(ds_config: DeepSpeedConfig) -> torch.dtype:
     """The dtype in which reduced gradients come and add up, as DeepSpeed's engine derives it."""
     if ds_config.grad_accum_dtype is not None:
         return DtypeEnum(ds_config.grad_accum_dtype).value
+    if ds_config.float16_config.enabled:
+        return torch.float16
     return torch.bfloat16 if ds_config.bfloat16_config.enabled else torch.float32
 
 
@@ -140,9 +143,15 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
     def reduce_ready_partitions_and_remove_grads(self, param: Parameter) -> None:
         if self.accepts_gradients():
             super().reduce_ready_partitions_and_remove_grads(param)
+            self.reduce_full_bucket(self.get_param_comm_dtype(param))
         else:
             self.refuse(param)
             _drop_grad(param)
+
+    def reduce_full_bucket(self, dtype: torch.dtype) -> None:
+        """Reduce a gradient that fills the bucket at once; DeepSpeed would keep it until the next comes."""
+        if self.ipg_buckets[dtype].elements >= self.reduce_bucket_size:
+            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
 
     def partition_grads(self, params_to_release: list[Parameter], grad_partitions: list[Tensor]) -> None:
         self.take(
@@ -186,6 +195,23 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
     def begin_step(self) -> None:
         self._pre_step()
 
+    def scale_after(self, overflow: bool) -> None:
+        """Let DeepSpeed's loss scaler fall after an overflow, or count towards growing."""
+        self._update_scale(overflow)
+
+    def backward_counters(self) -> dict[torch.nn.Module, dict[str, int]]:
+        """What ZeRO-3's module hooks count down in a backward."""
+        names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+        return {
+            module: {name: module.__dict__[name] for name in names if name in module.__dict__}
+            for module in self.module.modules()
+        }
+
+    def restore_backward_counters(self, counters: dict[torch.nn.Module, dict[str, int]]) -> None:
+        """Let a second backward through the same graph find the hooks as the first one did."""
+        for module, of_module in counters.items():
+            module.__dict__.update(of_module)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what is left of full gradients; always to None. DeepSpeed's own fails on CPU ranks."""
         self.micro_step_id = 0
@@ -213,31 +239,6 @@ def _reduced(param: Parameter, partition: Tensor) -> ReducedGradient:
     return ReducedGradient(param, real)
 
 
-_STAGE3_ARGUMENTS = {
-    "static_loss_scale": "loss_scale",
-    "dynamic_loss_scale": "dynamic_loss_scale",
-    "dynamic_loss_args": "dynamic_loss_scale_args",
-    "clip_grad": "gradient_clipping",
-    "contiguous_gradients": "zero_contiguous_gradients",
-    "reduce_bucket_size": "zero_reduce_bucket_size",
-    "prefetch_bucket_size": "zero_prefetch_bucket_size",
-    "max_reuse_distance": "zero_max_reuse_distance",
-    "max_live_parameters": "zero_max_live_parameters",
-    "param_persistence_threshold": "zero_param_persistence_threshold",
-    "model_persistence_threshold": "zero_model_persistence_threshold",
-    "reduce_scatter": "zero_reduce_scatter",
-    "overlap_comm": "zero_overlap_comm",
-    "sub_group_size": "zero_sub_group_size",
-    "postscale_gradients": "postscale_gradients",
-    "gradient_predivide_factor": "gradient_predivide_factor",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "zero_module_granularity_threshold": "zero_module_granularity_threshold",
-    "log_trace_cache_warnings": "zero_log_trace_cache_warnings",
-    "enable_sanity_checks": "is_sanity_checks_enabled",
-}
-"""Argument of stage 3's constructor -> the engine's method that reads it from the JSON."""
-
-
 class EngineSeam(DeepSpeedEngine):
     """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
 
@@ -257,7 +258,7 @@ class EngineSeam(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Stage3Seam:
         if self.zero_allgather_sequential():
             self._config.zero_config.prefetch_bucket_size = 1
-        arguments = {name: getattr(self, method)() for name, method in _STAGE3_ARGUMENTS.items()}
+        arguments = {name: getattr(self, method)() for name, method in STAGE3_ARGUMENTS.items()}
         return self.make_sharded_optimizer(
             module=self.module,
             init_optimizer=optimizer,
@@ -274,98 +275,3 @@ class EngineSeam(DeepSpeedEngine):
 def _timers(engine: DeepSpeedEngine) -> Any:
     noop = import_module("deepspeed.utils.timer").NoopTimer
     return engine.timers if engine.wall_clock_breakdown() else noop()
-
-
-# The contract -----------------------------------------------------------------------------------
-
-
-_STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
-_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
-_BASE = "deepspeed.runtime.base_optimizer:ZeROOptimizer"
-_PARAMS = "deepspeed.runtime.zero.partition_parameters"
-
-
-def _methods(owner: str, used_for: str, **signatures: tuple[str, ...]) -> list[PrivateName]:
-    return [
-        PrivateName(owner=owner, name=name, used_for=used_for, parameters=parameters)
-        for name, parameters in signatures.items()
-    ]
-
-
-def _attributes(owner: str, used_for: str, *names: str) -> list[PrivateName]:
-    return [PrivateName(owner=owner, name=name, used_for=used_for) for name in names]
-
-
-CONTRACT: tuple[PrivateName, ...] = (
-    *_methods(
-        _STAGE3,
-        "keeping only the reduce bucket, applying shards inside backward",
-        _setup_for_real_optimizer=("self",),
-        partition_grads=("self", "params_to_release", "grad_partitions"),
-        reduce_ready_partitions_and_remove_grads=("self", "param"),
-        independent_gradient_partition_epilogue=("self",),
-        _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads=("self", "communication_data_type"),
-    ),
-    *_methods(
-        _STAGE3,
-        "the step boundary",
-        _pre_step=("self",),
-        _partition_all_parameters=("self",),
-        invalidate_secondary_tensor=("self",),
-        backward_prologue=("self",),
-        backward_epilogue=("self",),
-    ),
-    *_attributes(
-        _STAGE3,
-        "reading what stage 3 built",
-        "ipg_buckets",
-        "fp16_groups",
-        "sub_group_to_group_id",
-        "persistent_parameters",
-        "reduce_and_partition_stream",
-        "gradient_accumulation_dtype",
-        "_global_grad_norm",
-        "clip_grad",
-        "overflow",
-        "contiguous_gradients",
-    ),
-    *_methods(_BASE, "recovering from a backward that raised", exit_backward=("self",)),
-    *_attributes(
-        _BASE,
-        "recovering from a backward that raised",
-        "_backward_active_depth",
-        "_epilogue_ran_this_backward",
-    ),
-    *_methods(
-        _ENGINE,
-        "building our optimizer in DeepSpeed's engine",
-        _configure_zero_optimizer=("self", "optimizer"),
-        _do_optimizer_sanity_check=("self", "basic_optimizer"),
-        _is_supported_optimizer=("self", "optimizer_name"),
-        _configure_python_gc=("self",),
-        **{method: ("self",) for method in _STAGE3_ARGUMENTS.values()},
-    ),
-    *_attributes(
-        _ENGINE,
-        "building our optimizer in DeepSpeed's engine",
-        "_config",
-        "seq_data_parallel_group",
-        "param_names",
-    ),
-    *_attributes(
-        _PARAMS,
-        "knowing a parameter's shard",
-        "ds_id",
-        "ds_shape",
-        "ds_tensor",
-        "ds_numel",
-        "ds_process_group",
-        "shutdown_init_context",
-        "restore_init_context",
-    ),
-)
-
-
-def check_contract() -> list[PrivateNameStatus]:
-    """Hold every private name of this file against the installed DeepSpeed."""
-    return check_names(CONTRACT)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
 
 from lomo_ds.zero3._internals import EngineSeam
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
+from lomo_ds.zero3.passes import backward_twice
 from lomo_ds.zero3.policy import Choice
 
 
@@ -43,6 +45,12 @@ class LomoEngine(EngineSeam):
         Returns:
             The loss, divided where ``scale_wrt_gas``.
         """
+        one_pass = partial(self._one_backward, scale_wrt_gas=scale_wrt_gas)
+        if self.optimizer.choice.policy == "two_pass":
+            return backward_twice(self.optimizer, one_pass, loss, retain_graph)
+        return one_pass(loss, retain_graph=retain_graph)
+
+    def _one_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> Tensor:
         with self.optimizer.accepting_gradients():
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 

@@ -14,15 +14,17 @@ from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.rules import lomo
-from lomo_ds.rules.clipping import clip_factor, sum_of_squares
-from lomo_ds.zero3._internals import ReducedGradient, Stage3Seam, local_shard, process_group, shard_spec
+from lomo_ds.optimizers import rule_of
+from lomo_ds.rules.clipping import clip_factor, clipped_per_parameter, sum_of_squares
+from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
+from lomo_ds.zero3._internals import ReducedGradient, Stage3Seam, process_group, shard_spec
 from lomo_ds.zero3.parking import Parking
 from lomo_ds.zero3.policy import Choice
+from lomo_ds.zero3.updater import Updater
 
 
 class LomoZeroOptimizer(Stage3Seam):
-    """DeepSpeed's stage 3 with LOMO's update in place of fp32 copies, states and a gradient buffer.
+    """DeepSpeed's stage 3 with an update rule in place of fp32 copies, states and a gradient buffer.
 
     Built by the engine. All ranks call every method together.
 
@@ -31,6 +33,7 @@ class LomoZeroOptimizer(Stage3Seam):
         stage3_arguments: of DeepSpeed's stage 3, by name.
 
     Attributes:
+        choice: when shards are applied, and why.
         overflow: whether the last step was dropped for a gradient norm that was not finite.
     """
 
@@ -41,39 +44,45 @@ class LomoZeroOptimizer(Stage3Seam):
     # Building ----------------------------------------------------------------------------------
 
     def set_up(self) -> None:
-        """Allocate the parking where shards are deferred. Called by stage 3 when the shards stand."""
+        """Allocate rule states and the parking. Called by stage 3 when the shards stand."""
         self._accepting = False
+        self._measuring = False
         self._warned_stray = False
         self._shards_changed = False
         self._group_index = self.group_index()
         self._squares: dict[Parameter, Tensor] = {}
-        self._device = torch.device(get_accelerator().current_device_name())
+        self._norm: float | None = None
+        self._last_norm: float | None = None
+        rules = {param: rule_of(self._group(param)) for param in self.trainable_params()}
+        self.updater = Updater(rules, self.optimizer.rounding, self.optimizer.seed)
         self._parking = None
-        if self.choice.deferred:
-            shard_numel = {param: shard_spec(param).shard_numel for param in self.trainable_params()}
-            self._parking = Parking(shard_numel, self.gradient_accumulation_dtype, self._device)
+        if self.choice.policy == "deferred":
+            shard_numel = {param: shard_spec(param).shard_numel for param in rules}
+            device = torch.device(get_accelerator().current_device_name())
+            self._parking = Parking(shard_numel, self.gradient_accumulation_dtype, device)
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
 
     @property
     def parked_host_bytes(self) -> int:
-        """Host memory that this rank keeps for parked gradients, in bytes; 0 under ``immediate``."""
+        """Host memory that this rank keeps for parked gradients, in bytes; 0 unless ``deferred``."""
         return self._parking.num_bytes if self._parking else 0
 
-    # Inside backward ---------------------------------------------------------------------------
+    # Whose gradients ---------------------------------------------------------------------------
 
     @contextmanager
     def accepting_gradients(self) -> Iterator[None]:
         """Take the gradients that arrive meanwhile as the engine's own; others are dropped.
 
-        An exception leaves no gradient of the broken backward behind. What ``immediate`` had applied
-        before it stays applied.
+        An exception leaves no gradient of the broken backward behind. What had been applied inside
+        that backward stays applied.
         """
         before, self._accepting = self._accepting, True
         try:
             yield
         except BaseException:
             self.forget_unfinished_backward()
+            self.updater.forget_pending()
             self.zero_grad()
             raise
         finally:
@@ -83,6 +92,8 @@ class LomoZeroOptimizer(Stage3Seam):
         return self._accepting
 
     def backward_prologue(self) -> None:
+        if self.choice.policy == "two_pass" and not self._accepting:
+            raise RuntimeError('"apply": "two_pass" runs backward twice: call engine.backward(loss)')
         self._accepting = True  # a backward through the engine's outputs begins
         super().backward_prologue()
 
@@ -99,31 +110,90 @@ class LomoZeroOptimizer(Stage3Seam):
             )
         self._warned_stray = True
 
+    # Inside backward ---------------------------------------------------------------------------
+
     @torch.no_grad()
     def take(self, gradients: Sequence[ReducedGradient]) -> None:
-        """Apply or park the shards of one reduce bucket and measure them. No host sync."""
+        """Measure the shards of one reduce bucket and apply or park them. No host sync.
+
+        Collective where a rule needs sums over shards: one small all-reduce.
+        """
         for param, grad_shard in gradients:
             if self._parking:
                 grad_shard = self._parking.add(param, grad_shard)
-            else:
+            elif self._norm is None:
                 self._refuse_second_part(param)
-                self._apply(param, grad_shard, grad_scale=1.0)
-            self._squares[param] = sum_of_squares(grad_shard)
+            if self._norm is None:
+                self._squares[param] = sum_of_squares(grad_shard)
+            if not self._parking and not self._measuring:
+                self._begin_update(param, grad_shard.clone() if self._needs_sums(param) else grad_shard)
+        self.updater.advance()
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        super().independent_gradient_partition_epilogue()
+        self.updater.finish()
 
     def _refuse_second_part(self, param: Parameter) -> None:
         if param in self._squares:
             raise RuntimeError(
                 f"a second gradient for {self.name_of(param)!r} since the last engine.step(): the first "
-                'was applied already. Set "optimizer.params.apply" to "deferred", where they add up'
+                f'was {"measured" if self._measuring else "applied"} already. Set "optimizer.params.apply" '
+                'to "deferred", where they add up'
             )
 
-    def _apply(self, param: Parameter, grad_shard: Tensor, grad_scale: float) -> None:
-        group = self.optimizer.param_groups[self._group_index[param]]
-        hyper = lomo.Hyper(
-            lr=float(group["lr"]), weight_decay=float(group["weight_decay"]), grad_scale=grad_scale
-        )
-        lomo.apply_(local_shard(param), grad_shard, hyper)
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The first of two passes: gradients are measured and dropped, then their norm is known."""
+        self._measuring = True
+        try:
+            yield
+        finally:
+            self._measuring = False
+        self._norm = float(self._measure_norm())
+
+    @property
+    def step_will_apply(self) -> bool:
+        """Whether the norm that has been measured is finite, so that the second pass is worth running."""
+        return math.isfinite(self._norm)
+
+    # One update --------------------------------------------------------------------------------
+
+    def _group(self, param: Parameter) -> dict[str, Any]:
+        return self.optimizer.param_groups[self._group_index[param]]
+
+    def _needs_sums(self, param: Parameter) -> bool:
+        return self.updater.entries[param].rule.needs_sums or self._clips_per_parameter
+
+    @property
+    def _clips_per_parameter(self) -> bool:
+        """Also ``lagged`` does, in the one step that has no norm before it."""
+        first_lagged = self.optimizer.clipping == "lagged" and self._last_norm is None
+        return self.clip_grad > 0 and (self.optimizer.clipping == "per_parameter" or first_lagged)
+
+    def _begin_update(self, param: Parameter, grad_shard: Tensor) -> None:
         self._shards_changed = True
+        group = self._group(param)
+
+        def update(rule: Rule, shard: Shard, num_updates: int) -> Sums:
+            hyper = Hyper(
+                lr=float(group["lr"]),
+                weight_decay=float(group["weight_decay"]),
+                grad_scale=self._grad_scale(),
+                clip_value=self.clip_grad
+                if self.optimizer.clipping == "value" and self.clip_grad > 0
+                else None,
+                step=num_updates,
+            )
+            if self._clips_per_parameter:
+                return clipped_per_parameter(rule, shard, hyper, self.clip_grad)
+            return rule.update_(shard, hyper)
+
+        self.updater.begin(param, grad_shard, update)
+
+    def _grad_scale(self) -> float:
+        """The factor on every gradient: the loss scale taken back, and the clipping by a global norm."""
+        norm = {"global": self._norm, "lagged": self._last_norm}.get(self.optimizer.clipping)
+        return (1.0 if norm is None else clip_factor(norm, self.clip_grad)) / self.loss_scale
 
     # The step boundary -------------------------------------------------------------------------
 
@@ -131,41 +201,55 @@ class LomoZeroOptimizer(Stage3Seam):
     def step(self, closure: None = None) -> None:
         """End the step: measure the global norm, apply what is parked, make gathered copies new.
 
-        A norm that is not finite drops the whole step under ``deferred``; ``overflow`` then is True.
+        A norm that is not finite drops the whole step unless ``immediate`` has applied it already;
+        ``overflow`` then is True and a dynamic loss scale falls.
 
         Raises:
             RuntimeError: no gradient has arrived since the last step.
 
         Cost: one all-reduce of a scalar; under ``deferred`` one copy of the gradient shards to the
-            device, one at a time, and one host sync.
+            device, some at a time, and one host sync.
         """
         if not self._squares:
             raise RuntimeError("no gradient since the last step: call engine.backward(loss) first")
         self.begin_step()
         self.release_gathered_params()
-        self._global_grad_norm = self._measure_norm()
+        self._global_grad_norm = self._measure_norm() if self._norm is None else self._norm
         self.overflow = False
-        if self._parking:
-            self._apply_parked(float(self._global_grad_norm))
+        if self.choice.policy != "immediate":
+            self._norm = float(self._global_grad_norm)
+            self.overflow = not self.step_will_apply
+        if self.overflow:
+            logger.warning(f"the gradient norm is {self._norm}: the whole step is dropped")
+        elif self._parking:
+            self._apply_parked()
+        self._end_step()
+
+    def _apply_parked(self) -> None:
+        self._parking.wait()
+        numel = 0
+        for param in self._squares:
+            self._begin_update(param, self._parking.fetch(param))
+            numel += shard_spec(param).numel
+            if numel >= self.reduce_bucket_size:
+                self.updater.advance()
+                numel = 0
+        self.updater.finish()
+
+    def _end_step(self) -> None:
+        if self.optimizer.clipping == "lagged" and math.isfinite(norm := float(self._global_grad_norm)):
+            self._last_norm = norm
+        self.scale_after(self.overflow)
         self.gather_persistent_params()
         self._shards_changed = False
         self.zero_grad()
 
     def _measure_norm(self) -> Tensor:
-        """The 2-norm of the gradient over all parameters and ranks: a 0-dim fp64 tensor on the device."""
+        """The unscaled gradient's 2-norm over all parameters and ranks: 0-dim fp64, on the device."""
         group = process_group(next(iter(self._squares)))
         total = torch.stack(list(self._squares.values())).sum()
         dist.all_reduce(total, group=group)
-        return total.sqrt()
-
-    def _apply_parked(self, grad_norm: float) -> None:
-        self.overflow = not math.isfinite(grad_norm)
-        if self.overflow:
-            logger.warning(f"the gradient norm is {grad_norm}: the whole step is dropped")
-            return
-        grad_scale = clip_factor(grad_norm, self.clip_grad)
-        for param in self._squares:
-            self._apply(param, self._parking.fetch(param), grad_scale)
+        return total.sqrt() / self.loss_scale
 
     def refresh_gathered_params(self) -> None:
         """Make gathered copies new where shards changed and no step has ended, as before an evaluation."""
@@ -178,5 +262,6 @@ class LomoZeroOptimizer(Stage3Seam):
         """Forget every gradient that has arrived since the last step."""
         super().zero_grad(set_to_none)
         self._squares.clear()
+        self._norm = None
         if self._parking:
             self._parking.clear()

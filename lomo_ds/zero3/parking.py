@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
+_PINNED_PIECE_BYTES = 1 << 28
+"""Page-locked memory is taken in pieces of this size: torch rounds each up to a power of two, which for
+one large buffer could be twice what is needed."""
+
 
 class Parking:
-    """One host buffer with a place for each parameter's gradient shard.
+    """A place on the host for each parameter's gradient shard.
 
-    The buffer is allocated once, page-locked where there is an accelerator to copy from, and shards of
+    The memory is allocated once, page-locked where there is an accelerator to copy from, and shards of
     the same step add up in it (micro-batches, or a parameter whose gradient comes in several parts).
 
     Args:
@@ -26,38 +31,80 @@ class Parking:
     def __init__(
         self, shard_numel: Mapping[Parameter, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        total = sum(shard_numel.values())
-        self._buffer = torch.empty(total, dtype=dtype, pin_memory=device.type != "cpu")
-        self._places = dict(zip(shard_numel, self._buffer.split(list(shard_numel.values())), strict=True))
+        self._pieces, self._places = _allocate(shard_numel, dtype, pinned=device.type != "cpu")
         self._device = device
         self._parked: set[Parameter] = set()
+        self._copies = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
 
     @property
     def num_bytes(self) -> int:
-        """Host memory of this rank's buffer."""
-        return self._buffer.numel() * self._buffer.element_size()
+        """Host memory of this rank's buffers."""
+        return sum(piece.numel() * piece.element_size() for piece in self._pieces)
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor:
         """Park a shard, or add it to what is parked for ``param`` already.
 
+        The copy runs on a stream of its own, behind the current stream's work so far and beside what
+        follows; ``wait`` waits for it. The sum is done on the device.
+
         Returns:
             What is parked for ``param`` now, on the device; valid until the next call.
 
-        The copy is ordered after the current stream's work and does not wait for it; the caller
-        synchronizes that stream before it reads. The sum is done on the device.
+        Cost: on an accelerator a copy of the shard until the transfer is over.
         """
         place = self._places[param]
         if param in self._parked:
+            self.wait()
             grad_shard = place.to(self._device, non_blocking=True).add_(grad_shard)
-        place.copy_(grad_shard, non_blocking=True)
         self._parked.add(param)
+        if self._copies is None:
+            place.copy_(grad_shard)
+        else:
+            self._copy_beside(grad_shard.clone(), place)
         return grad_shard
 
+    def _copy_beside(self, grad_shard: Tensor, place: Tensor) -> None:
+        accelerator = get_accelerator()
+        self._copies.wait_stream(accelerator.current_stream())
+        with accelerator.stream(self._copies):
+            place.copy_(grad_shard, non_blocking=True)
+        grad_shard.record_stream(self._copies)
+
+    def wait(self) -> None:
+        """Wait until every copy to the host has ended."""
+        if self._copies is not None:
+            self._copies.synchronize()
+
     def fetch(self, param: Parameter) -> Tensor:
-        """The parked shard on the device, shape (shard_numel,); on CPU the place itself, not a copy."""
+        """The parked shard on the device, shape (shard_numel,); on CPU the place itself, not a copy.
+
+        Call ``wait`` first.
+        """
         assert param in self._parked, "nothing is parked for this parameter"
         return self._places[param].to(self._device, non_blocking=True)
 
     def clear(self) -> None:
-        """Forget what is parked; the buffer stays."""
+        """Forget what is parked; the memory stays."""
         self._parked.clear()
+
+
+def _allocate(
+    shard_numel: Mapping[Parameter, int], dtype: torch.dtype, pinned: bool
+) -> tuple[list[Tensor], dict[Parameter, Tensor]]:
+    """Pack the shards into pieces of host memory: (pieces, the place of each parameter)."""
+    limit = _PINNED_PIECE_BYTES // dtype.itemsize if pinned else sum(shard_numel.values())
+    batches: list[list[Parameter]] = []
+    room = 0
+    for param, numel in shard_numel.items():
+        if not batches or numel > room:
+            batches.append([])
+            room = max(limit, numel)
+        batches[-1].append(param)
+        room -= numel
+    pieces, places = [], {}
+    for params in batches:
+        sizes = [shard_numel[param] for param in params]
+        piece = torch.empty(sum(sizes), dtype=dtype, pin_memory=pinned)
+        pieces.append(piece)
+        places.update(zip(params, piece.split(sizes), strict=True))
+    return pieces, places

@@ -5,65 +5,78 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 from lomo_ds.optimizers import Apply
+
+Policy = Literal["immediate", "deferred", "two_pass"]
 
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demands:
-    """What the DeepSpeed JSON asks of a step.
+    """What the settings ask of a step.
 
     Attributes:
-        max_grad_norm: ``gradient_clipping``; 0 for none.
+        max_grad_norm: of the gradient over all parameters; 0 for none.
         num_micro_batches: ``gradient_accumulation_steps``.
+        fp16: an overflow has to drop the whole step.
     """
 
-    max_grad_norm: float
-    num_micro_batches: int
+    max_grad_norm: float = 0.0
+    num_micro_batches: int = 1
+    fp16: bool = False
+
+    @property
+    def accumulation(self) -> list[str]:
+        """Accumulation, if asked for, as a user would name it."""
+        steps = self.num_micro_batches
+        return [f'"gradient_accumulation_steps": {steps}'] if steps > 1 else []
 
     @property
     def need_whole_gradient(self) -> list[str]:
-        """The demands that only a step boundary can meet, as a user would name them."""
-        named = []
-        if self.max_grad_norm > 0:
-            named.append(f'"gradient_clipping": {self.max_grad_norm}')
-        if self.num_micro_batches > 1:
-            named.append(f'"gradient_accumulation_steps": {self.num_micro_batches}')
-        return named
+        """What only a look at the whole gradient can meet, as a user would name it."""
+        clipping = [f'"gradient_clipping": {self.max_grad_norm}'] if self.max_grad_norm > 0 else []
+        return clipping + self.accumulation + (['"fp16"'] if self.fp16 else [])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """The policy taken and the reason, for one line in the log."""
 
-    deferred: bool
+    policy: Policy
     reason: str
 
     def __str__(self) -> str:
-        return f"apply: {'deferred' if self.deferred else 'immediate'} ({self.reason})"
+        return f"apply: {self.policy} ({self.reason})"
 
 
-def refuse_contradictions(apply: Apply, demands: Demands) -> None:
+def refuse_contradictions(apply: Apply, demands: Demands, parked_bytes: int) -> None:
     """Hold ``apply`` against the rest of the JSON, before anything is allocated.
 
+    Args:
+        apply: the user's setting.
+        demands: what the JSON asks.
+        parked_bytes: host memory per rank that deferring would take, for the message.
+
     Raises:
-        ValueError: ``immediate`` together with something that needs the whole gradient first.
+        ValueError: ``immediate`` or ``two_pass`` together with something that it cannot do.
     """
-    named = demands.need_whole_gradient
-    if apply == "immediate" and named:
-        raise ValueError(
-            f'"optimizer.params.apply": "immediate" applies each gradient inside backward, before '
-            f'{" and ".join(named)} can be honoured: set apply to "deferred" or "auto", or '
-            'set "gradient_clipping" to 0 and "gradient_accumulation_steps" to 1'
-        )
+    refused = {"immediate": demands.need_whole_gradient, "two_pass": demands.accumulation}.get(apply)
+    if not refused:
+        return
+    raise ValueError(
+        f'"optimizer.params.apply": "{apply}" applies each gradient inside backward and cannot honour '
+        f'{" and ".join(refused)}: set apply to "deferred" or "auto", which takes {_gib(parked_bytes)} '
+        f"of host memory per rank, or {_remedy(refused)}"
+    )
 
 
 def choose(apply: Apply, demands: Demands, parked_bytes: int, host_room_bytes: int) -> Choice:
-    """Take ``immediate`` where nothing asks for more, else ``deferred`` where the host has room.
+    """``immediate`` where nothing asks for more, ``deferred`` where the host has room, else ``two_pass``.
 
     Args:
         apply: the user's setting.
@@ -72,19 +85,35 @@ def choose(apply: Apply, demands: Demands, parked_bytes: int, host_room_bytes: i
         host_room_bytes: host memory that this rank may take; the least of all ranks.
 
     Raises:
-        ValueError: deferring is needed or asked for and the host has no room.
+        ValueError: deferring is the only way, or was asked for, and the host has no room.
     """
     named = demands.need_whole_gradient
     if apply == "immediate" or (apply == "auto" and not named):
-        return Choice(deferred=False, reason="each shard inside backward; nothing asks for more")
+        return Choice(policy="immediate", reason="each shard inside backward; nothing asks for more")
     why = f"asked for by {' and '.join(named)}" if named else 'asked for by "apply"'
-    if parked_bytes > host_room_bytes:
-        raise ValueError(
-            f"gradients have to be parked on the host, {why}, which takes {parked_bytes / _GIB:.2f} GiB "
-            f"per rank where {host_room_bytes / _GIB:.2f} GiB are free: free host memory, or set "
-            '"gradient_clipping" to 0 and "gradient_accumulation_steps" to 1'
-        )
-    return Choice(deferred=True, reason=f"{why}; {parked_bytes / _GIB:.2f} GiB of host memory per rank")
+    if apply == "two_pass":
+        return Choice(policy="two_pass", reason=f"{why}; a second backward a step")
+    if parked_bytes <= host_room_bytes:
+        return Choice(policy="deferred", reason=f"{why}; {_gib(parked_bytes)} of host memory per rank")
+    room = (
+        f"{_gib(host_room_bytes)} of host memory per rank are free where parking takes {_gib(parked_bytes)}"
+    )
+    if apply == "auto" and not demands.accumulation:
+        return Choice(policy="two_pass", reason=f"{why}; a second backward a step, since {room}")
+    raise ValueError(
+        f"gradients have to be parked on the host, {why}, but only {room}: free host memory, or "
+        f"{_remedy(demands.accumulation) if demands.accumulation else 'set apply to two_pass'}"
+    )
+
+
+def _remedy(refused: list[str]) -> str:
+    off = {"gradient_clipping": "0", "gradient_accumulation_steps": "1", "fp16": "off"}
+    keys = [item.split('"')[1] for item in refused]
+    return "set " + " and ".join(f'"{key}" to {off[key]}' for key in keys)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"
 
 
 def host_room_bytes(num_local_ranks: int) -> int:

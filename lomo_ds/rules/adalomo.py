@@ -1,0 +1,141 @@
+"""AdaLomo: an adaptive step per parameter from factored second moments, on one shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lomo_ds.rules.rounding import chunk_numel
+from lomo_ds.rules.rule import Hyper, Shard, Sums
+from lomo_ds.shards import Block, ShardSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLomoRule:
+    """The update is g / sqrt(v), bounded in RMS, times lr and the RMS of the parameter.
+
+    v is the running mean of g^2: for matrices the outer product of its row and column means (for more
+    than two dimensions over the last two), for vectors v itself. With t the number of updates,
+    beta = 1 - t^decay_rate, u = g / sqrt(v):
+
+        p <- p - lr * max(eps[1], RMS(p)) * u / max(1, RMS(u) / clip_threshold)
+
+    after p <- p * (1 - lr * weight_decay). All means are over the whole parameter, so an update asks for
+    totals twice: row and column sums of g^2 with the sum of p^2, then the sum of u^2 (vectors: once).
+
+    Attributes:
+        eps: added to g^2, and least RMS(p).
+        clip_threshold: largest RMS of an update.
+        decay_rate: exponent of beta.
+
+    Cost: state of one row and one column in fp32 on every rank (vectors: 4 bytes per element of the
+        shard); communication of as many numbers. The gradient is never gathered.
+
+    Reference: AdaLomo (arXiv 2310.10195), algorithm 1; Adafactor (arXiv 1804.04235), algorithms 4 and 5.
+    """
+
+    needs_sums: ClassVar[bool] = True
+    eps: tuple[float, float] = (1e-30, 1e-3)
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+
+    def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
+        if len(spec.shape) < 2:
+            return {"variance": torch.zeros_like(param_shard, dtype=torch.float32)}
+        rows, columns = prod(spec.shape[:-1]), prod(spec.shape[:-2]) * spec.shape[-1]
+        new = {"dtype": torch.float32, "device": param_shard.device}
+        return {"row": torch.zeros(rows, **new), "column": torch.zeros(columns, **new)}
+
+    def update_(self, shard: Shard, hyper: Hyper) -> Sums:
+        param_sq = _sum_of_squares(shard.param)
+        if "variance" in shard.state:
+            self._learn_vector(shard, hyper)
+            totals = yield torch.stack([param_sq, self._sum_of_update_squares(shard, hyper)])
+            param_sq, update_sq = totals.unbind()
+        else:
+            row, column = shard.state["row"], shard.state["column"]
+            totals = yield torch.cat([*_sums_of_grad_squares(shard, hyper), param_sq[None]])
+            row_sq, column_sq, param_sq = totals.split([row.numel(), column.numel(), 1])
+            self._learn_matrix(shard, hyper, row_sq, column_sq)
+            update_sq = yield self._sum_of_update_squares(shard, hyper)[None]
+        numel = shard.spec.numel
+        rms_param = (param_sq / numel).sqrt().clamp(min=self.eps[1])
+        bound = ((update_sq / numel).sqrt() / self.clip_threshold).clamp(min=1.0)
+        self._write(shard, hyper, hyper.lr * rms_param / bound)
+
+    def _learn_vector(self, shard: Shard, hyper: Hyper) -> None:
+        for at in shard.chunks():
+            grad_sq = shard.scaled_grad(at, hyper).square().add_(self.eps[0])
+            shard.state["variance"][at].lerp_(grad_sq, hyper.step**self.decay_rate)
+
+    def _learn_matrix(self, shard: Shard, hyper: Hyper, row_sq: Tensor, column_sq: Tensor) -> None:
+        num_rows, num_columns = shard.spec.shape[-2:]
+        weight = hyper.step**self.decay_rate
+        shard.state["row"].lerp_(row_sq / num_columns + self.eps[0], weight)
+        shard.state["column"].lerp_(column_sq / num_rows + self.eps[0], weight)
+
+    def _updates(self, shard: Shard, hyper: Hyper) -> Iterator[tuple[slice, Tensor]]:
+        """u = g / sqrt(v), piece by piece."""
+        if "variance" in shard.state:
+            for at in shard.chunks():
+                yield at, shard.scaled_grad(at, hyper) * shard.state["variance"][at].rsqrt()
+            return
+        num_rows, num_columns = shard.spec.shape[-2:]
+        row = shard.state["row"].view(-1, num_rows)
+        row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().flatten()
+        column_factor = shard.state["column"].view(-1, num_columns).rsqrt()
+        for block in _blocks(shard):
+            grad = shard.scaled_grad(block.at, hyper).view(block.num_rows, block.num_columns)
+            update = grad * row_factor[block.rows, None]
+            update.mul_(_column_rows(column_factor, block, num_rows)[:, block.columns])
+            yield block.at, update.flatten()
+
+    def _sum_of_update_squares(self, shard: Shard, hyper: Hyper) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=shard.param.device)
+        for _, update in self._updates(shard, hyper):
+            total += update.square_().sum()
+        return total
+
+    def _write(self, shard: Shard, hyper: Hyper, step_size: Tensor) -> None:
+        decay = 1.0 - hyper.lr * hyper.weight_decay
+        for at, update in self._updates(shard, hyper):
+            exact = shard.write_back.read(shard.param, at)
+            exact.mul_(decay).sub_(update.mul_(step_size))
+            shard.write_back.write(exact, shard.param, at)
+
+
+def _blocks(shard: Shard) -> Iterator[Block]:
+    return shard.spec.blocks(max_numel=chunk_numel(shard.param.device))
+
+
+def _column_rows(per_matrix: Tensor, block: Block, num_rows: int) -> Tensor:
+    """For each row of the block the column vector of its matrix: shape (1 or rows, columns)."""
+    if per_matrix.shape[0] == 1:
+        return per_matrix
+    matrix = torch.arange(block.rows.start, block.rows.stop, device=per_matrix.device) // num_rows
+    return per_matrix[matrix]
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.float32).square()
+
+
+def _sums_of_grad_squares(shard: Shard, hyper: Hyper) -> tuple[Tensor, Tensor]:
+    """This shard's part of the row and column sums of g^2, in the shapes of the state."""
+    num_rows, num_columns = shard.spec.shape[-2:]
+    row = torch.zeros_like(shard.state["row"])
+    column = torch.zeros_like(shard.state["column"]).view(-1, num_columns)
+    for block in _blocks(shard):
+        squares = shard.scaled_grad(block.at, hyper).square().view(block.num_rows, block.num_columns)
+        row[block.rows] += squares.sum(1)
+        if column.shape[0] == 1:
+            column[0, block.columns] += squares.sum(0)
+        else:
+            matrix = torch.arange(block.rows.start, block.rows.stop, device=row.device) // num_rows
+            column[:, block.columns].index_add_(0, matrix, squares)
+    return row, column.flatten()

@@ -1,0 +1,97 @@
+"""What an update rule is: tensor maths on one shard that never communicates."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from lomo_ds.rules.rounding import WriteBack, chunk_numel
+from lomo_ds.shards import ShardSpec
+
+Sums = Generator[Tensor, Tensor, None]
+"""An update in progress. It yields sums over its shard (1-D, fp32) and is sent their totals over all
+shards of the parameter; the engine adds up those of many parameters in one all-reduce. A rule that needs
+no sums yields nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """The numbers of one update.
+
+    Attributes:
+        lr: learning rate of the parameter's group.
+        weight_decay: of the group; each rule says what it means by it.
+        grad_scale: factor on the gradient (clipping, loss scale), a number or a 0-dim fp32 tensor.
+        clip_value: bound on each element of the scaled gradient; None for none.
+        step: how many updates this parameter has had, this one included.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    grad_scale: float | Tensor = 1.0
+    clip_value: float | None = None
+    step: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One rank's part of a parameter with everything that an update touches.
+
+    Attributes:
+        param: shape (shard_numel,), any floating dtype, updated in place.
+        grad: shape (shard_numel,), any floating dtype, left as it is.
+        spec: where the shard lies in the parameter.
+        state: the rule's own tensors, updated in place.
+        write_back: how the update is rounded.
+    """
+
+    param: Tensor
+    grad: Tensor
+    spec: ShardSpec
+    state: dict[str, Tensor] = field(default_factory=dict)
+    write_back: WriteBack = field(default_factory=WriteBack)
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the shard that bound the fp32 temporaries of an update."""
+        numel = self.param.numel()
+        step = chunk_numel(self.param.device)
+        for start in range(0, numel, step):
+            yield slice(start, min(start + step, numel))
+
+    def scaled_grad(self, at: slice, hyper: Hyper) -> Tensor:
+        """The gradient's elements ``at``, scaled and clipped by value, in fp32. Not to be written to."""
+        grad = self.grad[at].float()
+        if not (isinstance(hyper.grad_scale, float) and hyper.grad_scale == 1.0):
+            grad = grad * hyper.grad_scale
+        return grad if hyper.clip_value is None else grad.clamp(-hyper.clip_value, hyper.clip_value)
+
+
+class Rule(Protocol):
+    """An update rule.
+
+    Attributes:
+        needs_sums: whether ``update_`` yields anything; the gradient then has to outlive its bucket.
+    """
+
+    needs_sums: ClassVar[bool]
+
+    def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
+        """The tensors that the rule keeps for a parameter, on the shard's device."""
+        ...
+
+    def update_(self, shard: Shard, hyper: Hyper) -> Sums:
+        """Update the shard in place; see ``Sums`` for how it learns of the other shards."""
+        ...
+
+
+def apply_on_one_rank(update: Sums) -> None:
+    """Run an update of a parameter that one rank holds whole: its own sums are the totals."""
+    try:
+        sums = next(update)
+        while True:
+            sums = update.send(sums)
+    except StopIteration:
+        return

@@ -1,0 +1,131 @@
+"""The private names of DeepSpeed that ``_internals`` leans on, and how to check them.
+
+Names only, as text: nothing here reaches into DeepSpeed but to read its source.
+"""
+
+from __future__ import annotations
+
+from lomo_ds.zero3.contract import PrivateName, PrivateNameStatus, check_names
+
+STAGE3_ARGUMENTS = {
+    "static_loss_scale": "loss_scale",
+    "dynamic_loss_scale": "dynamic_loss_scale",
+    "dynamic_loss_args": "dynamic_loss_scale_args",
+    "clip_grad": "gradient_clipping",
+    "contiguous_gradients": "zero_contiguous_gradients",
+    "reduce_bucket_size": "zero_reduce_bucket_size",
+    "prefetch_bucket_size": "zero_prefetch_bucket_size",
+    "max_reuse_distance": "zero_max_reuse_distance",
+    "max_live_parameters": "zero_max_live_parameters",
+    "param_persistence_threshold": "zero_param_persistence_threshold",
+    "model_persistence_threshold": "zero_model_persistence_threshold",
+    "reduce_scatter": "zero_reduce_scatter",
+    "overlap_comm": "zero_overlap_comm",
+    "sub_group_size": "zero_sub_group_size",
+    "postscale_gradients": "postscale_gradients",
+    "gradient_predivide_factor": "gradient_predivide_factor",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "zero_module_granularity_threshold": "zero_module_granularity_threshold",
+    "log_trace_cache_warnings": "zero_log_trace_cache_warnings",
+    "enable_sanity_checks": "is_sanity_checks_enabled",
+}
+"""Argument of stage 3's constructor -> the engine's method that reads it from the JSON."""
+
+_STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+_BASE = "deepspeed.runtime.base_optimizer:ZeROOptimizer"
+_PARAMS = "deepspeed.runtime.zero.partition_parameters"
+
+
+def _methods(owner: str, used_for: str, **signatures: tuple[str, ...]) -> list[PrivateName]:
+    return [
+        PrivateName(owner=owner, name=name, used_for=used_for, parameters=parameters)
+        for name, parameters in signatures.items()
+    ]
+
+
+def _attributes(owner: str, used_for: str, *names: str) -> list[PrivateName]:
+    return [PrivateName(owner=owner, name=name, used_for=used_for) for name in names]
+
+
+CONTRACT: tuple[PrivateName, ...] = (
+    *_methods(
+        _STAGE3,
+        "keeping only the reduce bucket, applying shards inside backward",
+        _setup_for_real_optimizer=("self",),
+        partition_grads=("self", "params_to_release", "grad_partitions"),
+        reduce_ready_partitions_and_remove_grads=("self", "param"),
+        independent_gradient_partition_epilogue=("self",),
+        _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads=("self", "communication_data_type"),
+    ),
+    *_methods(
+        _STAGE3,
+        "the step boundary",
+        _pre_step=("self",),
+        _partition_all_parameters=("self",),
+        invalidate_secondary_tensor=("self",),
+        _update_scale=("self", "has_overflow"),
+        backward_prologue=("self",),
+        backward_epilogue=("self",),
+    ),
+    *_attributes(
+        _STAGE3,
+        "reading what stage 3 built",
+        "ipg_buckets",
+        "fp16_groups",
+        "sub_group_to_group_id",
+        "persistent_parameters",
+        "reduce_and_partition_stream",
+        "gradient_accumulation_dtype",
+        "_global_grad_norm",
+        "clip_grad",
+        "overflow",
+        "contiguous_gradients",
+    ),
+    *_methods(_BASE, "recovering from a backward that raised", exit_backward=("self",)),
+    *_methods(_BASE, "reducing a gradient that fills the bucket", get_param_comm_dtype=("self", "param")),
+    *_attributes(
+        _BASE,
+        "recovering from a backward that raised",
+        "_backward_active_depth",
+        "_epilogue_ran_this_backward",
+    ),
+    *_methods(
+        _ENGINE,
+        "building our optimizer in DeepSpeed's engine",
+        _configure_zero_optimizer=("self", "optimizer"),
+        _do_optimizer_sanity_check=("self", "basic_optimizer"),
+        _is_supported_optimizer=("self", "optimizer_name"),
+        _configure_python_gc=("self",),
+        **{method: ("self",) for method in STAGE3_ARGUMENTS.values()},
+    ),
+    *_attributes(
+        _ENGINE,
+        "building our optimizer in DeepSpeed's engine",
+        "_config",
+        "seq_data_parallel_group",
+        "param_names",
+    ),
+    *_attributes(
+        "deepspeed.runtime.zero.parameter_offload",
+        "running backward twice through one graph",
+        "applied_pre_backward_ref_cnt",
+        "ds_grads_remaining",
+    ),
+    *_attributes(
+        _PARAMS,
+        "knowing a parameter's shard",
+        "ds_id",
+        "ds_shape",
+        "ds_tensor",
+        "ds_numel",
+        "ds_process_group",
+        "shutdown_init_context",
+        "restore_init_context",
+    ),
+)
+
+
+def check_contract() -> list[PrivateNameStatus]:
+    """Hold every private name of this file against the installed DeepSpeed."""
+    return check_names(CONTRACT)
