@@ -167,7 +167,12 @@ def _choose(optimizer: ShardedOptimizer, ds_config: DeepSpeedConfig, ranks: int)
     shard_numel = sum(-(-full_numel(param) // ranks) for param in params)
     parked_bytes = shard_numel * accumulation_dtype(ds_config).itemsize
     refuse_contradictions(optimizer.apply, demands, parked_bytes)
-    room = host_room_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    room = host_room_bytes(_num_local_ranks(ranks))
     agreed = torch.tensor(room, dtype=torch.int64, device=get_accelerator().current_device_name())
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return choose(optimizer.apply, demands, parked_bytes, int(agreed))
+
+
+def _num_local_ranks(ranks: int) -> int:
+    """Ranks of this node, as torchrun and DeepSpeed's launcher say; all ranks where none of them does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)

@@ -1,4 +1,4 @@
-"""From a recipe and its DeepSpeed JSON to the JSON as used: the recipe fills what is missing or "auto"."""
+"""From a recipe and its DeepSpeed JSON to the JSON as used: what the recipe says takes the JSON's place."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
         world_size: number of ranks.
 
     Raises:
-        ValueError: JSON and recipe say different things, naming both keys; or an "auto" remains.
+        ValueError: both set a schedule, or no learning rate is given.
     """
     filled = copy.deepcopy(dict(ds_json))
     micro, num_micro = recipe.batch.per_rank(world_size)
-    _fill(filled, "train_batch_size", recipe.batch.train_batch_size, "batch.train_batch_size")
-    _fill(filled, "train_micro_batch_size_per_gpu", micro, "batch.micro_batch_size")
-    _fill(filled, "gradient_accumulation_steps", num_micro, "batch.micro_batch_size")
+    _fill(filled, "train_batch_size", recipe.batch.train_batch_size)
+    _fill(filled, "train_micro_batch_size_per_gpu", micro)
+    _fill(filled, "gradient_accumulation_steps", num_micro)
     filled.setdefault("optimizer", {"type": "Lomo"}).setdefault("params", {})
-    _fill(filled, "optimizer.params.lr", recipe.optimizer.lr, "optimizer.lr")
-    _fill(filled, "optimizer.params.weight_decay", recipe.optimizer.weight_decay, "optimizer.weight_decay")
+    _fill(filled, "optimizer.params.lr", recipe.optimizer.lr)
+    _fill(filled, "optimizer.params.weight_decay", recipe.optimizer.weight_decay)
     if filled["optimizer"]["params"].get("lr") is None:
         raise ValueError('optimizer.lr: neither the recipe nor "optimizer.params.lr" of the JSON gives it')
     filled.setdefault("steps_per_print", 10**9)
@@ -80,22 +80,16 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
         raise ValueError(f'deepspeed: "{remaining[0]}" is "auto", and the recipe has no value for it')
 
 
-def _fill(ds_json: dict[str, Any], dotted: str, value: Any, recipe_key: str) -> None:
+def _fill(ds_json: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key to the recipe's value; without one an "auto" is taken out."""
     *sections, last = dotted.split(".")
     place = ds_json
     for section in sections:
         place = place.setdefault(section, {})
-    given = place.get(last, _AUTO)
-    if value is None:
-        if given == _AUTO:
-            place.pop(last, None)
-    elif given == _AUTO:
+    if value is not None:
         place[last] = value
-    elif given != value:
-        raise ValueError(
-            f'{recipe_key} asks for {value} where "{dotted}" of the DeepSpeed JSON says {given}: '
-            f'change one of them, or write "auto" in the JSON'
-        )
+    elif place.get(last) == _AUTO:
+        del place[last]
 
 
 def _take_over_scheduler(ds_json: dict[str, Any], recipe: Recipe) -> None:

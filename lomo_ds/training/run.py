@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -66,7 +67,8 @@ def run(recipe: Recipe) -> None:
         ValueError: a setting that is wrong, on all ranks, before a model is built or anything is written.
     """
     start_s = time.perf_counter()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quieten()
+    _use_gloo_alone_on_cpu()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
     try:
@@ -75,6 +77,23 @@ def run(recipe: Recipe) -> None:
         _write_results(job, accuracies)
     finally:
         dist.destroy_process_group()
+
+
+def _quieten() -> None:
+    """Keep the terminal for the progress bar: no information from DeepSpeed, no torch names that will go."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+
+
+def _use_gloo_alone_on_cpu() -> None:
+    """Spare CPU ranks DeepSpeed's shared-memory op: ZeRO-3 does not use it, and it leaves files behind.
+
+    DeepSpeed takes LOCAL_SIZE, which its launcher sets, as the wish for that op.
+    """
+    num_local_ranks = os.environ.get("LOCAL_SIZE")
+    if get_accelerator().device_name() == "cpu" and num_local_ranks:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", num_local_ranks)
+        del os.environ["LOCAL_SIZE"]
 
 
 def _set_up(recipe: Recipe, start_s: float) -> _Job:
