@@ -1,4 +1,4 @@
-"""What the step benchmark compares: one model, one set of ZeRO-3 limits, four ways to update it.
+"""What the step benchmark compares: one model, one set of ZeRO-3 limits, five ways to update it.
 
 DeepSpeed's own optimizers run without clipping. It costs them nothing to add: their ``step`` takes the
 norm and multiplies every gradient by the inverse of scale and clip factor either way.
@@ -46,6 +46,14 @@ VARIANTS = {
             lr=1e-2,
             gradient_clipping=1.0,
             apply="deferred",
+        ),
+        Variant(
+            name="lomo-two-pass",
+            label="LOMO, two passes (clip 1.0)",
+            optimizer="lomo",
+            lr=1e-2,
+            gradient_clipping=1.0,
+            apply="two_pass",
         ),
         Variant(name="sgd", label="ZeRO-3 + SGD", optimizer="SGD", lr=1e-2),
         Variant(name="adamw", label="ZeRO-3 + AdamW", optimizer="AdamW", lr=1e-5),
