@@ -17,9 +17,10 @@ from torch.nn import Parameter
 from lomo_ds.optimizers import rule_of
 from lomo_ds.rules.clipping import clip_factor, clipped_per_parameter, sum_of_squares
 from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
-from lomo_ds.zero3._internals import ReducedGradient, Stage3Seam, process_group, shard_spec
+from lomo_ds.zero3._internals import ReducedGradient, Stage3Seam, local_shard, process_group, shard_spec
 from lomo_ds.zero3.parking import Parking
 from lomo_ds.zero3.policy import Choice
+from lomo_ds.zero3.rounding_watch import RoundingWatch
 from lomo_ds.zero3.updater import Updater
 
 
@@ -55,6 +56,8 @@ class LomoZeroOptimizer(Stage3Seam):
         self._last_norm: float | None = None
         rules = {param: rule_of(self._group(param)) for param in self.trainable_params()}
         self.updater = Updater(rules, self.optimizer.rounding, self.optimizer.seed)
+        nearest = self.optimizer.rounding == "nearest"
+        self._rounding_watch = RoundingWatch(enabled=nearest and dist.get_rank() == 0)
         self._parking = None
         if self.choice.policy == "deferred":
             shard_numel = {param: shard_spec(param).shard_numel for param in rules}
@@ -83,6 +86,7 @@ class LomoZeroOptimizer(Stage3Seam):
         except BaseException:
             self.forget_unfinished_backward()
             self.updater.forget_pending()
+            self._rounding_watch.forget()
             self.zero_grad()
             raise
         finally:
@@ -173,6 +177,8 @@ class LomoZeroOptimizer(Stage3Seam):
     def _begin_update(self, param: Parameter, grad_shard: Tensor) -> None:
         self._shards_changed = True
         group = self._group(param)
+        if group["lr"] > 0:
+            self._rounding_watch.before_update(local_shard(param), grad_shard)
 
         def update(rule: Rule, shard: Shard, num_updates: int) -> Sums:
             hyper = Hyper(
@@ -240,6 +246,7 @@ class LomoZeroOptimizer(Stage3Seam):
         if self.optimizer.clipping == "lagged" and math.isfinite(norm := float(self._global_grad_norm)):
             self._last_norm = norm
         self.scale_after(self.overflow)
+        self._rounding_watch.end_step()
         self.gather_persistent_params()
         self._shards_changed = False
         self.zero_grad()
