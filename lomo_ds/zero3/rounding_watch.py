@@ -43,9 +43,9 @@ class RoundingWatch:
         if share > 0.5:
             self._enabled = False
             logger.warning(
-                f"{share:.0%} of the updates of step {self._num_steps} were rounded away: they are smaller than "
-                'half the spacing of the weights. Set "optimizer.params.rounding" to "stochastic" (no memory), '
-                '"compensated8" (1 byte per parameter) or "kahan" (2), or raise the learning rate'
+                f"{share:.0%} of the updates of step {self._num_steps} were rounded away: they are smaller "
+                'than half the spacing of the weights. Set "optimizer.params.rounding" to "stochastic" '
+                '(no memory), "compensated8" (1 byte per parameter) or "kahan" (2), or raise the learning rate'
             )
 
     def forget(self) -> None:
