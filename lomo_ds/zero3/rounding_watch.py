@@ -45,7 +45,7 @@ class RoundingWatch:
             logger.warning(
                 f"{share:.0%} of the updates of step {self._num_steps} were rounded away: they are smaller "
                 'than half the spacing of the weights. Set "optimizer.params.rounding" to "stochastic" '
-                '(no memory), "compensated8" (1 byte per parameter) or "kahan" (2), or raise the learning rate'
+                '(no memory), "compensated8" (1 byte per parameter) or "kahan" (2), or raise the rate'
             )
 
     def forget(self) -> None:
