@@ -121,6 +121,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, **settings: Any) -> None:
         config = from_mapping(self.config_type, settings, type(self).__name__)
+        if config.param_groups:
+            raise ValueError(
+                f"{type(self).__name__}: pass groups in torch's form, as params; patterns are the JSON's"
+            )
         self.apply: Apply = config.apply
         self.clipping: Clipping = config.clipping
         self.rounding: Rounding = config.rounding

@@ -31,3 +31,24 @@ def test_the_json_builds_it_whatever_the_case_of_its_name() -> None:
     optimizer = optimizer_from_json(section)(torch.nn.Linear(2, 1), None)
     assert isinstance(optimizer, lomo_ds.Lomo)
     assert optimizer.param_groups[0]["lr"] == 0.03 and optimizer.apply == "deferred"
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"params": ["*norm*"]}], "'\\*norm\\*' matches no parameter"),
+        ([{"params": ["*"]}, {"params": ["*bias"]}], "matches only parameters that an earlier group took"),
+        ([{"params": ["*bias"], "type": "Adam"}], "type"),
+        ([{"params": ["*bias"], "betas": [0.9, 0.99]}], "Lomo has no betas"),
+        ([{"params": ["*bias"], "lr": -1.0}], "lr has to be"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(groups: list[dict], message: str) -> None:
+    section = {"type": "Lomo", "params": {"lr": 0.1, "param_groups": groups}}
+    with pytest.raises(ValueError, match=message):
+        optimizer_from_json(section)(torch.nn.Linear(2, 1), None)
+
+
+def test_patterns_in_python_are_refused() -> None:
+    with pytest.raises(ValueError, match="as params"):
+        lomo_ds.Lomo(one_param(), lr=0.1, param_groups=[{"params": ["*"]}])

@@ -148,6 +148,8 @@ class LomoZeroOptimizer(Stage3Seam):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """The first of two passes: gradients are measured and dropped, then their norm is known."""
+        if self._norm is not None:
+            self._refuse_second_part(next(iter(self._squares)))
         self._measuring = True
         try:
             yield

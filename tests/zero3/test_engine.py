@@ -84,9 +84,10 @@ def test_two_backwards_add_up_when_deferred() -> None:
     assert largest_relative_difference(run_ranks(2, two_backwards, ds_json)[0], expected) <= 1e-6
 
 
-def test_two_backwards_are_refused_when_immediate() -> None:
+@pytest.mark.parametrize("ds_json", [IMMEDIATE, jobs.lomo_json("two_pass")], ids=["immediate", "two_pass"])
+def test_two_backwards_are_refused_where_they_cannot_add_up(ds_json: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match='"deferred"'):
-        run_ranks(2, two_backwards, IMMEDIATE)
+        run_ranks(2, two_backwards, ds_json)
 
 
 def step_without_gradient(ds_json: dict[str, Any]) -> None:
@@ -276,6 +277,41 @@ def test_own_optimizer_with_groups_and_a_torch_scheduler() -> None:
     expected = {name: param.detach() for name, param in model.named_parameters()}
     for params in run_ranks(2, train_with_own_optimizer, 4):
         assert largest_relative_difference(params, expected) <= 1e-6
+
+
+def train_with_patterns() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    ds_json = jobs.lomo_json(weight_decay=0.1)
+    del ds_json["scheduler"]
+    ds_json["optimizer"]["params"]["param_groups"] = [
+        {"params": ["*.norm.*", "*bias"], "weight_decay": 0.0},
+        {"params": ["head.weight"], "frozen": True},
+        {"params": ["gain.*"], "lr": 0.001},
+    ]
+    engine, batch = start(ds_json)
+    before = jobs.whole_params(engine.module)
+    engine.backward(engine(batch))
+    engine.step()
+    return before, jobs.whole_params(engine.module)
+
+
+def test_groups_by_name_patterns() -> None:
+    """The tied embedding is frozen by its other name; the rest as one step of plain torch has it."""
+    from tests.reference.model import global_batch
+
+    before, after = run_ranks(2, train_with_patterns)[0]
+    torch.manual_seed(0)
+    model = TinyModel()
+    model.embedding.weight.requires_grad_(False)
+    model(global_batch(0, 2)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for name, param in model.named_parameters():
+        if param.grad is None:
+            assert torch.equal(before[name], after[name]), name
+            continue
+        lr = 0.001 if name.startswith("gain") else 0.03
+        decay = 0.0 if ".norm." in name or name.endswith("bias") else 0.1
+        expected = param - lr * (param.grad + decay * param)
+        torch.testing.assert_close(after[name], expected.detach(), rtol=1e-6, atol=1e-7)
 
 
 def loader_of_a_dataset() -> tuple[int, float | None]:
