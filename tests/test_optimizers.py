@@ -31,3 +31,9 @@ def test_the_json_builds_it_whatever_the_case_of_its_name() -> None:
     optimizer = optimizer_from_json(section)(torch.nn.Linear(2, 1), None)
     assert isinstance(optimizer, lomo_ds.Lomo)
     assert optimizer.param_groups[0]["lr"] == 0.03 and optimizer.apply == "deferred"
+
+
+def test_an_unknown_key_of_a_group_in_the_json_is_named() -> None:
+    section = {"type": "Lomo", "params": {"lr": 1, "param_groups": [{"params": ["*"], "lrr": 1}]}}
+    with pytest.raises(ValueError, match="param_groups: unknown key 'lrr'; did you mean 'lr'"):
+        optimizer_from_json(section)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,20 @@ def add_adapters(model: Module, lora: LoraRecipe, seed: int = 0) -> Module:
         task_type="CAUSAL_LM",
     )
     trained = [param for param in model.parameters() if param.requires_grad]
-    with init_context_suspended(), torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+    with init_context_suspended(), _seeded(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for param in trained:
         param.requires_grad_(lora.train_base)
     return adapted
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw the host's random numbers from ``seed`` for a while; peft makes initial values on the host."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
 
 
 def _check_targets(model: Module, targets: tuple[str, ...]) -> None:
