@@ -18,12 +18,13 @@ ADAPTERS = {"params": ["*.lora_*"], "type": "AdamW", "lr": LORA_LR, "weight_deca
 
 @dataclass(kw_only=True)
 class Run:
-    """What a run left: parameters by name before and after it, losses and norms of each step."""
+    """What a run left: parameters by name before and after it; losses, norms and rates of each step."""
 
     before: dict[str, Tensor]
     after: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    lrs: list[list[float]] = field(default_factory=list)
 
 
 def adapter_json(apply: str = "auto", clipping: float = 1.0, bf16: bool = False, **group: Any) -> dict:
@@ -89,6 +90,7 @@ def _train_step(engine: Any, step: int, run: Run) -> None:
     ids = step_ids(step, engine.world_size).chunk(engine.world_size)[engine.global_rank]
     loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
     engine.backward(loss)
+    run.lrs.append(engine.get_lr())
     engine.step()
     run.losses.append(loss.item())
     run.grad_norms.append(engine.get_global_grad_norm())

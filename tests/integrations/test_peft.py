@@ -117,6 +117,14 @@ def test_adapters_that_do_not_move_leave_lomo_alone() -> None:
         assert torch.equal(with_adapters[same], whole), name
 
 
+@pytest.mark.parametrize("train_base", [True, False])
+def test_deepspeeds_scheduler_moves_each_group_from_its_own_peak(train_base: bool) -> None:
+    params = {"warmup_min_lr": 0.0, "warmup_max_lr": [0.4, 0.2], "warmup_num_steps": 2}
+    ds_json = jobs.adapter_json() | {"scheduler": {"type": "WarmupLR", "params": params}}
+    run = run_ranks(2, jobs.train, ds_json, train_base=train_base)[0]
+    assert run.lrs[0] == [0.0, 0.0] and run.lrs[-1] == [0.4, 0.2]
+
+
 def merged(run: jobs.Run) -> dict[str, Tensor]:
     """The weights that the adapters stand for, in fp32, by their names without adapters."""
     weights = {}
