@@ -10,10 +10,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format quickstart bench-step clean
+.PHONY: help venv test lint format quickstart bench-step bench-adapters clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv with the pinned versions
 
@@ -42,6 +42,10 @@ quickstart: $(STAMP)  ## fine-tune a real pretrained model with LOMO on two CPU 
 
 bench-step: $(STAMP)  ## memory and step time beside ZeRO-3 with SGD and AdamW
 	$(RUN) benchmarks/step.py
+
+bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
+	$(RUN) recipes/prepare_quickstart.py
+	$(RUN) benchmarks/adapters.py
 
 clean:  ## remove caches and build outputs; .venv, runs and downloads stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

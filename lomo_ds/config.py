@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,7 +16,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Build the dataclass ``cls`` from ``mapping``; every key and type is checked.
 
     Args:
-        cls: a frozen dataclass; its fields may themselves be dataclasses.
+        cls: a frozen dataclass; its fields may themselves be dataclasses, or None, or many of them.
         mapping: what the user wrote.
         where: how the user knows this mapping ("recipe.yaml", '"optimizer.params"'); begins each error.
 
@@ -41,8 +41,15 @@ def _refuse_unknown_keys(cls: type, mapping: Mapping[str, Any], where: str) -> N
             raise ValueError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), known)}")
     hints = get_type_hints(cls)
     for key, value in mapping.items():
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _refuse_unknown_keys(hints[key], value, f"{where}: {key}")
+        nested = _dataclass_in(hints[key])
+        for entry in value if isinstance(value, list | tuple) else [value]:
+            if nested is not None and isinstance(entry, Mapping):
+                _refuse_unknown_keys(nested, entry, f"{where}: {key}")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass of a field that holds one, one or None, or a tuple of them; else None."""
+    return next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)), None)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -97,10 +97,41 @@ class OptimizerRecipe:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} has to be a finite number of at least 0, not {value}")
+        _require_finite(lr=self.lr, weight_decay=self.weight_decay)
+
+
+def _require_finite(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} has to be a finite number of at least 0, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRecipe:
+    """Low-rank adapters beside the model's own weights, trained by AdamW.
+
+    Attributes:
+        r: rank of an adapter.
+        alpha: an adapter adds alpha / r times its product.
+        target_modules: ends of the names of the linear layers that get one.
+        lr: peak learning rate of the adapters.
+        weight_decay: AdamW's, of the adapters.
+        train_base: train the model's own weights, too, by the JSON's optimizer; False freezes them.
+    """
+
+    r: int = 2
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    lr: float = 5e-4
+    weight_decay: float = 0.0
+    train_base: bool = True
+
+    def __post_init__(self) -> None:
+        _require_finite(lr=self.lr, weight_decay=self.weight_decay, alpha=self.alpha)
+        if self.r < 1:
+            raise ValueError(f"r has to be at least 1, not {self.r}")
+        if not self.target_modules:
+            raise ValueError("target_modules has to name at least one layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +189,7 @@ class Recipe:
         epochs: passes over the training examples; exactly one of epochs and steps is given.
         steps: optimizer steps.
         optimizer: learning rate and weight decay.
+        lora: adapters; None trains the model's own weights alone.
         schedule: of the learning rate.
         activation_checkpointing: recompute activations in backward (reentrant, which needs least memory).
         evaluation: how the held-out examples are scored.
@@ -177,6 +209,7 @@ class Recipe:
     epochs: int | None = None
     steps: int | None = None
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    lora: LoraRecipe | None = None
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     activation_checkpointing: bool = False
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)

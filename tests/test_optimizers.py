@@ -52,3 +52,9 @@ def test_groups_that_cannot_be_are_refused(groups: list[dict], message: str) -> 
 def test_patterns_in_python_are_refused() -> None:
     with pytest.raises(ValueError, match="as params"):
         lomo_ds.Lomo(one_param(), lr=0.1, param_groups=[{"params": ["*"]}])
+
+
+def test_an_unknown_key_of_a_group_in_the_json_is_named() -> None:
+    section = {"type": "Lomo", "params": {"lr": 1, "param_groups": [{"params": ["*"], "lrr": 1}]}}
+    with pytest.raises(ValueError, match="param_groups: unknown key 'lrr'; did you mean 'lr'"):
+        optimizer_from_json(section)

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from lomo_ds.checkpoint.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
 from lomo_ds.checkpoint.folder import INDEX_FILE, SINGLE_FILE
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 from lomo_ds.zero3.agreement import failing_together
@@ -30,7 +32,8 @@ def export_pretrained(
     """Write the engine's model so that transformers' ``from_pretrained`` loads it. Collective.
 
     Everything is written to a folder beside ``path``, which takes that name only when it is whole; what
-    was at ``path`` is replaced then.
+    was at ``path`` is replaced then. LoRA adapters are merged into the weights that they change, in fp32 and
+    rounded once, so that the folder is an ordinary model.
 
     Args:
         engine: of ``lomo_ds.initialize``; training may go on afterwards.
@@ -39,14 +42,15 @@ def export_pretrained(
         max_file_bytes: a larger model becomes several files and an index.
 
     Raises:
+        ValueError: adapters of another kind than LoRA's of linear layers, before anything is written.
         OSError: rank 0 cannot write; the other ranks raise a RuntimeError.
 
     Cost: rank 0 holds one file's tensors in host memory; each parameter is gathered once.
     """
-    path, model = Path(path), engine.module
+    path, model = Path(path), plain_model(engine.module)
     engine.empty_partition_cache()  # a forward may have left the next one's parameters in flight
     tensors = stored_tensors(model)
-    plan = plan_files({name: _num_bytes(tensor) for name, tensor in tensors.items()}, max_file_bytes)
+    plan = plan_files({name: stored.num_bytes for name, stored in tensors.items()}, max_file_bytes)
     scratch = None
     try:
         with failing_together():
@@ -67,12 +71,53 @@ def export_pretrained(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def stored_tensors(model: Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied one only under its first name."""
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor of the folder.
+
+    Attributes:
+        tensor: parameter, cut or whole, or buffer.
+        adapters: what is merged into it.
+    """
+
+    tensor: Tensor
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor."""
+        numel = shard_spec(self.tensor).numel if _is_cut(self.tensor) else self.tensor.numel()
+        return numel * self.tensor.element_size()
+
+    def gather(self) -> Tensor | None:
+        """The whole tensor with its adapters on rank 0's host, None elsewhere. Collective."""
+        parts = [self.tensor, *(part for adapter in self.adapters for part in (adapter.down, adapter.up))]
+        with deepspeed.zero.GatheredParameters([part for part in parts if _is_cut(part)]):
+            if dist.get_rank() != 0:
+                return None
+            whole = self.tensor.detach().to("cpu", copy=True).contiguous()
+            for adapter in self.adapters:
+                whole = adapter.merge(whole)
+            return whole
+
+
+def stored_tensors(model: Module) -> dict[str, Stored]:
+    """What is stored, by name: parameters and persistent buffers; a tied one only under its first name.
+
+    Raises:
+        ValueError: adapters that cannot be merged.
+    """
     params = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: model.get_buffer(name) for name in model.state_dict() if name not in tied}
-    return params | buffers
+    layers = adapted_layers(model)
+    named = {plain_name(name, layers): tensor for name, tensor in (params | buffers).items()}
+    named.pop(None, None)  # the adapters themselves
+    adapters = {f"{name}.weight": adapters_of(layer) for name, layer in layers.items()}
+    for name in adapters:
+        if name not in named:
+            raise ValueError(f"{name} is tied to another parameter: an adapter cannot be merged into it")
+    return {name: Stored(tensor=tensor, adapters=adapters.get(name, ())) for name, tensor in named.items()}
 
 
 def plan_files(num_bytes: Mapping[str, int], max_file_bytes: int) -> dict[str, list[str]]:
@@ -91,23 +136,14 @@ def plan_files(num_bytes: Mapping[str, int], max_file_bytes: int) -> dict[str, l
     return {f"model-{i:05d}-of-{total:05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    numel = shard_spec(tensor).numel if _is_cut(tensor) else tensor.numel()
-    return numel * tensor.element_size()
-
-
 def _is_cut(tensor: Tensor) -> bool:
     return isinstance(tensor, Parameter) and is_sharded(tensor)
 
 
-def _gather_on_rank_0(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+def _gather_on_rank_0(tensors: Mapping[str, Stored], names: Sequence[str]) -> dict[str, Tensor]:
     """Whole tensors on rank 0's host, nothing elsewhere. Collective."""
-    kept = {}
-    for name in names:
-        with deepspeed.zero.GatheredParameters([tensors[name]], enabled=_is_cut(tensors[name])):
-            if dist.get_rank() == 0:
-                kept[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
-    return kept
+    gathered = {name: tensors[name].gather() for name in names}
+    return {name: whole for name, whole in gathered.items() if whole is not None}
 
 
 def _write_descriptions(model: Module, tokenizer: Any, plan: Mapping[str, list[str]], path: Path) -> None:
@@ -122,7 +158,7 @@ def _write_descriptions(model: Module, tokenizer: Any, plan: Mapping[str, list[s
     if len(plan) > 1:
         tensors = stored_tensors(model)
         index = {
-            "metadata": {"total_size": sum(_num_bytes(tensor) for tensor in tensors.values())},
+            "metadata": {"total_size": sum(stored.num_bytes for stored in tensors.values())},
             "weight_map": {name: file for file, names in plan.items() for name in names},
         }
         (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

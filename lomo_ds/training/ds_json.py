@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lomo_ds.recipe import Recipe
+from lomo_ds.recipe import LoraRecipe, Recipe
 from lomo_ds.training.schedule import SHAPES, num_warmup_steps
 from lomo_ds.zero3.supported import refuse_unsupported
 
 _AUTO = "auto"
+_ADAPTERS = "*.lora_*"
+"""What peft calls the parameters of adapters."""
 
 
 def read_ds_json(path: str | Path) -> dict[str, Any]:
@@ -50,6 +52,8 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
     filled.setdefault("optimizer", {"type": "Lomo"}).setdefault("params", {})
     _fill(filled, "optimizer.params.lr", recipe.optimizer.lr)
     _fill(filled, "optimizer.params.weight_decay", recipe.optimizer.weight_decay)
+    if recipe.lora is not None:
+        _add_adapters(filled["optimizer"]["params"], recipe.lora)
     if filled["optimizer"]["params"].get("lr") is None:
         raise ValueError('optimizer.lr: neither the recipe nor "optimizer.params.lr" of the JSON gives it')
     filled.setdefault("steps_per_print", 10**9)
@@ -63,12 +67,14 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
     Raises:
         ValueError: an "auto" that nothing is known about.
     """
-    lr = ds_json["optimizer"]["params"]["lr"]
+    optimizer = ds_json["optimizer"]["params"]
+    lr = optimizer["lr"]
+    peaks = [lr, *(group.get("lr", lr) for group in optimizer.get("param_groups", []))]
     known = {
         "total_num_steps": num_steps,
         "warmup_num_steps": max(1, num_warmup_steps(num_steps, recipe.schedule.warmup_ratio)),
         "warmup_min_lr": 0.0,
-        "warmup_max_lr": lr,
+        "warmup_max_lr": peaks if len(peaks) > 1 else lr,
     }
     params = (ds_json.get("scheduler") or {}).get("params") or {}
     for key, value in known.items():
@@ -90,6 +96,15 @@ def _fill(ds_json: dict[str, Any], dotted: str, value: Any) -> None:
         place[last] = value
     elif place.get(last) == _AUTO:
         del place[last]
+
+
+def _add_adapters(optimizer_params: dict[str, Any], lora: LoraRecipe) -> None:
+    """Give the adapters a parameter group, in place; a frozen base needs no rate of its own."""
+    group = {"params": [_ADAPTERS], "type": "AdamW", "lr": lora.lr, "weight_decay": lora.weight_decay}
+    others = optimizer_params.get("param_groups", [])
+    optimizer_params["param_groups"] = others if group in others else [group, *others]
+    if not lora.train_base:
+        optimizer_params.setdefault("lr", lora.lr)
 
 
 def _take_over_scheduler(ds_json: dict[str, Any], recipe: Recipe) -> None:

@@ -70,7 +70,7 @@ def _step(engine: Any, data: TrainingSet, indices: tuple[int, ...], step: int) -
         num_tokens += int(batch.attention_mask.sum())
         loss = token_loss_sum(engine, batch.to(engine.device))
         engine.backward(loss * (dist.get_world_size() * len(shares) / num_targets))
-        lr = engine.get_lr()[0]
+        lr = used_lr(engine)
         engine.step()
         loss_sum += loss.item()
     loss_sum, num_tokens, peak = sums_and_peak(loss_sum, num_tokens, peak_bytes(), engine.device)
@@ -82,6 +82,13 @@ def _step(engine: Any, data: TrainingSet, indices: tuple[int, ...], step: int) -
         tokens_per_s=num_tokens / (time.perf_counter() - start_s),
         peak_memory_bytes=peak,
     )
+
+
+def used_lr(engine: Any) -> float:
+    """The learning rate of the first parameter group with something to train in it."""
+    groups = engine.optimizer.param_groups
+    rates = zip(engine.get_lr(), groups, strict=True)
+    return next(lr for lr, group in rates if any(param.requires_grad for param in group["params"]))
 
 
 def token_loss_sum(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:

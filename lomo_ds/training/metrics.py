@@ -18,7 +18,7 @@ class StepMetrics:
     Attributes:
         step: from 1.
         loss: mean over the answer tokens of the global batch, before the step's update.
-        lr: the rate that the step used.
+        lr: the rate that the step used; the adapters' where they alone are trained.
         grad_norm: L2 norm of the whole gradient, before clipping.
         tokens_per_s: tokens read by all ranks (without padding) over the step's seconds.
         peak_memory_bytes: the most that any rank has held so far; see ``memory.peak_source``.

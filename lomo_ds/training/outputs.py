@@ -29,13 +29,15 @@ class OutputFolder:
         self.plot = self.path / "loss_and_memory.png"
         self.summary = self.path / "summary.json"
         self.model = self.path / "model"
+        self.adapters = self.path / "adapters"
 
     def begin(self, plan: RunPlan) -> None:
         """Make the folder, drop an earlier run's results and write the recipe and the JSON as used."""
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (self.metrics, self.recipe, self.ds_json, self.plot, self.summary):
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.model, ignore_errors=True)
+        for folder in (self.model, self.adapters):
+            shutil.rmtree(folder, ignore_errors=True)
         recipe = json.loads(json.dumps(asdict(plan.recipe)))  # YAML has lists, not tuples
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self._write_json(self.ds_json, plan.ds_json)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.data import read_rows
@@ -43,6 +44,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     Raises:
         ValueError: one line that names the key to change.
     """
+    if recipe.lora is not None:
+        require_peft()
     ds_json = fill_ds_json(read_ds_json(recipe.deepspeed), recipe, world_size)
     optimizer_from_json(ds_json["optimizer"])  # for its checks
     task, data = recipe.task, recipe.data

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lomo_ds.recipe import Recipe
 from lomo_ds.training.metrics import StepMetrics
 
 _GIB = 1 << 30
+
+
+def plot_title(recipe: Recipe, num_ranks: int) -> str:
+    """What was trained, how, and on how many ranks."""
+    method = "LOMO" if recipe.lora is None else "LOMO + LoRA" if recipe.lora.train_base else "LoRA"
+    return f"{Path(recipe.model).name}, {method}, {num_ranks} ranks"
 
 
 def plot_loss_and_memory(history: Sequence[StepMetrics], title: str, path: Path) -> None:

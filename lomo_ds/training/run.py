@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 import lomo_ds
 from lomo_ds.checkpoint.export import export_pretrained
 from lomo_ds.checkpoint.load import load_pretrained, model_dtype, model_folder
+from lomo_ds.integrations.peft import add_adapters, save_adapters
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.encoding import encode_right_answers
 from lomo_ds.tasks.scoring import ChoiceEvaluation, queries_for
@@ -26,7 +27,7 @@ from lomo_ds.training.memory import peak_bytes, peak_source
 from lomo_ds.training.metrics import StepMetrics, append_line
 from lomo_ds.training.outputs import OutputFolder
 from lomo_ds.training.plan import RunPlan, plan_run
-from lomo_ds.training.plot import plot_loss_and_memory
+from lomo_ds.training.plot import plot_loss_and_memory, plot_title
 from lomo_ds.training.progress import TrainingProgress
 from lomo_ds.training.recipe_file import require_free_output
 from lomo_ds.training.schedule import SHAPES, Schedule, num_warmup_steps
@@ -136,6 +137,8 @@ def _build_engine(plan: RunPlan) -> Any:
     model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code)
     if recipe.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
+    if recipe.lora is not None:
+        model = add_adapters(model, recipe.lora, recipe.seed)
     engine, *_ = lomo_ds.initialize(model=model, config=plan.ds_json, lr_scheduler=_schedule_maker(plan))
     return engine
 
@@ -204,6 +207,8 @@ def _write_results(job: _Job, accuracies: dict[str, float | None]) -> None:
     if job.plan.recipe.save_model:
         job.progress.say("writing the model")
         export_pretrained(job.engine, job.output.model, job.tokenizer)
+        if job.plan.recipe.lora is not None and not job.plan.recipe.lora.train_base:
+            save_adapters(job.engine, job.output.adapters)
         job.lap("export_s")
     peaks = torch.tensor([peak_bytes(), 0], dtype=torch.int64, device=job.engine.device)
     parked = torch.tensor(job.engine.optimizer.parked_host_bytes, device=job.engine.device)
@@ -211,7 +216,7 @@ def _write_results(job: _Job, accuracies: dict[str, float | None]) -> None:
     dist.all_reduce(parked)
     with failing_together():
         if job.is_first:
-            title = f"{os.path.basename(job.plan.recipe.model)}, LOMO, {dist.get_world_size()} ranks"
+            title = plot_title(job.plan.recipe, dist.get_world_size())
             plot_loss_and_memory(job.history, title, job.output.plot)
             summary = accuracies | _figures(job, int(peaks[0]), int(parked))
             job.output.end(summary)

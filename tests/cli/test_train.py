@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lomo_ds.cli import train
@@ -99,18 +100,22 @@ def test_cpu_ranks_get_one_thread_unless_asked_otherwise():
     assert launch_environment({"A": "b"}, 8) == {"A": "b"}
 
 
-def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def launch(recipe_path: Path, *overrides: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "lomo_ds.cli.train", str(recipe_path), "seed=5", "--num-ranks", "2"]
-    done = subprocess.run(
+    command = [sys.executable, "-m", "lomo_ds.cli.train", str(recipe_path), *overrides, "--num-ranks", "2"]
+    return subprocess.run(
         command,
         env=environment | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = launch(recipe_path, "seed=5")
     assert done.returncode == 0, done.stderr
     out = recipe_path.parent / "out"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -132,3 +137,26 @@ def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
     assert str(model.dtype) == "torch.bfloat16"
     ids = AutoTokenizer.from_pretrained(out / "model")("a fine film", return_tensors="pt").input_ids
     assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_adapters_alone_are_trained_written_and_merged(recipe_path: Path):
+    """Reentrant checkpointing of a frozen base; the schedule's rates are the adapters' own."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    done = launch(recipe_path, "lora.train_base=false", "lora.lr=0.03", "optimizer={}")
+    assert done.returncode == 0, done.stderr
+    out = recipe_path.parent / "out"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([0.03, 0.02, 0.01])
+    start, merged = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()
+        for path in (recipe_path.parent / "model", out / "model")
+    )
+    changed = {name for name in start if not torch.equal(start[name], merged[name])}
+    assert changed == {name for name in start if "q_proj" in name or "v_proj" in name}
+    adapters = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(recipe_path.parent / "model"), out / "adapters"
+    )
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
+    assert adapters.get_parameter(name).abs().max() > 0

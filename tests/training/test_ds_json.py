@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lomo_ds.config import from_mapping
+from lomo_ds.optimizers import optimizer_from_json
 from lomo_ds.recipe import Recipe
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
 from tests.training.test_recipe_file import MINIMAL
@@ -68,6 +69,34 @@ def test_deepspeeds_scheduler_is_filled():
     fill_scheduler(filled, recipe(schedule=schedule), 20)
     expected = {"total_num_steps": 20, "warmup_num_steps": 5, "warmup_max_lr": 0.5}
     assert filled["scheduler"] == {"type": "WarmupDecayLR", "params": expected}
+
+
+ADAPTERS = {"params": ["*.lora_*"], "type": "AdamW", "lr": 5e-4, "weight_decay": 0.0}
+
+
+def test_adapters_come_before_the_jsons_own_groups():
+    norms = {"params": ["*norm*"], "weight_decay": 0.0}
+    json_with_group = ZERO3 | {"optimizer": {"type": "Lomo", "params": {"param_groups": [norms]}}}
+    filled = fill_ds_json(json_with_group, recipe(lora={}), 2)
+    assert filled["optimizer"]["params"] == {"lr": 0.5, "param_groups": [ADAPTERS, norms]}
+    optimizer_from_json(filled["optimizer"])
+    assert fill_ds_json(filled, recipe(lora={}), 2) == filled
+    assert "param_groups" not in fill_ds_json(ZERO3, recipe(), 2)["optimizer"]["params"]
+
+
+def test_a_frozen_base_needs_no_rate():
+    filled = fill_ds_json(ZERO3, recipe(optimizer={}, lora={"lr": 0.25, "train_base": False}), 2)
+    assert filled["optimizer"]["params"] == {"lr": 0.25, "param_groups": [ADAPTERS | {"lr": 0.25}]}
+    with pytest.raises(ValueError, match="optimizer.lr: neither"):
+        fill_ds_json(ZERO3, recipe(optimizer={}, lora={}), 2)
+
+
+def test_each_group_keeps_its_peak_under_deepspeeds_scheduler():
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
+    changes = {"schedule": schedule, "lora": {"lr": 0.25}}
+    filled = fill_ds_json(ZERO3, recipe(**changes), 2)
+    fill_scheduler(filled, recipe(**changes), 20)
+    assert filled["scheduler"]["params"]["warmup_max_lr"] == [0.5, 0.25]
 
 
 def test_an_auto_that_remains_is_refused():

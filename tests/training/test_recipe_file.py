@@ -38,6 +38,9 @@ def test_overrides_reach_every_depth(recipe_path: Path):
     assert (recipe.steps, recipe.epochs) == (None, 2)
     assert recipe.task.options == ("a", "b", "c")
     assert recipe.schedule.params == {"warmup_type": "linear"}
+    assert recipe.lora is None
+    lora = parse_recipe(recipe_path, ["lora.train_base=false", "lora.target_modules=[k_proj]"]).lora
+    assert (lora.r, lora.train_base, lora.target_modules) == (2, False, ("k_proj",))
 
 
 def test_paths_count_from_the_recipe_and_overrides_from_the_working_directory(
@@ -70,6 +73,10 @@ def test_paths_count_from_the_recipe_and_overrides_from_the_working_directory(
         ("steps", "write key=value"),
         ("steps.x=3", "steps is a value, not a section"),
         ("seed={", "not YAML"),
+        ("lora.rank=4", "lora: unknown key 'rank'"),
+        ("lora.r=0", "lora: r has to be at least 1"),
+        ("lora.target_modules=[]", "target_modules has to name"),
+        ("lora.lr=.inf", "lr has to be a finite number"),
     ],
 )
 def test_mistakes_are_named(recipe_path: Path, override: str, message: str):

@@ -1,0 +1,1 @@
+"""Other libraries, each optional: what they need to work with this engine."""

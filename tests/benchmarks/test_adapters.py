@@ -1,0 +1,93 @@
+"""The adapter benchmark: which cells are done, and what it makes of their figures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lomo_ds.training.recipe_file import parse_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch):
+    """Imports a file of benchmarks/ the way its scripts do."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def cell(method: str, seed: int, accuracy: float) -> dict:
+    return {
+        "method": method,
+        "seed": seed,
+        "losses": [9.0] + [0.5, 0.7] * 4,
+        "accuracy_before": 0.5,
+        "accuracy_after": accuracy,
+        "num_eval_examples": 400,
+        "num_steps": 9,
+        "num_ranks": 2,
+        "dtype": "bfloat16",
+        "peak_device_bytes": 1.5e9,
+        "parked_host_bytes": 3e8,
+        "training_s": 100.0,
+        "wall_s": 120.0,
+    }
+
+
+def results(report, cells: list[dict]) -> dict:
+    methods = dict.fromkeys(entry["method"] for entry in cells)
+    return {
+        "run": {
+            "command": "python benchmarks/adapters.py",
+            "overrides": {method: report.METHODS[method].overrides for method in methods},
+            "common_overrides": ["steps=9"],
+        },
+        "machine": {"cpu": "a cpu", "cores": "2", "memory": "8 GiB"},
+        "versions": {"torch": "2"},
+        "summary": report.summarize(cells),
+        "cells": cells,
+    }
+
+
+def test_means_spread_and_verdict(benchmark_module):
+    report = benchmark_module("adapters_report")
+    accuracies = {"lora": (0.6, 0.7), "lomo+lora": (0.7, 0.8)}
+    cells = [cell(method, seed, values[seed]) for method, values in accuracies.items() for seed in (0, 1)]
+    summary = report.summarize(cells)
+    figures = summary["methods"]["lora"]
+    assert figures["accuracy_after"]["mean"] == pytest.approx(0.65)
+    assert figures["accuracy_after"]["deviation"] == pytest.approx(0.005**0.5)
+    assert figures["last_loss"]["mean"] == pytest.approx(0.6)
+    assert summary["lomo_lora_at_least_lora"] is True
+    page = report.markdown(results(report, cells))
+    assert "| LOMO + LoRA | 0.500 (0.000) | 0.750 (0.071) | 0.600 (0.000) | 1.500 (0.000) |" in page
+    assert "(means): yes." in page and "| LoRA alone | 0.6000 | 0.7000 |" in page
+    assert "`lora.train_base=false`" in page and "`steps=9`" in page
+
+
+def test_one_seed_and_one_method_make_a_page(benchmark_module, tmp_path: Path):
+    report = benchmark_module("adapters_report")
+    report.write_report(tmp_path / "new", results(report, [cell("lomo", 0, 0.7)]))
+    assert "not both in this run" in (tmp_path / "new" / "adapters.md").read_text()
+    written = json.loads((tmp_path / "new" / "adapters.json").read_text())
+    assert written["summary"]["lomo_lora_at_least_lora"] is None
+
+
+@pytest.mark.parametrize("method", ["lora", "lomo+lora", "lomo"])
+def test_a_cell_is_done_when_it_holds_this_recipes_results(benchmark_module, tmp_path: Path, method: str):
+    script, report = benchmark_module("adapters"), benchmark_module("adapters_report")
+    overrides = [*report.METHODS[method].overrides, f"output={tmp_path}"]
+    recipe = parse_recipe(QUICKSTART, overrides)
+    assert (recipe.lora is None) is (method == "lomo")
+    assert not script.finished(QUICKSTART, overrides)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(recipe)))))
+    (tmp_path / "summary.json").write_text("{}")
+    assert script.finished(QUICKSTART, overrides)
+    assert not script.finished(QUICKSTART, [*overrides, "steps=2"])
