@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import NoReturn
 
 from lomo_ds.cli.main import USAGE_ERROR, find_tools_of_this_environment
 from lomo_ds.training.recipe_file import load_recipe, require_free_output
@@ -149,5 +150,16 @@ def _wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
                 signal.signal(number, handler)
 
 
+def _end_process(exit_code: int) -> NoReturn:
+    """End a rank whose work is done without unloading its libraries.
+
+    Their threads now and then outlive what they use and abort the process ("terminate called without an
+    active exception"), which the launcher would report as a failed run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end_process(main())
