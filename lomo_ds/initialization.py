@@ -28,7 +28,11 @@ from lomo_ds.zero3._internals import (  # noqa: E402  (needs the versions to be 
 from lomo_ds.zero3.agreement import failing_together  # noqa: E402
 from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
 from lomo_ds.zero3.policy import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
-from lomo_ds.zero3.supported import check_batch, refuse_unsupported  # noqa: E402
+from lomo_ds.zero3.supported import (  # noqa: E402
+    check_batch,
+    check_secondary_partitions,
+    refuse_unsupported,
+)
 
 
 def initialize(
@@ -78,6 +82,7 @@ def initialize(
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
     ranks = dist.get_world_size()
     check_batch(ds_json, ranks)
+    check_secondary_partitions(ds_json, ranks)
     ds_config = DeepSpeedConfig(ds_json)
     with init_context_suspended():
         engine = LomoEngine(

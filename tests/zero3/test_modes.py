@@ -1,4 +1,4 @@
-"""ZeRO-3's leaf modules: experts that a rank does not use are trained as on whole tensors."""
+"""ZeRO-3's other modes change nothing: leaf modules with unused experts, secondary copies (hpZ)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness import run_ranks
+from tests.reference.model import rank_batch
 from tests.reference.sgd import largest_relative_difference
 from tests.zero3 import jobs
+from tests.zero3.test_engine import evaluate_before_the_step, same
 
 WIDTH = 5
 NUM_EXPERTS = 4
@@ -110,3 +112,48 @@ def test_leaf_modules_with_unused_experts(policy: str, world_size: int) -> None:
     torch.testing.assert_close(expected[unused], initial[unused].detach() * decayed)
     for params in run_ranks(world_size, train_experts, policy):
         assert largest_relative_difference(params, expected) <= RELATIVE
+
+
+# Secondary copies -------------------------------------------------------------------------------
+
+
+def json_with_groups(policy: str, group_size: int, persistence: int = 0) -> dict[str, Any]:
+    """hpZ: each group of ``group_size`` ranks holds the whole model once more, for backward's gathering."""
+    zero = {"zero_hpz_partition_size": group_size, "stage3_param_persistence_threshold": persistence}
+    clipping = 0.0 if policy == "immediate" else 1.0
+    return jobs.lomo_json(policy, WEIGHT_DECAY, gradient_clipping=clipping, zero=zero)
+
+
+def train_and_count_copies(ds_json: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """The trained parameters, and how many had a secondary copy in the last backward."""
+    model = jobs.build_model(False, ds_json, loss_factor=8.0)
+    engine, *_ = jobs.initialize(ds_json, model=model)
+    num_copies = 0
+    for step in range(NUM_STEPS):
+        engine.backward(engine(rank_batch(step, engine.global_rank, engine.world_size)))
+        num_copies = sum(param.ds_secondary_tensor is not None for param in model.parameters())
+        engine.step()
+        jobs.evaluate_once(engine)
+    return jobs.whole_params(model), num_copies
+
+
+@pytest.mark.parametrize("persistence", [0, 100_000])
+@pytest.mark.parametrize("policy", ["immediate", "deferred", "two_pass"])
+def test_secondary_copies_change_nothing(policy: str, persistence: int) -> None:
+    """Four ranks in groups of two: bit for bit what the same ranks do without."""
+    alone = run_ranks(4, train_and_count_copies, json_with_groups(policy, 1, persistence))
+    grouped = run_ranks(4, train_and_count_copies, json_with_groups(policy, 2, persistence))
+    for (params, num_copies), (expected, num_copies_alone) in zip(grouped, alone, strict=True):
+        assert same(params, expected)
+        assert num_copies > num_copies_alone == 0
+
+
+def test_no_secondary_copy_outlives_its_shards() -> None:
+    """Under ``immediate`` shards move inside backward, when the copies of the old ones still stand."""
+    for between, after in run_ranks(2, evaluate_before_the_step, json_with_groups("immediate", 2)):
+        assert between == after
+
+
+def test_ranks_have_to_divide_into_groups() -> None:
+    with pytest.raises(ValueError, match="zero_hpz_partition_size.*: 2 does not divide 3 ranks"):
+        run_ranks(3, train_and_count_copies, json_with_groups("immediate", 2))
