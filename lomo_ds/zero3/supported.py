@@ -70,6 +70,16 @@ def refuse_unsupported(ds_json: Mapping[str, Any]) -> None:
             raise ValueError(f'"{key}": {value!r} is refused: {remedy}')
 
 
+def check_ranks(ds_json: Mapping[str, Any], world_size: int) -> None:
+    """Hold the batch and the groups of ranks against the number of ranks.
+
+    Raises:
+        ValueError: they do not go together; says which key to change.
+    """
+    check_batch(ds_json, world_size)
+    check_secondary_partitions(ds_json, world_size)
+
+
 def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
     """Hold the three batch keys against each other and the number of ranks.
 

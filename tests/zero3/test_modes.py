@@ -12,7 +12,7 @@ from tests.harness import run_ranks
 from tests.reference.model import rank_batch
 from tests.reference.sgd import largest_relative_difference
 from tests.zero3 import jobs
-from tests.zero3.test_engine import evaluate_before_the_step, same
+from tests.zero3.test_engine import same
 
 WIDTH = 5
 NUM_EXPERTS = 4
@@ -146,12 +146,6 @@ def test_secondary_copies_change_nothing(policy: str, persistence: int) -> None:
     for (params, num_copies), (expected, num_copies_alone) in zip(grouped, alone, strict=True):
         assert same(params, expected)
         assert num_copies > num_copies_alone == 0
-
-
-def test_no_secondary_copy_outlives_its_shards() -> None:
-    """Under ``immediate`` shards move inside backward, when the copies of the old ones still stand."""
-    for between, after in run_ranks(2, evaluate_before_the_step, json_with_groups("immediate", 2)):
-        assert between == after
 
 
 def test_ranks_have_to_divide_into_groups() -> None:
