@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -27,8 +28,9 @@ from lomo_ds.zero3._internals import (  # noqa: E402  (needs the versions to be 
 )
 from lomo_ds.zero3.agreement import failing_together  # noqa: E402
 from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
+from lomo_ds.zero3.nvme import NvmeSettings  # noqa: E402
 from lomo_ds.zero3.policy import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
-from lomo_ds.zero3.supported import check_batch, refuse_unsupported  # noqa: E402
+from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
 
 
 def initialize(
@@ -76,12 +78,13 @@ def initialize(
         refuse_unsupported(ds_json)
         _require(isinstance(model, torch.nn.Module), f"model has to be a torch module, not {type(model)}")
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
+        nvme = NvmeSettings.of(optimizer.park_to, ds_json.get("aio")) if optimizer.park_to else None
     ranks = dist.get_world_size()
-    check_batch(ds_json, ranks)
+    check_ranks(ds_json, ranks)
     ds_config = DeepSpeedConfig(ds_json)
     with init_context_suspended():
         engine = LomoEngine(
-            choice=_choose(optimizer, ds_config, ranks),
+            choice=_choose(optimizer, ds_config, ranks, nvme),
             args=args,
             model=model,
             optimizer=optimizer,
@@ -156,7 +159,9 @@ def _make_optimizer(
     return optimizer
 
 
-def _choose(optimizer: ShardedOptimizer, ds_config: DeepSpeedConfig, ranks: int) -> Choice:
+def _choose(
+    optimizer: ShardedOptimizer, ds_config: DeepSpeedConfig, ranks: int, nvme: NvmeSettings | None
+) -> Choice:
     """Choose the policy from sizes alone, the same on every rank. Collective."""
     demands = Demands(
         max_grad_norm=ds_config.gradient_clipping if optimizer.clipping == "global" else 0.0,
@@ -164,13 +169,19 @@ def _choose(optimizer: ShardedOptimizer, ds_config: DeepSpeedConfig, ranks: int)
         fp16=ds_config.float16_config.enabled,
     )
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    shard_numel = sum(-(-full_numel(param) // ranks) for param in params)
-    parked_bytes = shard_numel * accumulation_dtype(ds_config).itemsize
+    itemsize = accumulation_dtype(ds_config).itemsize
+    shard_bytes = [-(-full_numel(param) // ranks) * itemsize for param in params]
+    parked_bytes = nvme.staging_bytes(shard_bytes) if nvme else sum(shard_bytes)
     refuse_contradictions(optimizer.apply, demands, parked_bytes)
     room = host_room_bytes(_num_local_ranks(ranks))
     agreed = torch.tensor(room, dtype=torch.int64, device=get_accelerator().current_device_name())
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    return choose(optimizer.apply, demands, parked_bytes, int(agreed))
+    choice = choose(optimizer.apply, demands, parked_bytes, int(agreed))
+    if nvme is None or choice.policy != "deferred":
+        return choice
+    with failing_together():
+        nvme.require_room(nvme.file_bytes(shard_bytes), _num_local_ranks(ranks))
+    return replace(choice, nvme=nvme, reason=f"{choice.reason}, the gradients in {str(nvme.folder)!r}")
 
 
 def _num_local_ranks(ranks: int) -> int:

@@ -69,6 +69,7 @@ class LomoConfig:
         clipping: what ``gradient_clipping`` bounds.
         rounding: how low-precision weights are written back.
         seed: of stochastic rounding.
+        park_to: a folder; parked gradients then go to a file there and not to host memory.
         param_groups: groups by name patterns.
     """
 
@@ -78,10 +79,18 @@ class LomoConfig:
     clipping: Clipping = "global"
     rounding: Rounding = "nearest"
     seed: int = 0
+    park_to: str | None = None
     param_groups: tuple[GroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
         _require_bounds(self.lr, self.weight_decay)
+        if self.park_to == "":
+            raise ValueError("park_to has to name a folder; delete it to park in host memory")
+        if self.park_to is not None and self.apply in ("immediate", "two_pass"):
+            raise ValueError(
+                f'park_to: {self.park_to!r}, but "apply": "{self.apply}" parks nothing: set apply to '
+                '"deferred" or "auto", or delete park_to'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +138,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.clipping: Clipping = config.clipping
         self.rounding: Rounding = config.rounding
         self.seed = config.seed
+        self.park_to = config.park_to
         own = {key: getattr(config, key) for key in _RULE_SETTINGS if hasattr(config, key)}
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "type": type(self).__name__, **own}
         super().__init__(params, defaults)

@@ -41,7 +41,6 @@ BAD = {
         "zero_quantized_gradients",
     ),
     "mics": (changed(zero_optimization__mics_shard_size=2), "mics_shard_size"),
-    "hpz": (changed(zero_optimization__zero_hpz_partition_size=2), "zero_hpz_partition_size"),
     "other_optimizer": (changed(optimizer__type="AdamW"), "'AdamW' is not an optimizer of lomo_ds"),
     "misspelt_optimizer": (changed(optimizer__type="Lomoo"), "did you mean 'Lomo'"),
     "no_optimizer": (changed(optimizer=None), "names no optimizer"),

@@ -187,10 +187,10 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
         self._partition_all_parameters()
 
     def gather_persistent_params(self) -> None:
-        """Gather again the small parameters that ZeRO-3 keeps whole, and drop secondary copies."""
+        """Drop secondary copies (hpZ), and gather again the small parameters that ZeRO-3 keeps whole."""
+        self.invalidate_secondary_tensor()
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
-        self.invalidate_secondary_tensor()
 
     def begin_step(self) -> None:
         self._pre_step()

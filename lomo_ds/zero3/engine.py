@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
+from deepspeed.utils import logger
 from torch import Tensor
 
 from lomo_ds.zero3._internals import EngineSeam
@@ -44,15 +46,26 @@ class LomoEngine(EngineSeam):
 
         Returns:
             The loss, divided where ``scale_wrt_gas``.
+
+        Raises:
+            ValueError: no scalar with a gradient; nothing has changed then.
         """
+        _require_differentiable_scalar(loss)
         one_pass = partial(self._one_backward, scale_wrt_gas=scale_wrt_gas)
         if self.optimizer.choice.policy == "two_pass":
             return backward_twice(self.optimizer, one_pass, loss, retain_graph)
         return one_pass(loss, retain_graph=retain_graph)
 
     def _one_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> Tensor:
-        with self.optimizer.accepting_gradients():
-            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        try:
+            with self.optimizer.accepting_gradients():
+                return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        except Exception as error:
+            logger.error(
+                f"rank {self.global_rank}: backward failed: {type(error).__name__}: {error}. Unless all "
+                "ranks failed alike, the others now wait for this one: let the exception end the process"
+            )
+            raise
 
     def get_global_grad_norm(self) -> float | None:
         """The gradient's 2-norm over all parameters and ranks in the last step, before clipping.
@@ -80,3 +93,19 @@ class LomoEngine(EngineSeam):
             RuntimeError: always.
         """
         raise RuntimeError("this version of lomo_ds reads no resumable checkpoints; load weights instead")
+
+
+def _require_differentiable_scalar(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(
+            f"engine.backward(loss): loss has to be a tensor of one element, not {given}: pass the mean over "
+            "this rank's examples as the model returned it"
+        )
+    if loss.grad_fn is None:
+        cause = (
+            "it is a constant, was detached or computed under torch.no_grad(), or depends on nothing trained"
+        )
+        if not torch.is_grad_enabled():
+            cause = "torch.no_grad() is in force"
+        raise ValueError(f"engine.backward(loss): loss has no gradient: {cause}")

@@ -18,6 +18,8 @@ from lomo_ds.optimizers import rule_of
 from lomo_ds.rules.clipping import clip_factor, clipped_per_parameter, sum_of_squares
 from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
 from lomo_ds.zero3._internals import ReducedGradient, Stage3Seam, local_shard, process_group, shard_spec
+from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.nvme_parking import NvmeParking
 from lomo_ds.zero3.parking import Parking
 from lomo_ds.zero3.policy import Choice
 from lomo_ds.zero3.rounding_watch import RoundingWatch
@@ -58,18 +60,27 @@ class LomoZeroOptimizer(Stage3Seam):
         self.updater = Updater(rules, self.optimizer.rounding, self.optimizer.seed)
         nearest = self.optimizer.rounding == "nearest"
         self._rounding_watch = RoundingWatch(enabled=nearest and dist.get_rank() == 0)
-        self._parking = None
-        if self.choice.policy == "deferred":
-            shard_numel = {param: shard_spec(param).shard_numel for param in rules}
-            device = torch.device(get_accelerator().current_device_name())
-            self._parking = Parking(shard_numel, self.gradient_accumulation_dtype, device)
+        self._parking = self._make_parking() if self.choice.policy == "deferred" else None
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
+
+    def _make_parking(self) -> Parking | NvmeParking:
+        shard_numel = {param: shard_spec(param).shard_numel for param in self.trainable_params()}
+        device = torch.device(get_accelerator().current_device_name())
+        if self.choice.nvme is None:
+            return Parking(shard_numel, self.gradient_accumulation_dtype, device)
+        with failing_together():
+            return NvmeParking(shard_numel, self.gradient_accumulation_dtype, device, self.choice.nvme)
 
     @property
     def parked_host_bytes(self) -> int:
         """Host memory that this rank keeps for parked gradients, in bytes; 0 unless ``deferred``."""
         return self._parking.num_bytes if self._parking else 0
+
+    @property
+    def parked_file_bytes(self) -> int:
+        """Disk that this rank keeps for parked gradients, in bytes; 0 without ``park_to``."""
+        return self._parking.num_file_bytes if isinstance(self._parking, NvmeParking) else 0
 
     # Whose gradients ---------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Literal
 import psutil
 
 from lomo_ds.optimizers import Apply
+from lomo_ds.zero3.nvme import NvmeSettings
 
 Policy = Literal["immediate", "deferred", "two_pass"]
 
@@ -45,10 +46,17 @@ class Demands:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The policy taken and the reason, for one line in the log."""
+    """The policy taken and the reason, for one line in the log.
+
+    Attributes:
+        policy: when shards are applied.
+        reason: for the log.
+        nvme: where ``deferred`` parks if not in host memory.
+    """
 
     policy: Policy
     reason: str
+    nvme: NvmeSettings | None = None
 
     def __str__(self) -> str:
         return f"apply: {self.policy} ({self.reason})"

@@ -25,6 +25,7 @@ STAGE3_ARGUMENTS = {
     "postscale_gradients": "postscale_gradients",
     "gradient_predivide_factor": "gradient_predivide_factor",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "zero_hpz_partition_size": "zero_hpz_partition_size",
     "zero_module_granularity_threshold": "zero_module_granularity_threshold",
     "log_trace_cache_warnings": "zero_log_trace_cache_warnings",
     "enable_sanity_checks": "is_sanity_checks_enabled",

@@ -36,7 +36,6 @@ REFUSALS = (
     Refusal("zero_optimization.zenflow", bool, _NO_STATE),
     Refusal("zero_optimization.offload_param", _uses_device, _NOT_YET),
     Refusal("zero_optimization.cpu_offload_params", bool, _NOT_YET),
-    Refusal("zero_optimization.zero_hpz_partition_size", _above_one, _NOT_YET),
     Refusal("zero_optimization.zero_quantized_weights", bool, _NOT_YET),
     Refusal("zero_optimization.zero_quantized_nontrainable_weights", bool, _NOT_YET),
     Refusal("zero_optimization.zero_quantized_gradients", bool, _NOT_YET),
@@ -71,6 +70,16 @@ def refuse_unsupported(ds_json: Mapping[str, Any]) -> None:
             raise ValueError(f'"{key}": {value!r} is refused: {remedy}')
 
 
+def check_ranks(ds_json: Mapping[str, Any], world_size: int) -> None:
+    """Hold the batch and the groups of ranks against the number of ranks.
+
+    Raises:
+        ValueError: they do not go together; says which key to change.
+    """
+    check_batch(ds_json, world_size)
+    check_secondary_partitions(ds_json, world_size)
+
+
 def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
     """Hold the three batch keys against each other and the number of ranks.
 
@@ -95,6 +104,18 @@ def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
             if not (micro and steps)
             else f'"train_batch_size": {total} is not {world_size} ranks x {given}: set it to {factor}'
         )
+
+
+def check_secondary_partitions(ds_json: Mapping[str, Any], world_size: int) -> None:
+    """Hold hpZ's groups against the number of ranks.
+
+    Raises:
+        ValueError: the ranks do not divide into groups of that size.
+    """
+    key = "zero_optimization.zero_hpz_partition_size"
+    size = _look_up(ds_json, key) or 1
+    if size > 1 and world_size % min(size, world_size):
+        raise ValueError(f'"{key}": {size} does not divide {world_size} ranks into groups')
 
 
 def _look_up(ds_json: Mapping[str, Any], key: str) -> Any:

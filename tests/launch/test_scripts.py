@@ -19,6 +19,8 @@ echo "$*"
 
 # Two nodes of two tasks, as `srun` runs them: the command once a task, with that task's variables.
 FAKE_SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] || exit 1
+shift
 for task in 0 1 2 3; do
   SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@"
 done

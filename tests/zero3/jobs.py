@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import torch
@@ -102,6 +103,13 @@ def train(
             evaluate_once(engine)
     run.params = whole_params(model)
     return run
+
+
+def free_port() -> int:
+    """A TCP port for a launch's rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def allow_fp16_on_cpu() -> None:

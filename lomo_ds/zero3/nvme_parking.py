@@ -1,0 +1,223 @@
+"""A file where gradient shards wait for the step boundary, written and read beside the computation."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, dropwhile
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.nn import Parameter
+
+from lomo_ds.zero3.nvme import NUM_SLOTS, NvmeSettings, name_of, new_buffer
+
+
+class _Slot:
+    """A place in host memory with its own I/O handle; one shard is on its way in it at a time.
+
+    Leaving: copied from the device, then written. Coming: read, then copied to the device.
+    """
+
+    def __init__(self, settings: NvmeSettings, num_bytes: int, path: str, pinned: bool) -> None:
+        self._handle = settings.new_handle()
+        self._path = path
+        self.buffer = new_buffer(self._handle, num_bytes, pinned)
+        self._bytes = self.buffer
+        self._io_runs = False
+        self._device_copy: Any = None
+        self._offset_to_write: int | None = None
+
+    def write(self, num_bytes: int, offset: int, device_copy: Any) -> None:
+        """Write the buffer's first bytes once ``device_copy`` (an event, or None) has filled them."""
+        self._bytes = self.buffer.narrow(0, 0, num_bytes)
+        self._offset_to_write, self._device_copy = offset, device_copy
+        self.submit(wait=False)
+
+    def submit(self, wait: bool) -> None:
+        """Start the write that waits for its copy, if the copy is over or ``wait``."""
+        if self._offset_to_write is None:
+            return
+        if self._device_copy is not None:
+            if not wait and not self._device_copy.query():
+                return
+            self._device_copy.synchronize()
+            self._device_copy = None
+        self._start(self._handle.async_pwrite, self._offset_to_write)
+        self._offset_to_write = None
+
+    def read(self, num_bytes: int, offset: int) -> None:
+        """Start to read into the buffer's first bytes."""
+        self._bytes = self.buffer.narrow(0, 0, num_bytes)
+        self._start(self._handle.async_pread, offset)
+
+    def lend(self, device_copy: Any) -> None:
+        """Leave the buffer alone until ``device_copy`` (an event, or None) has read it."""
+        self._device_copy = device_copy
+
+    def settle(self) -> None:
+        """Wait until the buffer is nobody's: what was to be written is in the file, what was read is here."""
+        self.submit(wait=True)
+        if self._io_runs:
+            self._io_runs = False
+            if self._handle.wait() != 1:
+                raise RuntimeError(f"I/O on parked gradients failed in {os.path.realpath(self._path)}")
+        if self._device_copy is not None:
+            self._device_copy.synchronize()
+            self._device_copy = None
+
+    def __del__(self) -> None:
+        if self._io_runs:
+            self._handle.wait()  # a handle may not end before its I/O
+
+    def _start(self, operation: Any, offset: int) -> None:
+        if operation(self._bytes, self._path, offset) != 0:
+            raise RuntimeError(f"I/O on parked gradients could not start: {os.path.realpath(self._path)}")
+        self._io_runs = True
+
+
+class NvmeParking:
+    """A place in a file for each parameter's gradient shard; used like ``Parking``.
+
+    The file has no name: it is gone when the process is, however it ends.
+
+    Args:
+        shard_numel: for each parameter the real elements of this rank's shard.
+        dtype: of the parked gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
+        device: where the gradients come from.
+        settings: the folder, and how to write to it.
+
+    Raises:
+        OSError: the disk is full after all.
+
+    Cost: ``num_bytes`` of host memory and ``num_file_bytes`` of disk per rank; a step writes and reads each
+        shard once. Each further gradient for a parameter in a step reads and writes it once more, and waits.
+    """
+
+    def __init__(
+        self,
+        shard_numel: Mapping[Parameter, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: NvmeSettings,
+    ) -> None:
+        self._dtype, self._device = dtype, device
+        shard_bytes = {param: numel * dtype.itemsize for param, numel in shard_numel.items()}
+        self._shard_bytes = shard_bytes
+        self._padded = {param: settings.padded_bytes(size) for param, size in shard_bytes.items()}
+        ends = accumulate(self._padded.values())
+        self._offsets = {
+            param: end - self._padded[param] for param, end in zip(self._padded, ends, strict=True)
+        }
+        self.num_file_bytes = settings.file_bytes(shard_bytes.values())
+        self._file = tempfile.TemporaryFile(dir=settings.folder)  # noqa: SIM115  (stays open)
+        if self.num_file_bytes:
+            os.posix_fallocate(self._file.fileno(), 0, self.num_file_bytes)
+        size = settings.staging_bytes(shard_bytes.values()) // NUM_SLOTS
+        path, pinned = name_of(self._file.fileno()), device.type != "cpu"
+        self._slots = deque(_Slot(settings, size, path, pinned) for _ in range(NUM_SLOTS))
+        self._parked: dict[Parameter, None] = {}
+        self._to_read: deque[Parameter] = deque()
+        self._coming: dict[Parameter, _Slot] = {}
+        self._copies = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that stands."""
+        return sum(slot.buffer.numel() for slot in self._slots)
+
+    def add(self, param: Parameter, grad_shard: Tensor) -> Tensor:
+        """Park a shard, or add it to what is parked for ``param`` already.
+
+        Returns:
+            What is parked for ``param`` now, on the device; valid until the next call.
+        """
+        if param in self._parked:
+            self.wait()
+            self._start_reading([param])
+            grad_shard = self.fetch(param).add_(grad_shard)
+        self._parked[param] = None
+        for slot in self._slots:
+            slot.submit(wait=False)
+        if self._shard_bytes[param]:
+            slot = self._take_slot()
+            copied = self._copy_beside(grad_shard, self._view(slot, param))
+            slot.write(self._padded[param], self._offsets[param], copied)
+        return grad_shard
+
+    def wait(self) -> None:
+        """Wait until everything parked is in the file."""
+        for slot in self._slots:
+            slot.settle()
+
+    def fetch(self, param: Parameter) -> Tensor:
+        """The parked shard on the device, shape (shard_numel,); a copy. Call ``wait`` first.
+
+        In the order in which shards were parked, the next ones are read meanwhile.
+        """
+        assert param in self._parked, "nothing is parked for this parameter"
+        if not self._shard_bytes[param]:
+            return torch.empty(0, dtype=self._dtype, device=self._device)
+        if param not in self._coming:
+            self._start_reading(dropwhile(lambda other: other is not param, self._parked))
+        slot = self._coming.pop(param)
+        slot.settle()
+        shard = torch.empty_like(self._view(slot, param), device=self._device)
+        shard.copy_(self._view(slot, param), non_blocking=True)
+        slot.lend(self._new_event())
+        self._read_ahead()
+        return shard
+
+    def clear(self) -> None:
+        """Forget what is parked; file and memory stay."""
+        self._start_reading([])
+        self._parked.clear()
+
+    def _start_reading(self, params: Iterable[Parameter]) -> None:
+        self.wait()
+        self._coming.clear()
+        self._to_read = deque(param for param in params if self._shard_bytes[param])
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Keep all slots but one reading: that one is still being copied to the device."""
+        while self._to_read and len(self._coming) < NUM_SLOTS - 1:
+            param = self._to_read.popleft()
+            slot = self._take_slot()
+            slot.read(self._padded[param], self._offsets[param])
+            self._coming[param] = slot
+
+    def _take_slot(self) -> _Slot:
+        """The slot that has been in use the longest, when it is free."""
+        self._slots.rotate(-1)
+        self._slots[-1].settle()
+        return self._slots[-1]
+
+    def _view(self, slot: _Slot, param: Parameter) -> Tensor:
+        return slot.buffer.narrow(0, 0, self._shard_bytes[param]).view(self._dtype)
+
+    def _copy_beside(self, grad_shard: Tensor, place: Tensor) -> Any:
+        """Copy on a stream of its own, behind the current stream's work; the event that ends it, or None."""
+        if self._copies is None:
+            place.copy_(grad_shard)
+            return None
+        accelerator = get_accelerator()
+        grad_shard = grad_shard.clone()  # the reduce bucket is used again
+        self._copies.wait_stream(accelerator.current_stream())
+        with accelerator.stream(self._copies):
+            place.copy_(grad_shard, non_blocking=True)
+            event = self._new_event()
+        grad_shard.record_stream(self._copies)
+        return event
+
+    def _new_event(self) -> Any:
+        """An event at the current stream's end, or None where nothing runs beside the host."""
+        if self._copies is None:
+            return None
+        event = get_accelerator().Event()
+        event.record()
+        return event
