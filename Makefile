@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format quickstart bench-step bench-adapters clean
+.PHONY: test-nvme help venv test lint format quickstart bench-step bench-adapters clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ $(STAMP): constraints.txt pyproject.toml
 
 test: $(STAMP)  ## run the default tests on CPU ranks
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+test-nvme: $(STAMP)  ## run the tests of parking in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest -m async_io tests/zero3/test_nvme.py
 
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check .

@@ -71,6 +71,7 @@ def train_parked(ds_json: dict[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.async_io
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
 @pytest.mark.parametrize("aio", [{}, {"intra_op_parallelism": 2, "block_size": SECTOR_BYTES}], ids=["", "2"])
@@ -89,6 +90,7 @@ def test_equals_parking_in_host_memory(
         assert mine["names"] == [], "the file has no name, so that it cannot be left behind"
 
 
+@pytest.mark.async_io
 def test_a_dropped_step_leaves_nothing_in_the_file(tmp_path: Path, aio_op: None) -> None:
     ds_json = json_of("AdaLomo", "deferred")
     expected = run_ranks(2, faulty_between_good_steps, ds_json, None)
@@ -120,6 +122,7 @@ def park_large_shards(folder: str) -> bool:
     return True
 
 
+@pytest.mark.async_io
 def test_shards_larger_than_a_block_in_any_order(tmp_path: Path, aio_op: None) -> None:
     assert run_ranks(1, park_large_shards, str(tmp_path)) == [True]
 
@@ -153,6 +156,7 @@ def test_what_cannot_work_is_refused_by_name(folder: str, aio: dict[str, Any], m
         assert re.search(message, said) and ("park_to" in said or '"aio"' in said)
 
 
+@pytest.mark.async_io
 def test_a_folder_that_one_rank_lacks_is_refused_on_all(tmp_path: Path, aio_op: None) -> None:
     first, second = run_ranks(2, refusals, [str(tmp_path), "/no/such/folder"])
     assert "rank 1 failed" in first and "is not a folder" in first and "is not a folder" in second
@@ -166,6 +170,7 @@ def test_an_op_that_cannot_be_built_is_refused(tmp_path: Path, monkeypatch: pyte
         NvmeSettings.of(str(tmp_path), None)
 
 
+@pytest.mark.async_io
 def test_a_full_disk_is_refused_before_anything_is_allocated(tmp_path: Path, aio_op: None) -> None:
     settings = NvmeSettings.of(str(tmp_path), None)
     settings.require_room(SECTOR_BYTES, 2)
