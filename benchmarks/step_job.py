@@ -12,7 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -172,11 +172,15 @@ def parse_arguments(description: str) -> argparse.Namespace:
     return args
 
 
-def finish_rank(result: dict[str, Any], out: Path) -> None:
-    """Hand the result over and leave the process group together. Collective."""
+def finish_rank(result: dict[str, Any], out: Path) -> NoReturn:
+    """Hand the result over, leave the process group together and end the process. Collective.
+
+    Libraries are not unloaded: their threads now and then abort a process that does.
+    """
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)
 
 
 def main() -> None:
