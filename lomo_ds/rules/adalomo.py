@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lomo_ds.rules.clipping import sum_of_squares
 from lomo_ds.rules.rounding import chunk_numel
 from lomo_ds.rules.rule import Hyper, Shard, Sums
 from lomo_ds.shards import Block, ShardSpec
@@ -52,7 +53,7 @@ class AdaLomoRule:
         return {"row": torch.zeros(rows, **new), "column": torch.zeros(columns, **new)}
 
     def update_(self, shard: Shard, hyper: Hyper) -> Sums:
-        param_sq = _sum_of_squares(shard.param)
+        param_sq = sum_of_squares(shard.param).float()
         if "variance" in shard.state:
             self._learn_vector(shard, hyper)
             totals = yield torch.stack([param_sq, self._sum_of_update_squares(shard, hyper)])
@@ -119,10 +120,6 @@ def _column_rows(per_matrix: Tensor, block: Block, num_rows: int) -> Tensor:
         return per_matrix
     matrix = torch.arange(block.rows.start, block.rows.stop, device=per_matrix.device) // num_rows
     return per_matrix[matrix]
-
-
-def _sum_of_squares(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dtype=torch.float32).square()
 
 
 def _sums_of_grad_squares(shard: Shard, hyper: Hyper) -> tuple[Tensor, Tensor]:

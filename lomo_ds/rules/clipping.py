@@ -20,14 +20,14 @@ _NORM_EPS = 1e-6
 
 
 @torch.no_grad()
-def sum_of_squares(grad_shard: Tensor) -> Tensor:
-    """The sum of squares of a shard, as a 0-dim fp64 tensor.
+def sum_of_squares(shard: Tensor) -> Tensor:
+    """The sum of squares of a gradient or parameter shard, as a 0-dim fp64 tensor.
 
     Sums over shards and ranks add up to the square of the global 2-norm. fp32 within a chunk, fp64 over
     chunks; no host sync.
     """
-    total = torch.zeros((), dtype=torch.float64, device=grad_shard.device)
-    for chunk in grad_shard.split(chunk_numel(grad_shard.device)):
+    total = torch.zeros((), dtype=torch.float64, device=shard.device)
+    for chunk in shard.split(chunk_numel(shard.device)):
         exact = chunk.float()
         total += torch.dot(exact, exact)
     return total

@@ -85,13 +85,3 @@ class Rule(Protocol):
     def update_(self, shard: Shard, hyper: Hyper) -> Sums:
         """Update the shard in place; see ``Sums`` for how it learns of the other shards."""
         ...
-
-
-def apply_on_one_rank(update: Sums) -> None:
-    """Run an update of a parameter that one rank holds whole: its own sums are the totals."""
-    try:
-        sums = next(update)
-        while True:
-            sums = update.send(sums)
-    except StopIteration:
-        return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class _Pending:
     """An update that waits for the totals of ``sums``."""
 
     update: Sums
-    sums: Tensor = field(repr=False)
+    sums: Tensor
 
 
 class Updater:

@@ -8,15 +8,16 @@ import torch
 from lomo_ds.rules import rule
 from lomo_ds.rules.clipping import clip_factor, sum_of_squares
 from lomo_ds.rules.lomo import LomoRule
-from lomo_ds.rules.rule import Hyper, Shard, apply_on_one_rank
+from lomo_ds.rules.rule import Hyper, Shard
 from lomo_ds.shards import ShardSpec
+from tests.reference.shards import run_together
 
 HYPER = Hyper(lr=0.013, weight_decay=0.1, grad_scale=0.37)
 
 
 def apply(param: torch.Tensor, grad: torch.Tensor, hyper: Hyper) -> None:
     spec = ShardSpec(shape=tuple(param.shape), rank=0, world_size=1)
-    apply_on_one_rank(LomoRule().update_(Shard(param=param, grad=grad, spec=spec), hyper))
+    run_together([LomoRule().update_(Shard(param=param, grad=grad, spec=spec), hyper)])
 
 
 def shards(dtype: torch.dtype, grad_dtype: torch.dtype, numel: int) -> tuple[torch.Tensor, torch.Tensor]:
