@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zo": {"shards"},
     "optimizers": {"config", "rules"},
     "zero3": ENGINE,
-    "initialization": ENGINE,
+    "initialization": ENGINE | {"checkpoint"},
     "checkpoint": {"zero3", "shards", "config"},
     "planner": ENGINE | {"initialization"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "recipe"},

@@ -8,7 +8,7 @@ installed DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from math import prod
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.shards import ShardSpec
-from lomo_ds.zero3.private_names import CONTRACT, STAGE3_ARGUMENTS, check_contract
+from lomo_ds.zero3.private_names import CONTRACT, SCALER_STATE, STAGE3_ARGUMENTS, check_contract
 
 __all__ = [
     "CONTRACT",
@@ -198,6 +198,16 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
     def scale_after(self, overflow: bool) -> None:
         """Let DeepSpeed's loss scaler fall after an overflow, or count towards growing."""
         self._update_scale(overflow)
+
+    def scaler_state(self) -> dict[str, float]:
+        """The numbers of DeepSpeed's loss scaler that change from step to step, by their names there."""
+        scaler = vars(self.loss_scaler)
+        return {name: scaler[name] for name in SCALER_STATE if name in scaler}
+
+    def set_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Let the loss scaler go on from ``scaler_state``; a static scale stays what the JSON says."""
+        if self.dynamic_loss_scale:
+            vars(self.loss_scaler).update({name: state[name] for name in SCALER_STATE if name in state})
 
     def backward_counters(self) -> dict[torch.nn.Module, dict[str, int]]:
         """What ZeRO-3's module hooks count down in a backward."""

@@ -9,11 +9,14 @@ import torch.distributed as dist
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on every rank; where it raised anywhere, raise everywhere. Collective.
 
     The block must not communicate. Each rank raises its own exception where it has one, the others a
     RuntimeError with the first failing rank's message.
+
+    Args:
+        group: the ranks; all of them by default.
 
     Cost: one gather of a short string per rank.
     """
@@ -22,8 +25,8 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, f"{type(own).__name__}: {own}" if own else None)
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, f"{type(own).__name__}: {own}" if own else None, group=group)
     if own is not None:
         raise own
     for rank, message in enumerate(messages):
