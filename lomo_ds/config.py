@@ -16,7 +16,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Build the dataclass ``cls`` from ``mapping``; every key and type is checked.
 
     Args:
-        cls: a frozen dataclass; its fields may themselves be dataclasses, or None, or tuples or dicts of them.
+        cls: a frozen dataclass; its fields may be dataclasses too, or None, or tuples or dicts of them.
         mapping: what the user wrote.
         where: how the user knows this mapping ("recipe.yaml", '"optimizer.params"'); begins each error.
 

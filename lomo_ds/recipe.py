@@ -174,6 +174,27 @@ class EvaluationRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointRecipe:
+    """When a run can be gone on with. A run that is told to stop (SIGTERM, SIGUSR1) saves in any case.
+
+    Attributes:
+        every: steps from one checkpoint to the next; None saves only when told to stop.
+        keep_last: checkpoints that stay.
+        asynchronous: write beside training; takes host memory for a copy of the shards.
+    """
+
+    every: int | None = None
+    keep_last: int = 2
+    asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} has to be at least 1, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A training run from model to metric. docs/training.md explains every key.
 
@@ -193,6 +214,9 @@ class Recipe:
         schedule: of the learning rate.
         activation_checkpointing: recompute activations in backward (reentrant, which needs least memory).
         evaluation: how the held-out examples are scored.
+        checkpoint: when the run is saved to ``output/checkpoints``.
+        resume: "auto" goes on from the newest whole checkpoint of ``output``, or begins where there is
+            none; a checkpoint's folder goes on from that one.
         save_model: write the trained model to ``output/model``.
         seed: of the order of the examples and of dropout.
         overwrite: replace the results of an earlier run in ``output``.
@@ -213,6 +237,8 @@ class Recipe:
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     activation_checkpointing: bool = False
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    resume: str | None = None
     save_model: bool = True
     seed: int = 0
     overwrite: bool = False
@@ -222,6 +248,8 @@ class Recipe:
             raise ValueError(
                 f"give exactly one of epochs and steps, not epochs {self.epochs}, steps {self.steps}"
             )
+        if self.resume == "":
+            raise ValueError("resume has to be auto or the folder of a checkpoint; delete it to begin anew")
         for name in ("epochs", "steps", "max_sequence_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

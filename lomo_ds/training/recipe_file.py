@@ -107,10 +107,13 @@ def require_free_output(recipe: Recipe) -> None:
     """Refuse to mix a run's results with what is already in its output folder.
 
     Raises:
-        ValueError: ``output`` is a file, or holds something and ``overwrite`` is false.
+        ValueError: ``output`` is a file, or holds something and neither ``overwrite`` nor ``resume: auto``
+            says what to do with it.
     """
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file")
+    if recipe.resume == "auto" and (output / "recipe.yaml").is_file():
+        return
     if output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
         raise ValueError(f"output: {output} is not empty; choose another or set overwrite: true")
