@@ -73,6 +73,9 @@ class Description:
         frozen_excluded: whether parameters that were not trained were left out.
         aliases: other names of tied parameters -> their first.
         adapters: LoRA adapters, for an export that merges them.
+        adapted_layers: names of all layers that peft has wrapped; None where they hold adapters of another
+            kind, which cannot be merged.
+        wrapper: what every name begins with where peft has wrapped the model, such as "base_model.model.".
         progress: counters and scales.
         ds_config: DeepSpeed JSON of the run.
         versions: of the libraries that wrote it.
@@ -87,6 +90,8 @@ class Description:
     frozen_excluded: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
     adapters: tuple[AdapterRecord, ...] = ()
+    adapted_layers: tuple[str, ...] | None = ()
+    wrapper: str = ""
     ds_config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds.checkpoint.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
-from lomo_ds.checkpoint.folder import INDEX_FILE, SINGLE_FILE
-from lomo_ds.checkpoint.json_file import write_json
+from lomo_ds.checkpoint.aside import make_aside, put_in_place
+from lomo_ds.checkpoint.folder import MAX_FILE_BYTES, plan_files, write_index
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 from lomo_ds.zero3.agreement import failing_together
-
-MAX_FILE_BYTES = 2 * 10**9
-"""Largest safetensors file, and so the host memory that rank 0 needs beside its shard."""
 
 
 def export_pretrained(
@@ -55,8 +50,7 @@ def export_pretrained(
     try:
         with failing_together():
             if dist.get_rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+                scratch = make_aside(path)
                 _write_descriptions(model, tokenizer, plan, scratch)
         for file, names in plan.items():
             gathered = _gather_on_rank_0(tensors, names)
@@ -65,7 +59,7 @@ def export_pretrained(
                     save_file(gathered, scratch / file, metadata={"format": "pt"})
         with failing_together():
             if scratch is not None:
-                _put_in_place(scratch, path)
+                put_in_place(scratch, path)
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -120,22 +114,6 @@ def stored_tensors(model: Module) -> dict[str, Stored]:
     return {name: Stored(tensor=tensor, adapters=adapters.get(name, ())) for name, tensor in named.items()}
 
 
-def plan_files(num_bytes: Mapping[str, int], max_file_bytes: int) -> dict[str, list[str]]:
-    """File name -> the tensors it holds, in order; a tensor larger than a file gets its own."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, size in num_bytes.items():
-        if not groups or size > room:
-            groups.append([])
-            room = max_file_bytes
-        groups[-1].append(name)
-        room -= size
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": names for i, names in enumerate(groups, start=1)}
-
-
 def _is_cut(tensor: Tensor) -> bool:
     return isinstance(tensor, Parameter) and is_sharded(tensor)
 
@@ -149,13 +127,8 @@ def _gather_on_rank_0(tensors: Mapping[str, Stored], names: Sequence[str]) -> di
 def _write_descriptions(model: Module, tokenizer: Any, plan: Mapping[str, list[str]], path: Path) -> None:
     """Everything but the weights: configurations, tokenizer, and the index of several files."""
     write_model_files(model, tokenizer, path)
-    if len(plan) > 1:
-        tensors = stored_tensors(model)
-        index = {
-            "metadata": {"total_size": sum(stored.num_bytes for stored in tensors.values())},
-            "weight_map": {name: file for file, names in plan.items() for name in names},
-        }
-        write_json(path / INDEX_FILE, index)
+    num_bytes = {name: stored.num_bytes for name, stored in stored_tensors(model).items()}
+    write_index(path, plan, sum(num_bytes.values()))
 
 
 def write_model_files(model: Module, tokenizer: Any, path: Path) -> None:
@@ -173,26 +146,3 @@ def write_model_files(model: Module, tokenizer: Any, path: Path) -> None:
         model.generation_config.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-
-
-def _put_in_place(scratch: Path, path: Path) -> None:
-    """Give the whole folder its name and ordinary permissions; what had the name goes."""
-    ordinary = 0o777 & ~_umask()
-    scratch.chmod(ordinary)
-    for file in _files(scratch):
-        file.chmod(ordinary & 0o666)
-    old = scratch.with_name(scratch.name + "-old")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(scratch, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (entry for entry in folder.rglob("*") if entry.is_file())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

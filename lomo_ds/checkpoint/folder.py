@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
+
+from lomo_ds.checkpoint.json_file import read_json, write_json
+from lomo_ds.checkpoint.tensor_file import TensorFile, read_tensor_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MODEL_FOLDER = "huggingface"
+"""Part of a checkpoint that holds everything of such a folder but the weights."""
+
+MAX_FILE_BYTES = 2 * 10**9
+"""Largest safetensors file that is written; a larger tensor gets its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,45 +27,52 @@ class ModelFolder:
 
     Attributes:
         path: of the folder.
-        files: tensor name -> file name.
-        shapes: tensor name -> shape.
+        files: tensor name -> file.
     """
 
     path: Path
-    files: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, TensorFile]
 
-    @contextmanager
-    def open(self, file: str) -> Iterator[Any]:
-        """One safetensors file, memory-mapped."""
-        with safe_open(self.path / file, framework="pt") as tensors:
-            yield tensors
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self.files[name].tensors[name].shape
+
+    def fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor can be that of a parameter of ``shape``."""
+        return self.shape(name) == shape
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor taken row-major.
+
+        Raises:
+            ValueError: the file has become shorter.
+            OSError: it cannot be read.
+
+        Cost: ``tensor_file.PIECE_BYTES`` of host memory; nothing but those elements is read.
+        """
+        self.files[name].read_into(name, start, out)
 
 
 def read_folder(path: Path) -> ModelFolder:
     """List the tensors of ``path``.
 
     Raises:
-        ValueError: no safetensors file, or one that the index names is missing or broken.
+        ValueError: no safetensors file, or one that the index names is missing, broken or elsewhere.
     """
-    files, shapes = {}, {}
+    files = {}
     for name in _file_names(path):
         try:
-            with safe_open(path / name, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    files[key], shapes[key] = name, tuple(tensors.get_slice(key).get_shape())
-        except Exception as error:
-            raise ValueError(f"model: cannot read {path / name}: {error}") from None
-    return ModelFolder(path=path, files=files, shapes=shapes)
+            file = read_tensor_file(path / name)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from None
+        files |= dict.fromkeys(file.tensors, file)
+    return ModelFolder(path=path, files=files)
 
 
 def _file_names(path: Path) -> list[str]:
     index = path / INDEX_FILE
     if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"model: {index} is not an index of safetensors files") from None
+        return _names_in_index(index)
     if (path / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     raise ValueError(
@@ -69,27 +81,44 @@ def _file_names(path: Path) -> list[str]:
     )
 
 
-def read_flat(tensors: Any, name: str, start: int, stop: int) -> Tensor:
-    """Elements ``start`` to ``stop`` of a tensor taken row-major, shape (stop - start,), dtype of the file.
+def _names_in_index(index: Path) -> list[str]:
+    """The files that an index names, which have to be in its own folder."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(weight_map, Mapping) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ValueError(f"model: {index} is not an index of safetensors files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name != Path(name).name or not name.isprintable() or not name.endswith(".safetensors"):
+            raise ValueError(f"model: {index} names {name!r}, which is no safetensors file of its folder")
+    return names
+
+
+def plan_files(num_bytes: Mapping[str, int], max_file_bytes: int) -> dict[str, list[str]]:
+    """File name -> the tensors it holds, in order; a tensor larger than a file gets its own."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in num_bytes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = max_file_bytes
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    total = len(groups)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
+def write_index(path: Path, plan: Mapping[str, list[str]], total_bytes: int) -> None:
+    """Write the index where there are several files.
 
     Args:
-        tensors: an open safetensors file.
-        name: of the tensor.
-
-    Cost: the rows (of the first dimension) that hold those elements; the rest is not read.
+        path: of the folder.
+        plan: of ``plan_files``.
+        total_bytes: of all tensors.
     """
-    view = tensors.get_slice(name)
-    shape = view.get_shape()
-    if len(shape) == 0 or start == stop:
-        return tensors.get_tensor(name).reshape(-1)[start:stop] if start < stop else _nothing(tensors, name)
-    row_numel = 1
-    for length in shape[1:]:
-        row_numel *= length
-    first, last = start // row_numel, -(-stop // row_numel)
-    rows = view[first:last].reshape(-1)
-    return rows[start - first * row_numel : stop - first * row_numel]
-
-
-def _nothing(tensors: Any, name: str) -> Tensor:
-    shape = tensors.get_slice(name).get_shape()
-    return tensors.get_slice(name)[0:0].reshape(-1) if shape else tensors.get_tensor(name).reshape(-1)[:0]
+    if len(plan) > 1:
+        weight_map = {name: file for file, names in plan.items() for name in names}
+        content: dict[str, Any] = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(path / INDEX_FILE, content)

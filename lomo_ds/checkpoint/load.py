@@ -12,14 +12,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lomo_ds.checkpoint.folder import ModelFolder, read_flat, read_folder
+from lomo_ds.checkpoint.folder import read_folder
+from lomo_ds.checkpoint.foreign_code import plain_refusals, refuse_foreign_kernels
+from lomo_ds.checkpoint.universal import UniversalFolder, read_universal
 from lomo_ds.zero3._internals import is_sharded, local_shard, shard_spec
 from lomo_ds.zero3.agreement import failing_together
 
@@ -30,7 +32,12 @@ _OUTDATED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and that models compute themselves today."""
 
 
-def load_pretrained(name: str, ds_json: Mapping[str, Any], trust_remote_code: bool = False) -> Module:
+def load_pretrained(
+    name: str,
+    ds_json: Mapping[str, Any],
+    trust_remote_code: bool = False,
+    weights: str | os.PathLike | None = None,
+) -> Module:
     """A causal language model from a folder or the hub, cut over the ranks. Collective.
 
     Call it before ``lomo_ds.initialize``, with ``torch.distributed`` initialized.
@@ -39,26 +46,46 @@ def load_pretrained(name: str, ds_json: Mapping[str, Any], trust_remote_code: bo
         name: folder in Hugging Face format, or name on the hub.
         ds_json: DeepSpeed JSON with ZeRO stage 3; its bf16 and fp16 sections give the dtype.
         trust_remote_code: allow a model that brings its own code.
+        weights: a universal checkpoint of DeepSpeed with all parameters, which then take the place of
+            the folder's; the folder's own need not be there.
 
     Raises:
         ValueError: on all ranks alike, where the folder is not there or its tensors are not the model's.
 
-    Cost: host memory for the rank's shard and the rows of one tensor.
+    Cost: host memory for the rank's shard and one tensor in the model's dtype: a parameter is whole for a
+        moment when it is made. Each rank reads its own part of the files and no more.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     path = model_folder(name)
     with failing_together():
-        folder = read_folder(path)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        source = read_folder(path) if weights is None else read_universal(Path(weights))
+        config = _read_config(path, trust_remote_code)
     config.dtype = model_dtype(ds_json)
-    with _sharded_construction(ds_json):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    load_shards(model, folder)
+    model = _construct(path, config, ds_json, trust_remote_code)
+    load_shards(model, source)
+    if weights is not None:
+        _load_remaining_buffers(model, source, path)
     generation = path / "generation_config.json"
     if generation.is_file():
         model.generation_config = type(model.generation_config).from_pretrained(path)
+    return model
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if not trust_remote_code:
+        refuse_foreign_kernels(path)
+    with plain_refusals(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _construct(path: Path, config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool) -> Module:
+    """The model without its weights, cut over the ranks."""
+    from transformers import AutoModelForCausalLM
+
+    with plain_refusals(path), _sharded_construction(ds_json):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
     return model
 
 
@@ -118,18 +145,30 @@ def _rotary_buffers_kept_exact() -> AbstractContextManager:
     return prevent_arange_dtype_change()
 
 
+class WeightSource(Protocol):
+    """Files with weights: a ``ModelFolder`` or a ``UniversalFolder``."""
+
+    path: Path
+    files: dict[str, Any]
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def fits(self, name: str, shape: tuple[int, ...]) -> bool: ...
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """Where a tensor of the folder goes: a parameter (cut or whole) or a buffer."""
+    """Where a tensor of the files goes: a parameter (cut or whole) or a buffer."""
 
     tensor: Tensor
     shape: tuple[int, ...]
 
-    def flat_range(self) -> tuple[int, int]:
-        if isinstance(self.tensor, Parameter) and is_sharded(self.tensor):
-            spec = shard_spec(self.tensor)
-            return spec.start, spec.stop
-        return 0, self.tensor.numel()
+    def flat_start(self) -> int:
+        """The first element that goes there."""
+        sharded = isinstance(self.tensor, Parameter) and is_sharded(self.tensor)
+        return shard_spec(self.tensor).start if sharded else 0
 
     def flat(self) -> Tensor:
         if isinstance(self.tensor, Parameter) and is_sharded(self.tensor):
@@ -138,44 +177,69 @@ class _Target:
 
 
 @torch.no_grad()
-def load_shards(model: Module, folder: ModelFolder) -> None:
-    """Fill a cut model's shards (and its buffers) from ``folder``. Collective.
+def load_shards(model: Module, source: WeightSource) -> None:
+    """Fill a cut model's shards (and its buffers) from files. Collective.
 
     Args:
         model: its parameters cut by ``deepspeed.zero.Init``; not yet given to ``lomo_ds.initialize``,
             which gathers the small parameters that ZeRO-3 keeps whole.
-        folder: values are cast to the model's dtype.
+        source: values are cast to the model's dtype. A ``UniversalFolder`` need not hold the buffers.
 
     Raises:
         ValueError: on all ranks alike: tensors are missing, unexpected or of another shape.
     """
     with failing_together():
-        targets = _match(model, folder)
-        for file in sorted(set(folder.files.values())):
-            with folder.open(file) as tensors:
-                for name, target in targets.items():
-                    if folder.files[name] == file:
-                        target.flat().copy_(read_flat(tensors, name, *target.flat_range()))
+        names_of = _names_of_params(model)
+        for name, buffer in _buffers(model).items():
+            if not isinstance(source, UniversalFolder) or name in source.files:
+                names_of[buffer] = [name]
+        _fill(_match(model, source, names_of), source)
 
 
-def _match(model: Module, folder: ModelFolder) -> dict[str, _Target]:
-    """Tensor name in the folder -> where it goes; a tied parameter under the first name that is there."""
+@torch.no_grad()
+def _load_remaining_buffers(model: Module, source: UniversalFolder, path: Path) -> None:
+    """Take from the model folder what a universal checkpoint does not hold. Collective."""
+    with failing_together():
+        buffers = {name: buffer for name, buffer in _buffers(model).items() if name not in source.files}
+        if buffers:
+            folder = read_folder(path)
+            missing = [name for name in buffers if name not in folder.files]
+            _refuse_misfits(folder, missing=missing)
+            for name, buffer in buffers.items():
+                folder.read_into(name, 0, buffer.view(-1))
+
+
+def _fill(targets: Mapping[str, _Target], source: WeightSource) -> None:
+    for name, target in targets.items():
+        source.read_into(name, target.flat_start(), target.flat())
+
+
+def _names_of_params(model: Module) -> dict[Tensor, list[str]]:
+    """Parameter -> all its names."""
     names_of: dict[Tensor, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(param, []).append(name)
-    for name in set(model.state_dict().keys()) - {n for names in names_of.values() for n in names}:
-        names_of[model.get_buffer(name)] = [name]
-    present = {tensor: [n for n in names if n in folder.files] for tensor, names in names_of.items()}
+    return names_of
+
+
+def _buffers(model: Module) -> dict[str, Tensor]:
+    params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: model.get_buffer(name) for name in model.state_dict() if name not in params}
+
+
+def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[str]]) -> dict[str, _Target]:
+    """Tensor name in the files -> where it goes; a tied parameter under the first name that is there."""
+    present = {tensor: [n for n in names if n in source.files] for tensor, names in names_of.items()}
     missing = [names_of[tensor][0] for tensor, names in present.items() if not names]
     known = {name for names in names_of.values() for name in names}
-    unexpected = [n for n in folder.files if n not in known and not _may_be_ignored(model, n)]
+    unexpected = [n for n in source.files if n not in known and not _may_be_ignored(model, n)]
     targets = {n[0]: _Target(tensor=t, shape=_whole_shape(t)) for t, n in present.items() if n}
     wrong = [
-        f"{name} has shape {folder.shapes[name]} instead of {target.shape}"
+        f"{name} has shape {source.shape(name)} instead of {target.shape}"
         for name, target in targets.items()
-        if folder.shapes[name] != target.shape
+        if not source.fits(name, target.shape)
     ]
-    _refuse_misfits(folder, missing=missing, unexpected=unexpected, wrong=wrong)
+    _refuse_misfits(source, missing=missing, unexpected=unexpected, wrong=wrong)
     return targets
 
 
@@ -189,7 +253,7 @@ def _may_be_ignored(model: Module, name: str) -> bool:
     return bool(_OUTDATED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
 
 
-def _refuse_misfits(folder: ModelFolder, **misfits: list[str]) -> None:
+def _refuse_misfits(source: WeightSource, **misfits: list[str]) -> None:
     problems = []
     for kind, names in misfits.items():
         if names:
@@ -197,4 +261,4 @@ def _refuse_misfits(folder: ModelFolder, **misfits: list[str]) -> None:
             rest = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             problems.append(f"{len(names)} {label}: {', '.join(sorted(names)[:_MAX_NAMED])}{rest}")
     if problems:
-        raise ValueError(f"model: the tensors in {folder.path} are not the model's: {'; '.join(problems)}")
+        raise ValueError(f"model: the tensors in {source.path} are not the model's: {'; '.join(problems)}")

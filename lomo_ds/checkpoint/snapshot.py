@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module, Parameter
 
-from lomo_ds.checkpoint.adapters import adapted_layers, adapters_of
+from lomo_ds.checkpoint.adapters import adapted_layers, adapters_of, plain_model
 from lomo_ds.checkpoint.description import AdapterRecord, Description, ParamRecord, Progress
 from lomo_ds.checkpoint.random_state import RandomState
 from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces, persistent_buffers
@@ -116,7 +116,7 @@ def _describe(engine: Any, params: Mapping[str, Parameter]) -> Description:
         buffers=tuple(name for name, _ in persistent_buffers(engine.module)),
         frozen_excluded=len(params) < len(first_names),
         aliases=aliases,
-        adapters=_adapter_records(engine.module, first_names),
+        **_adapters(engine.module, first_names),
         ds_config=engine.config,
         versions={name: version(name) for name in ("lomo_ds", "torch", "deepspeed", "transformers")},
     )
@@ -137,13 +137,16 @@ def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in group.items() if type(value) in (int, float)}
 
 
-def _adapter_records(model: Module, names: Mapping[Parameter, str]) -> tuple[AdapterRecord, ...]:
-    """Adapters that an export can merge; of other kinds none is listed, and an export refuses."""
+def _adapters(model: Module, names: Mapping[Parameter, str]) -> dict[str, Any]:
+    """What an export needs to know to write the model as it would be without peft's wrapper."""
+    plain = plain_model(model)
+    wrapper = next(name for name, module in model.named_modules() if module is plain)
+    facts = {"wrapper": f"{wrapper}." if wrapper else ""}
     try:
         layers = adapted_layers(model)
     except ValueError:
-        return ()
-    return tuple(
+        return facts | {"adapted_layers": None}
+    records = tuple(
         AdapterRecord(
             weight=names[layer.base_layer.weight],
             down=names[adapter.down],
@@ -153,6 +156,7 @@ def _adapter_records(model: Module, names: Mapping[Parameter, str]) -> tuple[Ada
         for layer in layers.values()
         for adapter in adapters_of(layer)
     )
+    return facts | {"adapted_layers": tuple(layers), "adapters": records}
 
 
 def pack_client(client_state: Mapping[str, Any], lr_scheduler: Any) -> bytes:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lomo_ds.checkpoint.adapters import plain_model
 from lomo_ds.checkpoint.description import write_description
 from lomo_ds.checkpoint.export import write_model_files
+from lomo_ds.checkpoint.folder import MODEL_FOLDER
 from lomo_ds.checkpoint.json_file import write_json
 from lomo_ds.checkpoint.manifest import FileRecord, record_of, sync, write_manifest
 from lomo_ds.checkpoint.root import CheckpointRoot
@@ -26,7 +27,6 @@ from lomo_ds.checkpoint.snapshot import Snapshot
 from lomo_ds.checkpoint.tensors import stored_tensors
 from lomo_ds.zero3.agreement import failing_together
 
-MODEL_FOLDER = "huggingface"
 CLIENT_FILE = "client_state.pt"
 _MAX_FILE_BYTES = 1 << 30
 """Of one rank's safetensors files, and so the host memory that writing takes beside the shard."""

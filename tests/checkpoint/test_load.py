@@ -151,12 +151,20 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4)])
-def test_read_flat_gives_any_stretch(tmp_path: Path, shape: tuple[int, ...]):
-    from lomo_ds.checkpoint.folder import read_flat, read_folder
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_stretch_can_be_read(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    from lomo_ds.checkpoint import tensor_file
+    from lomo_ds.checkpoint.folder import read_folder
 
-    tensor = torch.randn(shape)
+    monkeypatch.setattr(tensor_file, "PIECE_BYTES", 20)
+    tensor = torch.randn(shape).to(dtype)
     save_file({"t": tensor}, tmp_path / "model.safetensors")
-    with read_folder(tmp_path).open("model.safetensors") as tensors:
-        for start in range(tensor.numel() + 1):
-            for stop in range(start, tensor.numel() + 1):
-                assert torch.equal(read_flat(tensors, "t", start, stop), tensor.reshape(-1)[start:stop])
+    folder = read_folder(tmp_path)
+    for start in range(tensor.numel() + 1):
+        for stop in range(start, tensor.numel() + 1):
+            for read_as in (torch.float32, torch.bfloat16):
+                out = torch.full((stop - start,), torch.nan, dtype=read_as)
+                folder.read_into("t", start, out)
+                assert torch.equal(out, tensor.reshape(-1)[start:stop].to(read_as))

@@ -1,0 +1,106 @@
+"""The tensors of a checkpoint, read across the ranks' files by one process, without a process group."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lomo_ds.checkpoint.tensor_file import TensorFile, TensorRecord, read_tensor_file
+
+_SHARDING_KEY = "DCP_SHARDING_INFO"
+"""Where torch.distributed.checkpoint notes in a file's header at which element its parts begin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A stretch of a tensor, taken row-major, that one file holds."""
+
+    file: TensorFile
+    record: TensorRecord
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.record.numel
+
+
+class ShardFiles:
+    """A checkpoint's tensors by the names of ``tensors.weight_key`` and its like.
+
+    Args:
+        paths: of all safetensors files of the checkpoint.
+
+    Raises:
+        ValueError: a file is broken, or was not written by this package.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._parts: dict[str, list[_Part]] = {}
+        for path in paths:
+            file = read_tensor_file(path)
+            offsets = _offsets_of(file)
+            for name, record in file.tensors.items():
+                part = _Part(file=file, record=record, start=_flat_start(file, name, offsets.get(name)))
+                self._parts.setdefault(name, []).append(part)
+        for parts in self._parts.values():
+            parts.sort(key=lambda part: (part.start, part.stop))
+
+    def record(self, name: str, shape: tuple[int, ...] | None = None) -> TensorRecord:
+        """Dtype and shape of a tensor.
+
+        Args:
+            name: in the checkpoint.
+            shape: that it has to have; None for one that is stored whole, whose own is taken.
+
+        Raises:
+            ValueError: it is not there, or its parts are not the whole.
+        """
+        parts = self._parts.get(name)
+        if parts is None:
+            raise ValueError(f"the files of the checkpoint have no tensor {name!r}")
+        shape = parts[0].record.shape if shape is None else tuple(shape)
+        numel, reached = math.prod(shape), 0
+        for part in parts:
+            if part.start != reached or part.record.dtype != parts[0].record.dtype:
+                break
+            reached = part.stop
+        if reached != numel or parts[-1].stop != numel:
+            raise ValueError(f"{parts[-1].file.path}: the parts of {name!r} do not make up {numel} elements")
+        return TensorRecord(dtype=parts[0].record.dtype, shape=shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """All elements of a tensor, row-major, in 1-D tensors of at most ``tensor_file.PIECE_BYTES``."""
+        for part in self._parts[name]:
+            yield from part.file.pieces(name)
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor in host memory."""
+        record, done = self.record(name, shape), 0
+        tensor = torch.empty(record.numel, dtype=record.dtype)
+        for piece in self.pieces(name):
+            tensor[done : done + piece.numel()].copy_(piece)
+            done += piece.numel()
+        return tensor.view(shape)
+
+
+def _offsets_of(file: TensorFile) -> dict[str, list[int]]:
+    try:
+        offsets = json.loads(file.metadata[_SHARDING_KEY])
+        return {name: list(entry["saved_offsets"]) for name, entry in offsets.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{file.path}: does not say where its tensors begin") from None
+
+
+def _flat_start(file: TensorFile, name: str, offsets: list[int] | None) -> int:
+    """The first element that a file holds of a tensor: cut ones are 1-D, others whole."""
+    shape = file.tensors[name].shape
+    valid = offsets is not None and len(offsets) == len(shape) and all(type(o) is int for o in offsets)
+    if not valid or (len(shape) != 1 and any(offsets)):
+        raise ValueError(f"{file.path}: does not say where {name!r} begins")
+    return offsets[0] if len(shape) == 1 else 0
