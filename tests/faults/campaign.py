@@ -99,9 +99,9 @@ _INTRODUCTION = """\
 # Fault injections
 
 {count} injections into runs of a tiny model on 2 CPU ranks (AdaLomo, bf16, stochastic rounding, dropout,
-shuffled data, a checkpoint every second step of 12), each followed by going on to the end. A run survived where
-every loss and the final weights equal, to the bit, those of a run that nothing happened to. A rank that had not
-ended {deadline_s:.0f} s after it should have is hung.
+shuffled data, a checkpoint every second step of 12), each followed by going on to the end. A run survived
+where every loss and the final weights equal, to the bit, those of a run that nothing happened to. A rank that
+had not ended {deadline_s:.0f} s after it should have is hung.
 
 Written by `{command}` in {minutes:.0f} minutes; the slowest injection with its run took {slowest_s:.0f} s.
 
