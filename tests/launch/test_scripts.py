@@ -92,7 +92,7 @@ def test_slurm_gives_each_task_its_rank(stand_ins: dict[str, str]):
 
 def run_failing(script: str, codes: str, environment: dict[str, str], folder: Path) -> tuple[int, list[str]]:
     """Exit code and lines of a script whose command ends with each of ``codes`` in turn."""
-    (folder / "codes").write_text(codes)
+    (folder / "codes").write_text(f"{codes}\n")
     (folder / "python").write_text(FAILING_PYTHON)
     command = ["bash", str(LAUNCH / script), "recipe.yaml", "seed=2"]
     environment = environment | {"CODES": str(folder / "codes"), "MAX_RESTARTS": "3"}
