@@ -37,18 +37,31 @@ class Manifest:
         format: name and version of the format.
         global_steps: optimizer steps that had been made.
         files: name inside the folder, with "/" between parts -> what was written.
+        checksum: of everything else here, so that a damaged manifest does not accuse whole files.
     """
 
     global_steps: int
     files: dict[str, FileRecord]
+    checksum: str
     format: str = _FORMAT
 
     def __post_init__(self) -> None:
         if self.format != _FORMAT:
             raise ValueError(f"the format is {self.format!r}, this version reads {_FORMAT!r}")
+        if self.checksum != checksum(self.global_steps, self.files):
+            raise ValueError("its content is another than was written (its checksum differs)")
         for name in self.files:
             if not _stays_inside(name):
                 raise ValueError(f"{name!r} is not the name of a file inside the checkpoint")
+
+
+def checksum(global_steps: int, files: Mapping[str, FileRecord]) -> str:
+    """What a manifest of these says of itself."""
+    lines = [
+        f"{global_steps}",
+        *(f"{record.sha256} {record.num_bytes} {name}" for name, record in files.items()),
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _stays_inside(name: str) -> bool:
@@ -69,7 +82,8 @@ def record_of(path: Path) -> FileRecord:
 
 def write_manifest(folder: Path, global_steps: int, files: Mapping[str, FileRecord]) -> None:
     """Write the manifest of ``folder`` and wait until it is on the disk."""
-    manifest = Manifest(global_steps=global_steps, files=dict(sorted(files.items())))
+    files = dict(sorted(files.items()))
+    manifest = Manifest(global_steps=global_steps, files=files, checksum=checksum(global_steps, files))
     sync(write_json(folder / MANIFEST_FILE, asdict(manifest)))
 
 

@@ -8,6 +8,7 @@ the two leaves both copies whole, and whoever opens the folder next brings the o
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -145,7 +146,10 @@ class CheckpointRoot:
 
 
 def _age(folder: Path) -> tuple[int, int, str]:
+    """Steps, time and name; where the manifest is broken, the steps that the name ends with."""
     try:
-        return read_manifest(folder).global_steps, folder.stat().st_mtime_ns, folder.name
+        num_steps = read_manifest(folder).global_steps
     except ValueError:
-        return -1, folder.stat().st_mtime_ns, folder.name
+        digits = re.search(r"\d+$", folder.name, re.ASCII)
+        num_steps = int(digits.group()) if digits else -1
+    return num_steps, folder.stat().st_mtime_ns, folder.name

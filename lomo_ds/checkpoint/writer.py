@@ -30,7 +30,7 @@ from lomo_ds.zero3.agreement import failing_together
 CLIENT_FILE = "client_state.pt"
 _MAX_FILE_BYTES = 1 << 30
 """Of one rank's safetensors files, and so the host memory that writing takes beside the shard."""
-_SPARE_BYTES = 16 << 20
+SPARE_BYTES = 16 << 20
 """Disk that a checkpoint's small files may take."""
 
 
@@ -103,7 +103,7 @@ class CheckpointWriter:
 
     def _begin(self, job: SaveJob) -> None:
         if dist.get_rank(self._group) == 0:
-            _require_room(job.root.path, job.snapshot.num_bytes + _SPARE_BYTES)
+            _require_room(job.root.path, job.snapshot.num_bytes + SPARE_BYTES)
             scratch = job.root.begin(job.tag)
             model_files = scratch / MODEL_FOLDER
             model_files.mkdir()
@@ -116,7 +116,7 @@ def _require_room(path: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"a checkpoint takes {num_bytes / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB left",
+            f"a checkpoint takes {num_bytes / 1e9:.3g} GB and {existing} has {free / 1e9:.3g} GB left",
         )
 
 

@@ -24,6 +24,7 @@ from lomo_ds.training.interruption import STOP_SIGNALS
 from lomo_ds.training.recipe_file import load_recipe, require_free_output
 
 DEFAULT_CPU_RANKS = 2
+FAILURE = 1
 _KEEP_FREED_BELOW_BYTES = "262144"
 """glibc gives larger freed blocks back at once, so that resident memory is what is in use."""
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds train``; None takes them from the command line.
 
     Returns:
-        0, or another exit code after one line on standard error that says what is wrong.
+        0; 75 for a run that was told to stop and has saved itself; 2 for a mistake in the recipe and 1 for
+        anything else, after one line on standard error that says what is wrong.
     """
     arguments = _parser().parse_intermixed_args(argv)
     find_tools_of_this_environment()
@@ -50,11 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run_rank(arguments) if inside else _launch(arguments)
     except ValueError as error:
-        if os.environ.get("LOMO_DS_TRACEBACK"):
-            traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return _report(error, USAGE_ERROR)
+    except OSError as error:
+        return _report(error, FAILURE)
+
+
+def _report(error: Exception, exit_code: int) -> int:
+    if os.environ.get("LOMO_DS_TRACEBACK"):
+        traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run_rank(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from lomo_ds.training.run import run
+    from lomo_ds.zero3.agreement import OtherRankFailed
 
-    return run(recipe)
+    try:
+        return run(recipe)
+    except OtherRankFailed:
+        return FAILURE  # the failed rank says what is wrong
 
 
 def _launch(arguments: argparse.Namespace) -> int:
