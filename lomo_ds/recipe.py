@@ -206,6 +206,7 @@ class Recipe:
         output: folder for the results, relative to the working directory.
         deepspeed: DeepSpeed JSON.
         trust_remote_code: allow a model that brings its own code.
+        weights: a universal checkpoint of DeepSpeed; its parameters take the place of the model's own.
         max_sequence_length: tokens; longer prompts lose their beginning.
         epochs: passes over the training examples; exactly one of epochs and steps is given.
         steps: optimizer steps.
@@ -229,6 +230,7 @@ class Recipe:
     output: str
     deepspeed: str
     trust_remote_code: bool = False
+    weights: str | None = None
     max_sequence_length: int = 512
     epochs: int | None = None
     steps: int | None = None

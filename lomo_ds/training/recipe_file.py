@@ -12,7 +12,7 @@ import yaml
 from lomo_ds.config import from_mapping
 from lomo_ds.recipe import Recipe
 
-PATH_KEYS = ("model", "deepspeed", "data.train", "data.evaluation")
+PATH_KEYS = ("model", "weights", "deepspeed", "data.train", "data.evaluation")
 """Keys whose relative value is looked up beside the recipe (in the working directory for an override)."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -99,6 +99,8 @@ def _require_inputs(recipe: Recipe, path: str | Path) -> None:
     for key, name in files.items():
         if not Path(name).is_file():
             raise ValueError(f"{path}: {key}: there is no file {name}")
+    if recipe.weights is not None and not Path(recipe.weights).is_dir():
+        raise ValueError(f"{path}: weights: there is no folder {recipe.weights}")
     if Path(recipe.model).is_absolute() and not Path(recipe.model).is_dir():
         raise ValueError(f"{path}: model: there is no folder {recipe.model}")
 

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 
 import lomo_ds
 from lomo_ds.checkpoint.export import export_pretrained
+from lomo_ds.checkpoint.foreign_code import plain_refusals
 from lomo_ds.checkpoint.load import load_pretrained, model_dtype, model_folder
 from lomo_ds.checkpoint.newest import newest_whole
 from lomo_ds.checkpoint.root import CheckpointRoot, require_tag
@@ -206,13 +207,13 @@ def _load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     folder = model_folder(recipe.model)
-    with failing_together():
+    with failing_together(), plain_refusals(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
 
 
 def _build_engine(plan: RunPlan) -> Any:
     recipe = plan.recipe
-    model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code)
+    model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code, recipe.weights)
     if recipe.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
     if recipe.lora is not None:

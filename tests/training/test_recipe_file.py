@@ -90,6 +90,7 @@ def test_mistakes_are_named(recipe_path: Path, override: str, message: str):
         ("deepspeed=gone.json", "deepspeed: there is no file"),
         ("data.train=gone.tsv", "data.train: there is no file"),
         ("data.evaluation=gone.tsv", "data.evaluation: there is no file"),
+        ("weights=gone", "weights: there is no folder"),
         ("model=./gone", "model: there is no folder"),
         ("model=/gone/too", "model: there is no folder"),
     ],
