@@ -91,9 +91,12 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of ``folder``; the files are not looked at.
 
     Raises:
-        ValueError: there is none, or it is broken; the message names the file.
+        ValueError: there is none, or it is broken, or one of the two is a link; the message names the file.
     """
     path = folder / MANIFEST_FILE
+    for place in (folder, path):
+        if place.is_symlink():
+            raise ValueError(f"{place}: is a symbolic link, which may lead out of the checkpoints")
     return from_mapping(Manifest, read_json(path), str(path))
 
 
@@ -109,14 +112,22 @@ def find_damage(folder: Path, files: Mapping[str, FileRecord]) -> str | None:
     """
     for check in (_wrong_size, _wrong_content):
         for name, record in files.items():
+            links = (path for path in _folders_between(folder, name) if path.is_symlink())
+            if (link := next(links, None)) is not None:
+                return f"{link}: is a symbolic link"
             if (problem := check(folder / name, record)) is not None:
                 return f"{folder / name}: {problem}"
     return None
 
 
+def _folders_between(folder: Path, name: str) -> list[Path]:
+    """The folders inside ``folder`` that lead to its file ``name``."""
+    return [folder / part for part in PurePosixPath(name).parents if part != PurePosixPath(".")]
+
+
 def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
     """Files in ``folder`` that the manifest does not name; a reader might take them for a part of it."""
-    present = (path for path in folder.rglob("*") if not path.is_dir())
+    present = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(folder).as_posix() for path in present}
     return sorted(names - set(manifest.files) - {MANIFEST_FILE})
 

@@ -187,7 +187,10 @@ def _read_client(folder: Path) -> dict[str, Any]:
         client = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return {"client_state": client["client_state"], "lr_scheduler": client["lr_scheduler"]}
     except Exception as error:
-        raise ValueError(f"{folder / CLIENT_FILE}: cannot be read ({error})") from None
+        raise ValueError(
+            f"{folder / CLIENT_FILE}: is broken or holds more than tensors, numbers and text, and is not "
+            f"loaded ({type(error).__name__})"
+        ) from None
 
 
 def _read_random_state(folder: Path, description: Description) -> RandomState | None:

@@ -68,7 +68,7 @@ class CheckpointRoot:
         self.path.mkdir(parents=True, exist_ok=True)
         self.recover()
         for leftover in self.path.glob(f"{_INCOMPLETE}*"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
         scratch = self.scratch(tag)
         scratch.mkdir()
         return scratch
@@ -84,16 +84,17 @@ class CheckpointRoot:
     def publish(self, tag: str) -> Path:
         """Give a whole checkpoint its name, in place of an older one of that name."""
         target, replaced = self.folder(tag), self.path / f"{_REPLACED}{tag}"
-        if target.exists():
+        if os.path.lexists(target):
             os.replace(target, replaced)
         os.replace(self.scratch(tag), target)
         sync(self.path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced, ignore_errors=True)
         return target
 
     def point_latest_to(self, tag: str) -> None:
         """Let ``latest`` name a checkpoint that has been published."""
         scratch = self.path / _NEW_LATEST
+        scratch.unlink(missing_ok=True)  # it may be a link by now
         scratch.write_text(require_tag(tag), encoding="utf-8")
         sync(scratch)
         os.replace(scratch, self.path / LATEST_FILE)
@@ -109,7 +110,7 @@ class CheckpointRoot:
             if old != spared:
                 removed = self.path / f"{_REMOVED}{old}"
                 os.replace(self.folder(old), removed)
-                shutil.rmtree(removed, ignore_errors=True)
+                _remove(removed, ignore_errors=True)
 
     # Reading -----------------------------------------------------------------------------------
 
@@ -117,12 +118,12 @@ class CheckpointRoot:
         """Finish what a killed job had begun with whole checkpoints: a replacement, or a removal."""
         for replaced in self.path.glob(f"{_REPLACED}*"):
             target = self.path / replaced.name.removeprefix(_REPLACED)
-            if target.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
+            if target.exists() or not is_tag(target.name):
+                _remove(replaced, ignore_errors=True)
             else:
                 os.replace(replaced, target)
         for removed in self.path.glob(f"{_REMOVED}*"):
-            shutil.rmtree(removed, ignore_errors=True)
+            _remove(removed, ignore_errors=True)
 
     def latest(self) -> str | None:
         """The tag that ``latest`` names; None where there is no such file.
@@ -130,19 +131,34 @@ class CheckpointRoot:
         Raises:
             ValueError: the file holds something that is no tag.
         """
+        path = self.path / LATEST_FILE
         try:
-            return require_tag((self.path / LATEST_FILE).read_text(encoding="utf-8").strip())
+            with path.open("rb") as stream:
+                content = stream.read(2 * _MAX_TAG_LENGTH)
+            return require_tag(content.decode("utf-8").strip())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.path / LATEST_FILE}: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            reason = "is not text" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise ValueError(f"{path}: {reason}") from None
 
     def tags(self) -> list[str]:
-        """Every checkpoint, broken ones too, the one with the most steps first."""
+        """Every checkpoint, broken ones too, the one with the most steps first; no symbolic links."""
         if not self.path.is_dir():
             return []
-        folders = [folder for folder in self.path.iterdir() if folder.is_dir() and is_tag(folder.name)]
+        own = (folder for folder in self.path.iterdir() if folder.is_dir() and not folder.is_symlink())
+        folders = [folder for folder in own if is_tag(folder.name)]
         return [folder.name for folder in sorted(folders, key=_age, reverse=True)]
+
+
+def _remove(path: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder with everything in it; of a symbolic link the link alone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def _age(folder: Path) -> tuple[int, int, str]:

@@ -1,0 +1,131 @@
+"""Host memory of reading a model into shards and of exporting a checkpoint, beside the model's size.
+
+Usage: python benchmarks/checkpoint_memory.py [--ranks 2] [--workload JSON] [--folder TMP] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rank_pair import RANK_ENVIRONMENT, run_ranks
+from rich.console import Console
+from step_report import describe_machine, describe_versions
+from step_variants import Workload
+
+HERE = Path(__file__).resolve().parent
+DEADLINE_S = 900.0
+
+_PAGE = """# Reading and exporting a model: host memory
+
+A LLaMA-shaped model of {millions:.0f}M parameters in bf16 ({model_gb:.3f} GB; the largest tensor has
+{largest_mb:.1f} MB), on CPU ranks, so that shards count as host memory. Peak resident memory of a process
+beyond what it has after its imports.
+
+Written by `{command}` on {machine}, with {versions}.
+
+| | a rank's shard | largest tensor | peak beyond imports |
+|---|---|---|---|
+{rows}
+
+The bound of a load is the shard and one tensor, both in the training dtype, and {slack_mb:.0f} MB for pieces
+that are read, names and allocators. An export needs two pieces of 16 MiB, whatever the model's size; only a
+weight with an adapter is whole in memory, as two fp32 copies. {source} was read.
+"""
+SLACK_BYTES = 48 << 20
+"""Two pieces of a file, names and records, and what an allocator keeps."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks to load on")
+    parser.add_argument("--workload", default="{}", help="JSON; changes fields of the 353M workload")
+    parser.add_argument("--folder", type=Path, help="for temporary files; they take four times the model")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks")
+    return parser.parse_args()
+
+
+def run_alone(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """The job's part that one process does; returns what it wrote."""
+    script = HERE / "checkpoint_memory_job.py"
+    command = [sys.executable, str(script), "--out", str(folder), *arguments]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        command, env=os.environ | RANK_ENVIRONMENT | {"PATH": path}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{arguments[0]} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads((folder / "rank_0.json").read_text())
+
+
+def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+    """Make a model; load it on each number of ranks; save and export it."""
+    workload = ["--workload", args.workload, "--folder", str(folder)]
+    model = run_alone(["make", *workload], folder)
+    console.print(f"model of {model['num_bytes'] / 1e9:.3f} GB", highlight=False)
+    loads = {}
+    for num_ranks in args.ranks:
+        save = [] if num_ranks != args.ranks[0] else ["--save"]
+        ranks = run_ranks(
+            HERE / "checkpoint_memory_job.py", ["load", *workload, *save], num_ranks, DEADLINE_S
+        )
+        loads[num_ranks] = max(ranks, key=lambda rank: rank["peak_bytes"])
+        console.print(f"load on {num_ranks}: {loads[num_ranks]}", highlight=False)
+    export = run_alone(["export", *workload], folder)
+    console.print(f"export: {export}", highlight=False)
+    return {"model": model, "loads": loads, "export": export}
+
+
+def page(args: argparse.Namespace, results: dict[str, Any]) -> str:
+    """The report."""
+    model, machine, versions = results["model"], describe_machine(), describe_versions()
+    rows = [
+        f"| load on {ranks} ranks | {one['shard_bytes'] / 1e6:.1f} MB | {one['largest_bytes'] / 1e6:.1f} MB "
+        f"| {one['peak_bytes'] / 1e6:.1f} MB |"
+        for ranks, one in results["loads"].items()
+    ]
+    rows.append(
+        f"| export, one process | | {model['largest_bytes'] / 1e6:.1f} MB "
+        f"| {results['export']['peak_bytes'] / 1e6:.1f} MB |"
+    )
+    return _PAGE.format(
+        millions=model["num_parameters"] / 1e6,
+        model_gb=model["num_bytes"] / 1e9,
+        largest_mb=model["largest_bytes"] / 1e6,
+        slack_mb=SLACK_BYTES / 1e6,
+        command=shlex.join(["python", *sys.argv]),
+        machine=f"{machine['cores']} cores of {machine['cpu']}, {machine['memory']}",
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        rows="\n".join(rows),
+        source=results["export"]["source"],
+    )
+
+
+def main() -> None:
+    args, console = parse_arguments(), Console(soft_wrap=True)
+    dataclasses.replace(Workload(), **json.loads(args.workload))  # for its checks
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="lomo_checkpoint_") as folder:
+        results = measure(args, Path(folder), console)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "checkpoint_memory.md").write_text(page(args, results))
+    for ranks, one in results["loads"].items():
+        bound = one["shard_bytes"] + one["largest_bytes"] + SLACK_BYTES
+        verdict = "met    " if one["peak_bytes"] <= bound else "NOT MET"
+        console.print(f"{verdict} load on {ranks}: {one['peak_bytes'] / bound:.3f} of the bound")
+    share = results["export"]["peak_bytes"] / results["model"]["num_bytes"]
+    console.print(f"export: {share:.3f} of the model's size")
+    console.print(f"report: {args.out / 'checkpoint_memory.md'}")
+
+
+if __name__ == "__main__":
+    main()
