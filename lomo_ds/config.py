@@ -11,6 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
+_MAX_PROBLEMS, _MAX_SHOWN = 5, 100
+"""Mistakes that an error lists, and characters that it shows of a value."""
+
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Build the dataclass ``cls`` from ``mapping``; every key and type is checked.
@@ -26,19 +29,24 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{where} has to be a mapping of keys to values, not {type(mapping).__name__}")
-    _refuse_unknown_keys(cls, mapping, where)
     try:
+        _refuse_unknown_keys(cls, mapping, where)
         return TypeAdapter(cls).validate_python(dict(mapping))
     except ValidationError as error:
-        problems = "; ".join(_problem(entry) for entry in error.errors())
-        raise ValueError(f"{where}: {problems}") from None
+        entries = error.errors()
+        problems = "; ".join(_problem(entry) for entry in entries[:_MAX_PROBLEMS])
+        rest = f"; and {len(entries) - _MAX_PROBLEMS} more" if len(entries) > _MAX_PROBLEMS else ""
+        raise ValueError(f"{where}: {problems}{rest}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
 
 
 def _refuse_unknown_keys(cls: type, mapping: Mapping[str, Any], where: str) -> None:
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     for key in mapping:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), known)}")
+            hint = did_you_mean(str(key)[:_MAX_SHOWN], known)
+            raise ValueError(f"{where}: unknown key {shown(key)}; {hint}")
     hints = get_type_hints(cls)
     for key, value in mapping.items():
         nested = _dataclass_in(hints[key])
@@ -67,8 +75,17 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(known)}"
 
 
+def shown(value: Any) -> str:
+    """A value for an error: its beginning, in one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nesting
+        text = f"{type(value).__name__} that cannot be shown"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
 def _problem(entry: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in entry["loc"])
+    key = ".".join(str(part)[:_MAX_SHOWN] for part in entry["loc"])
     message = entry["msg"].removeprefix("Value error, ")
-    given = "" if entry["type"] in ("missing", "value_error") else f" (given: {entry['input']!r})"
+    given = "" if entry["type"] in ("missing", "value_error") else f" (given: {shown(entry['input'])})"
     return f"{key}: {message}{given}" if key else f"{message}{given}"

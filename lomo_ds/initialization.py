@@ -28,6 +28,7 @@ from lomo_ds.zero3._internals import (  # noqa: E402
     load_ds_config,
 )
 from lomo_ds.zero3.agreement import failing_together  # noqa: E402
+from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
 from lomo_ds.zero3.nvme import NvmeSettings  # noqa: E402
 from lomo_ds.zero3.policy import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
@@ -76,6 +77,7 @@ def initialize(
         _require(mesh_param is None, "mesh_param: only data parallelism is supported, leave it out")
         ds_json = _read_json(args, config if config is not None else config_params)
         refuse_unsupported(ds_json)
+        refuse_unreadable(ds_json)
         _require(isinstance(model, torch.nn.Module), f"model has to be a torch module, not {type(model)}")
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
         nvme = NvmeSettings.of(optimizer.park_to, ds_json.get("aio")) if optimizer.park_to else None

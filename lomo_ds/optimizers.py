@@ -11,7 +11,7 @@ import torch
 from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 
-from lomo_ds.config import did_you_mean, from_mapping
+from lomo_ds.config import did_you_mean, from_mapping, shown
 from lomo_ds.rules.adalomo import AdaLomoRule
 from lomo_ds.rules.adamw import AdamWRule
 from lomo_ds.rules.clipping import Clipping
@@ -216,7 +216,7 @@ def optimizer_from_json(
         ValueError: no section, a type that is not ours (they are listed), a parameter that is unknown,
             missing or out of range.
     """
-    if not section or "type" not in section:
+    if not isinstance(section, Mapping) or "type" not in section:
         raise ValueError(
             'the JSON names no optimizer: add "optimizer": {"type": "Lomo", "params": {"lr": ...}} '
             f"or pass optimizer=lomo_ds.Lomo(...); types: {', '.join(OPTIMIZERS)}"
@@ -224,9 +224,10 @@ def optimizer_from_json(
     by_lower_name = {name.lower(): cls for name, cls in OPTIMIZERS.items()}
     cls = by_lower_name.get(str(section["type"]).lower())
     if cls is None:
+        hint = did_you_mean(str(section["type"])[:100], OPTIMIZERS)
         raise ValueError(
-            f'"optimizer.type": {section["type"]!r} is not an optimizer of lomo_ds; '
-            f"{did_you_mean(str(section['type']), OPTIMIZERS)}. For DeepSpeed's own use deepspeed.initialize"
+            f'"optimizer.type": {shown(section["type"])} is not an optimizer of lomo_ds; {hint}. '
+            "For DeepSpeed's own use deepspeed.initialize"
         )
     settings = section.get("params") or {}
     config = from_mapping(cls.config_type, settings, '"optimizer.params"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,10 +40,22 @@ class TaskRecipe:
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        _require_plain_places(self.prompt)
         if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
             raise ValueError(f"options has to hold at least two different answers, given: {self.options}")
         if self.label_names is not None and len(self.label_names) != len(self.options):
             raise ValueError(f"label_names has {len(self.label_names)} entries, options {len(self.options)}")
+
+
+def _require_plain_places(prompt: str) -> None:
+    """Refuse a template that is none, or that asks for more than columns (formats, attributes)."""
+    try:
+        places = [place for place in string.Formatter().parse(prompt) if place[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"prompt: {prompt[:100]!r} is not a template: {error}") from None
+    for _, column, form, conversion in places:
+        if form or conversion or not column or column.isdigit() or {".", "["} & set(column):
+            raise ValueError(f"prompt: {prompt[:100]!r} may hold {{column}} in braces and nothing else")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,17 +48,30 @@ class RandomState:
             numpy_gauss=gauss if has_gauss else None,
         )
 
+    def check(self) -> None:
+        """Try the states on generators that nobody uses.
+
+        Raises:
+            Exception: of whatever kind, where a generator does not take its state.
+        """
+        torch.Generator().set_state(_decode(self.torch))
+        random.Random().setstate((3, self.python, self.python_gauss))
+        numpy.random.RandomState().set_state(self._numpy_state())
+        if self.accelerator is not None:
+            _decode(self.accelerator)
+
     def restore(self) -> None:
         """Let the generators go on from these states."""
         torch.set_rng_state(_decode(self.torch))
         if self.accelerator is not None and _has_device():
             get_accelerator().set_rng_state(_decode(self.accelerator))
         random.setstate((3, self.python, self.python_gauss))
+        numpy.random.set_state(self._numpy_state())
+
+    def _numpy_state(self) -> tuple[str, numpy.ndarray, int, int, float]:
         words = numpy.array(self.numpy, dtype=numpy.uint32)
         has_gauss = self.numpy_gauss is not None
-        numpy.random.set_state(
-            ("MT19937", words, self.numpy_position, int(has_gauss), self.numpy_gauss or 0.0)
-        )
+        return "MT19937", words, self.numpy_position, int(has_gauss), self.numpy_gauss or 0.0
 
 
 def reseed(seed: int) -> None:

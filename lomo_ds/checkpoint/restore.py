@@ -18,8 +18,9 @@ from lomo_ds.checkpoint.description import Description, ParamRecord, read_descri
 from lomo_ds.checkpoint.json_file import read_json
 from lomo_ds.checkpoint.newest import damage_of
 from lomo_ds.checkpoint.random_state import RandomState, reseed
+from lomo_ds.checkpoint.shard_files import ShardFiles
 from lomo_ds.checkpoint.snapshot import named_params, param_record
-from lomo_ds.checkpoint.tensors import model_pieces, optimizer_pieces, stored_tensors
+from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces, stored_tensors
 from lomo_ds.checkpoint.writer import CLIENT_FILE, plain_errors, random_file
 from lomo_ds.config import from_mapping
 from lomo_ds.zero3.agreement import failing_together
@@ -60,6 +61,8 @@ def restore(engine: Any, folder: Path, options: LoadOptions) -> dict[str, Any]:
         params = _match(engine, description, options)
         client = _read_client(folder)
         random_state = _read_random_state(folder, description)
+        if dist.get_rank() == 0:
+            _require_tensors(folder, _pieces(engine, params, description, options))
     _load_tensors(engine, folder, params, description, options)
     if not options.module_only:
         _restore_progress(engine, description, client, options)
@@ -136,6 +139,29 @@ def _require_same_rounding(engine: Any, description: Description) -> None:
         )
 
 
+def _pieces(
+    engine: Any, params: Mapping[str, Parameter], description: Description, options: LoadOptions
+) -> dict[str, Piece]:
+    """What is filled from the checkpoint's tensors, by their names there."""
+    pieces = model_pieces(engine.module, params)
+    known = {f"buffers/{name}" for name in description.buffers}
+    pieces = {key: piece for key, piece in pieces.items() if not key.startswith("buffers/") or key in known}
+    return pieces | (
+        optimizer_pieces(params, engine.optimizer.updater.entries) if options.with_optimizer else {}
+    )
+
+
+def _require_tensors(folder: Path, pieces: Mapping[str, Piece]) -> None:
+    """Find every piece in the headers of the checkpoint's files, so that loading cannot fail half-way.
+
+    Raises:
+        ValueError: a file is broken, or a tensor is not there or not whole.
+    """
+    files = ShardFiles(sorted(folder.glob("*.safetensors")))
+    for key, piece in pieces.items():
+        files.record(key, tuple(piece.local.shape) if piece.numel is None else (piece.numel,))
+
+
 def _load_tensors(
     engine: Any,
     folder: Path,
@@ -146,13 +172,7 @@ def _load_tensors(
     updater = engine.optimizer.updater
     engine.empty_partition_cache()  # a forward may have left the next one's parameters in flight
     with engine.optimizer.replacing_shards(), torch.no_grad():
-        pieces = model_pieces(engine.module, params)
-        pieces = {
-            k: p for k, p in pieces.items() if not k.startswith("buffers/") or k[8:] in description.buffers
-        }
-        if options.with_optimizer:
-            pieces |= optimizer_pieces(params, updater.entries)
-        tensors = stored_tensors(pieces, dist.group.WORLD)
+        tensors = stored_tensors(_pieces(engine, params, description, options), dist.group.WORLD)
         with plain_errors():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
         if not options.with_optimizer:
@@ -176,7 +196,9 @@ def _restore_progress(
         optimizer.last_norm = progress.last_norm
         if len(progress.groups) == len(optimizer.param_groups):
             for group, numbers in zip(optimizer.param_groups, progress.groups, strict=True):
-                group.update(numbers)
+                group.update(
+                    {key: value for key, value in numbers.items() if type(group.get(key)) in (int, float)}
+                )
     if options.lr_scheduler and engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(client["lr_scheduler"])
 
@@ -197,7 +219,12 @@ def _read_random_state(folder: Path, description: Description) -> RandomState | 
     if description.world_size != dist.get_world_size():
         return None
     path = folder / random_file(dist.get_rank())
-    return from_mapping(RandomState, read_json(path), str(path))
+    state = from_mapping(RandomState, read_json(path), str(path))
+    try:
+        state.check()
+    except Exception as error:
+        raise ValueError(f"{path}: is no state of random generators ({type(error).__name__})") from None
+    return state
 
 
 def _restore_randomness(state: RandomState | None, description: Description) -> None:

@@ -25,7 +25,7 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
     """
     try:
         ds_json = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"deepspeed: {path} is not JSON: {error}") from None
     if not isinstance(ds_json, dict):
         raise ValueError(f"deepspeed: {path} has to be a JSON object")

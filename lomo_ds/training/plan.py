@@ -13,6 +13,7 @@ from lomo_ds.tasks.data import read_rows
 from lomo_ds.tasks.order import num_steps_per_epoch
 from lomo_ds.tasks.prompts import ChoiceExample, ChoicePrompt
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
+from lomo_ds.zero3.deepspeed_check import refuse_unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
     num_steps = recipe.steps or recipe.epochs * per_epoch
     fill_scheduler(ds_json, recipe, num_steps)
+    refuse_unreadable(ds_json)
     held_out = read_rows(data.evaluation, data.format) if data.evaluation else []
     return RunPlan(
         recipe=recipe,

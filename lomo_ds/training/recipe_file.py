@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lomo_ds.config import from_mapping
+from lomo_ds.config import from_mapping, shown
 from lomo_ds.recipe import Recipe
 
 PATH_KEYS = ("model", "weights", "deepspeed", "data.train", "data.evaluation")
@@ -47,30 +47,55 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        mapping = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} has to be a mapping of keys to values")
     return mapping
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without anchors on lists and mappings, which can stand for more than fits into memory, or for
+    themselves."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if alias is not None and not isinstance(node, yaml.ScalarNode):
+            raise yaml.YAMLError(f"*{alias.anchor} repeats a list or a mapping: write it out")
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Raises:
+        ValueError: it holds a number or a date that is none, or is nested too deeply.
+        yaml.YAMLError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> None:
     """Set one dotted key in place; sections are made where they are missing."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{override!r} is not an override: write key=value, e.g. optimizer.lr=0.01")
+        raise ValueError(f"{shown(override)} is not an override: write key=value, e.g. optimizer.lr=0.01")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{override!r}: the value is not YAML") from None
+        value = _parse_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        raise ValueError(f"{shown(override)}: the value is not YAML") from None
     *sections, last = key.split(".")
     for section in sections:
         mapping = mapping.setdefault(section, {})
         if not isinstance(mapping, dict):
-            raise ValueError(f"{override!r}: {section} is a value, not a section")
+            raise ValueError(f"{shown(override)}: {section[:100]!r} is a value, not a section")
     mapping[last] = value
 
 
@@ -81,15 +106,19 @@ def _beside(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
         section, _, key = dotted.rpartition(".")
         place = copy.get(section, {}) if section else copy
         if isinstance(place, dict) and isinstance(place.get(key), str):
-            place[key] = _absolute(place[key], folder, may_be_hub_name=dotted == "model")
+            place[key] = _absolute(dotted, place[key], folder)
     return copy
 
 
-def _absolute(text: str, folder: Path, may_be_hub_name: bool) -> str:
-    path = folder / Path(text).expanduser()
-    if may_be_hub_name and not path.exists() and _HUB_NAME.fullmatch(text) and not text.startswith("."):
-        return text
-    return str(path.resolve())
+def _absolute(key: str, text: str, folder: Path) -> str:
+    try:
+        path = folder / Path(text).expanduser()
+        is_hub_name = key == "model" and _HUB_NAME.fullmatch(text) and not text.startswith(".")
+        if not path.exists() and is_hub_name:
+            return text
+        return str(path.resolve())
+    except (OSError, RuntimeError, ValueError):  # too long, a home of nobody, a null byte
+        raise ValueError(f"{key}: {shown(text)} is not a path") from None
 
 
 def _require_inputs(recipe: Recipe, path: str | Path) -> None:
@@ -113,7 +142,12 @@ def require_free_output(recipe: Recipe) -> None:
             says what to do with it.
     """
     output = Path(recipe.output)
-    if output.exists() and not output.is_dir():
+    try:
+        output.resolve()
+        exists = output.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a null byte
+        raise ValueError(f"output: {shown(recipe.output)} is not a path") from None
+    if exists and not output.is_dir():
         raise ValueError(f"output: {output} is a file")
     if recipe.resume == "auto" and (output / "recipe.yaml").is_file():
         return

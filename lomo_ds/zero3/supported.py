@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from lomo_ds.config import shown
+
 
 class Refusal(NamedTuple):
     """A key of the JSON, the values of it that are refused, and what the user can do."""
@@ -20,6 +22,10 @@ def _uses_device(section: Any) -> bool:
 
 def _above_one(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > 1
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
 
 
 def _enabled(section: Any) -> bool:
@@ -39,7 +45,7 @@ REFUSALS = (
     Refusal("zero_optimization.zero_quantized_weights", bool, _NOT_YET),
     Refusal("zero_optimization.zero_quantized_nontrainable_weights", bool, _NOT_YET),
     Refusal("zero_optimization.zero_quantized_gradients", bool, _NOT_YET),
-    Refusal("zero_optimization.mics_shard_size", lambda size: (size or 0) > 0, _NOT_YET),
+    Refusal("zero_optimization.mics_shard_size", _above_zero, _NOT_YET),
     Refusal("zero_optimization.mics_hierarchical_params_gather", bool, _NOT_YET),
     Refusal("torch_autocast", _enabled, 'use "bf16" or "fp16", or neither for fp32'),
     Refusal("bf16.bf16_master_weights_and_grads", bool, _NO_STATE),
@@ -53,21 +59,34 @@ REFUSALS = (
 )
 
 
+SECTIONS = ("zero_optimization", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
+SECTIONS += ("bf16", "bfloat16", "fp16")
+"""Keys of the JSON that hold an object."""
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
 def refuse_unsupported(ds_json: Mapping[str, Any]) -> None:
     """Check the keys that change how parameters and gradients are kept.
 
     Raises:
-        ValueError: the stage is not 3, or a refused key is set; says which and what to do.
+        ValueError: the stage is not 3, or a refused key is set, or a section is none; says which and what
+            to do.
     """
+    for key in SECTIONS:
+        above, _, name = key.rpartition(".")
+        place = _look_up(ds_json, above) if above else ds_json
+        if isinstance(place, Mapping) and not isinstance(place.get(name, {}), Mapping):
+            raise ValueError(f'"{key}" has to be an object, not {shown(place[name])}: mend or delete it')
     stage = _look_up(ds_json, "zero_optimization.stage")
     if stage != 3:
         raise ValueError(
-            f'"zero_optimization.stage" is {stage!r}: lomo_ds works on ZeRO-3\'s shards, set it to 3'
+            f'"zero_optimization.stage" is {shown(stage)}: lomo_ds works on ZeRO-3\'s shards, set it to 3'
         )
     for key, refused, remedy in REFUSALS:
         value = _look_up(ds_json, key)
         if value is not None and refused(value):
-            raise ValueError(f'"{key}": {value!r} is refused: {remedy}')
+            raise ValueError(f'"{key}": {shown(value)} is refused: {remedy}')
 
 
 def check_ranks(ds_json: Mapping[str, Any], world_size: int) -> None:
@@ -86,11 +105,11 @@ def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
     Raises:
         ValueError: they do not multiply up, or none of the two batch sizes is given.
     """
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    names = BATCH_KEYS
     for name in names:
         value = ds_json.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f'"{name}" has to be a whole number of at least 1, not {value!r}')
+            raise ValueError(f'"{name}" has to be a whole number of at least 1, not {shown(value)}')
     total, micro, steps = (ds_json.get(name) for name in names)
     if total is None and micro is None:
         raise ValueError(f'the JSON gives no batch: set "{names[0]}" or "{names[1]}"')
@@ -113,7 +132,10 @@ def check_secondary_partitions(ds_json: Mapping[str, Any], world_size: int) -> N
         ValueError: the ranks do not divide into groups of that size.
     """
     key = "zero_optimization.zero_hpz_partition_size"
-    size = _look_up(ds_json, key) or 1
+    size = _look_up(ds_json, key)
+    size = 1 if size is None else size
+    if type(size) is not int or size < 1:
+        raise ValueError(f'"{key}" has to be a whole number of at least 1, not {shown(size)}')
     if size > 1 and world_size % min(size, world_size):
         raise ValueError(f'"{key}": {size} does not divide {world_size} ranks into groups')
 

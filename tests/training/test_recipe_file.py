@@ -71,7 +71,7 @@ def test_paths_count_from_the_recipe_and_overrides_from_the_working_directory(
         ("evaluation.batch_size=0", "batch_size has to be at least 1"),
         ("data.format=csv", "data.format"),
         ("steps", "write key=value"),
-        ("steps.x=3", "steps is a value, not a section"),
+        ("steps.x=3", "'steps' is a value, not a section"),
         ("seed={", "not YAML"),
         ("lora.rank=4", "lora: unknown key 'rank'"),
         ("lora.r=0", "lora: r has to be at least 1"),
