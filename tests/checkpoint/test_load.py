@@ -168,3 +168,40 @@ def test_any_stretch_can_be_read(
                 out = torch.full((stop - start,), torch.nan, dtype=read_as)
                 folder.read_into("t", start, out)
                 assert torch.equal(out, tensor.reshape(-1)[start:stop].to(read_as))
+
+
+def load_peak(toy: str, folder: str, ds_json: dict) -> tuple[int, int, int]:
+    """(peak resident memory of a load beyond what there was, bytes of the shard, of the largest tensor)."""
+    import ctypes
+
+    import deepspeed
+
+    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.zero3._internals import full_numel, local_shard
+
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: what is freed leaves the process
+        ctypes.CDLL(None).mallopt(option, 262144)
+    deepspeed.init_distributed()
+    load_pretrained(toy, ds_json)  # what is imported at first use
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    params = list(load_pretrained(folder, ds_json).parameters())
+    peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    shard = sum(local_shard(param).numel() for param in params)
+    return (peak - before) * 1024, shard * 2, max(map(full_numel, params)) * 2
+
+
+def test_a_rank_takes_memory_for_its_shard_and_one_tensor(tmp_path: Path) -> None:
+    """Of a model of 102 MB in fp32 files, which is trained in bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 600}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=8, **shape))
+    model.save_pretrained(tmp_path / "model")
+    write_tiny_folder(tmp_path / "toy")
+    whole = sum(param.numel() for param in model.parameters()) * 2
+    arguments = (str(tmp_path / "toy"), str(tmp_path / "model"), zero3(0, bf16=True))
+    for peak, shard, largest in run_ranks(4, load_peak, *arguments, fresh=True):
+        pieces_and_records = 8 << 20
+        assert peak <= shard + largest + pieces_and_records < whole / 2
