@@ -102,9 +102,9 @@ def run(recipe: Recipe) -> int:
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
     try:
-        checkpoint = _checkpoint_to_resume(recipe)
-        if checkpoint is None and _is_finished(recipe):
+        if _is_finished(recipe):
             return 0
+        checkpoint = _checkpoint_to_resume(recipe)
         job = _set_up(recipe, checkpoint, start_s)
         return 0 if _train_and_evaluate(job) else INTERRUPTED
     finally:
