@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lomo_ds.training.metrics import StepMetrics
 from lomo_ds.training.resume import read_history, require_same_run
-from tests.faults.job import NUM_STEPS, Job, checkpoints, losses, run_to_end, same_run, write_inputs
+from tests.faults.job import NUM_STEPS, Job, checkpoints, losses, run_to_end, same_run, weights, write_inputs
 
 HALF = NUM_STEPS // 2
 
@@ -40,6 +40,20 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(optimizer: str, tmp_path: 
     assert "is finished" in finished
 
 
+def test_a_run_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path) -> None:
+    """In its own output, where later steps are made again, or in another, where metrics begin with it."""
+    recipe = write_inputs(tmp_path / "inputs")
+    output, other = tmp_path / "out", tmp_path / "other"
+    run_to_end(recipe, output, ["checkpoint.keep_last=6"])
+    expected = losses(output)
+    checkpoint = output / "checkpoints" / f"global_step{HALF}"
+    run_to_end(recipe, other, [f"resume={checkpoint}"])
+    assert losses(other) == expected[HALF:]
+    run_to_end(recipe, output, [f"resume={checkpoint}"])
+    assert losses(output) == expected
+    assert weights(other) == weights(output)
+
+
 @pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
 def test_a_run_goes_on_with_more_ranks(optimizer: str, tmp_path: Path) -> None:
     """fp32: three ranks add the same numbers up in another order than two.
@@ -54,11 +68,11 @@ def test_a_run_goes_on_with_more_ranks(optimizer: str, tmp_path: Path) -> None:
     run_to_end(recipe, tmp_path / "out", world_size=3)
     for ours, reference in zip(losses(tmp_path / "out"), losses(tmp_path / "straight"), strict=True):
         assert ours == pytest.approx(reference, rel=1e-5)
-    weights, expected = (
+    trained, expected = (
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "straight")
     )
     for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5 * tensor.abs().max().item())
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5 * tensor.abs().max().item())
 
 
 def test_metrics_of_lost_steps_and_cut_lines_are_left_out(tmp_path: Path) -> None:
