@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: test-nvme test-faults help venv test lint format quickstart bench-step bench-adapters clean
+.PHONY: test-nvme test-faults help venv test lint format quickstart bench-step bench-checkpoint bench-adapters clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ quickstart: $(STAMP)  ## fine-tune a real pretrained model with LOMO on two CPU 
 
 bench-step: $(STAMP)  ## memory and step time beside ZeRO-3 with SGD and AdamW
 	$(RUN) benchmarks/step.py
+
+bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, beside ZeRO-3 with SGD
+	$(RUN) benchmarks/checkpoint.py
 
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py

@@ -168,4 +168,7 @@ def _age(folder: Path) -> tuple[int, int, str]:
     except ValueError:
         digits = re.search(r"\d+$", folder.name, re.ASCII)
         num_steps = int(digits.group()) if digits else -1
-    return num_steps, folder.stat().st_mtime_ns, folder.name
+    try:
+        return num_steps, folder.stat().st_mtime_ns, folder.name
+    except FileNotFoundError:  # removed by the job that writes here
+        return num_steps, 0, folder.name

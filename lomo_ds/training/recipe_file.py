@@ -134,12 +134,19 @@ def _require_inputs(recipe: Recipe, path: str | Path) -> None:
         raise ValueError(f"{path}: model: there is no folder {recipe.model}")
 
 
+def continues_output(recipe: Recipe) -> bool:
+    """Whether a run goes on with what is in its own output folder."""
+    if recipe.resume in (None, "auto"):
+        return recipe.resume == "auto"
+    return Path(recipe.resume).resolve().parent == (Path(recipe.output) / "checkpoints").resolve()
+
+
 def require_free_output(recipe: Recipe) -> None:
     """Refuse to mix a run's results with what is already in its output folder.
 
     Raises:
-        ValueError: ``output`` is a file, or holds something and neither ``overwrite`` nor ``resume: auto``
-            says what to do with it.
+        ValueError: ``output`` is a file, or holds something and neither ``overwrite`` nor ``resume`` says
+            what to do with it.
     """
     output = Path(recipe.output)
     try:
@@ -149,7 +156,7 @@ def require_free_output(recipe: Recipe) -> None:
         raise ValueError(f"output: {shown(recipe.output)} is not a path") from None
     if exists and not output.is_dir():
         raise ValueError(f"output: {output} is a file")
-    if recipe.resume == "auto" and (output / "recipe.yaml").is_file():
+    if continues_output(recipe) and (output / "recipe.yaml").is_file():
         return
     if output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
         raise ValueError(f"output: {output} is not empty; choose another or set overwrite: true")

@@ -35,7 +35,7 @@ from lomo_ds.training.outputs import OutputFolder
 from lomo_ds.training.plan import RunPlan, plan_run
 from lomo_ds.training.plot import plot_loss_and_memory, plot_title
 from lomo_ds.training.progress import TrainingProgress
-from lomo_ds.training.recipe_file import require_free_output
+from lomo_ds.training.recipe_file import continues_output, require_free_output
 from lomo_ds.training.resume import identity, read_history, require_same_run
 from lomo_ds.training.schedule import SHAPES, Schedule, num_warmup_steps
 from lomo_ds.zero3.agreement import failing_together
@@ -103,9 +103,9 @@ def run(recipe: Recipe) -> int:
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
     try:
-        checkpoint = _checkpoint_to_resume(recipe)
-        if checkpoint is None and _is_finished(recipe):
+        if _is_finished(recipe):
             return 0
+        checkpoint = _checkpoint_to_resume(recipe)
         job = _set_up(recipe, checkpoint, start_s)
         return 0 if _train_and_evaluate(job) else INTERRUPTED
     finally:
@@ -166,7 +166,7 @@ def _set_up(recipe: Recipe, checkpoint: Path | None, start_s: float) -> _Job:
         plan = plan_run(recipe, dist.get_world_size())
         if is_first:
             require_free_output(recipe)
-            if checkpoint is None:
+            if checkpoint is None or not continues_output(recipe):
                 output.begin(plan)
     progress = TrainingProgress(plan.num_steps, visible=is_first)
     progress.say(f"loading {recipe.model} onto {dist.get_world_size()} ranks")

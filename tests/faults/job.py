@@ -24,19 +24,26 @@ DEADLINE_S = 60.0
 """Within which every rank of a job has ended, whatever happened to it."""
 
 
-def write_inputs(folder: Path) -> Path:
-    """A tiny model with dropout, data and settings that draw random numbers; returns the recipe's path."""
+def write_inputs(folder: Path, optimizer: str = "AdaLomo", randomly: bool = True) -> Path:
+    """A tiny model, data and settings; returns the recipe's path.
+
+    Args:
+        folder: made for them.
+        optimizer: "type" in the JSON.
+        randomly: bf16, stochastic rounding and dropout; else fp32 without any of them.
+    """
     folder.mkdir(parents=True)
     write_reviews(folder / "train.tsv", 60)
+    rounding = "stochastic" if randomly else "nearest"
     ds_json = {
-        "optimizer": {"type": "AdaLomo", "params": {"lr": "auto", "rounding": "stochastic"}},
+        "optimizer": {"type": optimizer, "params": {"lr": "auto", "rounding": rounding}},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": randomly},
     }
     (folder / "zero.json").write_text(json.dumps(ds_json))
     model = tiny_llama()
-    model.config.attention_dropout = 0.1
+    model.config.attention_dropout = 0.1 if randomly else 0.0
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     recipe = {
