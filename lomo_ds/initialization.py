@@ -76,8 +76,6 @@ def initialize(
         _require(mpu is None, "mpu: only data parallelism is supported, leave it out")
         _require(mesh_param is None, "mesh_param: only data parallelism is supported, leave it out")
         ds_json = _read_json(args, config if config is not None else config_params)
-        refuse_unsupported(ds_json)
-        refuse_unreadable(ds_json)
         _require(isinstance(model, torch.nn.Module), f"model has to be a torch module, not {type(model)}")
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
         nvme = NvmeSettings.of(optimizer.park_to, ds_json.get("aio")) if optimizer.park_to else None
@@ -133,13 +131,18 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _read_json(args: Any, config: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The DeepSpeed JSON, checked as far as it can be without a model."""
     from_args = getattr(args, "deepspeed_config", None)
     _require(
         config is None or from_args is None, "config is given twice: in args.deepspeed_config and as config="
     )
     config = from_args if config is None else config
     _require(config is not None, "no DeepSpeed JSON: pass config=, a path or a dict")
-    return dict(load_ds_config(config if isinstance(config, dict) else os.fspath(config)))
+    read = load_ds_config(config if isinstance(config, dict) else os.fspath(config))
+    ds_json = {key: value for key, value in read.items() if value is not None}
+    refuse_unsupported(ds_json)
+    refuse_unreadable(ds_json)
+    return ds_json
 
 
 def _make_optimizer(

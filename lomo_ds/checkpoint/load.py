@@ -92,7 +92,7 @@ def _construct(path: Path, config: Any, ds_json: Mapping[str, Any], trust_remote
 def model_dtype(ds_json: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which a DeepSpeed JSON trains: its bf16 or fp16 section, else fp32."""
     for section, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds_json.get(section, {}).get("enabled") is True:
+        if (ds_json.get(section) or {}).get("enabled") is True:
             return dtype
     return torch.float32
 

@@ -197,7 +197,11 @@ def _restore_progress(
         if len(progress.groups) == len(optimizer.param_groups):
             for group, numbers in zip(optimizer.param_groups, progress.groups, strict=True):
                 group.update(
-                    {key: value for key, value in numbers.items() if type(group.get(key, 0.0)) in (int, float)}
+                    {
+                        key: value
+                        for key, value in numbers.items()
+                        if type(group.get(key, 0.0)) in (int, float)
+                    }
                 )
     if options.lr_scheduler and engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(client["lr_scheduler"])

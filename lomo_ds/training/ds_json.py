@@ -44,7 +44,9 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
     Raises:
         ValueError: both set a schedule, or no learning rate is given.
     """
-    filled = copy.deepcopy(dict(ds_json))
+    filled = copy.deepcopy({key: value for key, value in ds_json.items() if value is not None})
+    if isinstance(filled.get("optimizer"), dict) and filled["optimizer"].get("params") is None:
+        filled["optimizer"].pop("params", None)
     micro, num_micro = recipe.batch.per_rank(world_size)
     _fill(filled, "train_batch_size", recipe.batch.train_batch_size)
     _fill(filled, "train_micro_batch_size_per_gpu", micro)

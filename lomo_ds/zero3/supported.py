@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -86,8 +87,12 @@ def refuse_unsupported(ds_json: Mapping[str, Any]) -> None:
     for key in SECTIONS:
         above, _, name = key.rpartition(".")
         place = _look_up(ds_json, above) if above else ds_json
-        if isinstance(place, Mapping) and not isinstance(place.get(name, {}), Mapping):
-            raise ValueError(f'"{key}" has to be an object, not {shown(place[name])}: mend or delete it')
+        value = place.get(name) if isinstance(place, Mapping) else None
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f'"{key}" has to be an object, not {shown(value)}: mend or delete it')
+    clipping = ds_json.get("gradient_clipping")
+    if clipping is not None and not (type(clipping) in (int, float) and 0 <= clipping < math.inf):
+        raise ValueError(f'"gradient_clipping" has to be a number of at least 0, not {shown(clipping)}')
     stage = _look_up(ds_json, "zero_optimization.stage")
     if stage != 3:
         raise ValueError(

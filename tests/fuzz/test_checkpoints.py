@@ -119,7 +119,7 @@ def byte_changes(draw: st.DrawFn, root: Path) -> Change:
     return {file.relative_to(root).as_posix(): draw(damaged(file.read_bytes()))}
 
 
-@cases(30)
+@cases(18)
 @given(data=st.data())
 def test_manifests(workplace: Path, data: st.DataObject) -> None:
     """The manifest's own checksum is put right, so that what stands behind it is reached."""
@@ -134,14 +134,14 @@ def test_manifests(workplace: Path, data: st.DataObject) -> None:
     assert CheckpointRoot(root).tags() == [TAG]
 
 
-@cases(45)
+@cases(25)
 @given(data=st.data(), sealed=st.sampled_from((True, True, False)))
 def test_descriptions(workplace: Path, data: st.DataObject, sealed: bool) -> None:
     change = data.draw(changes(workplace / "whole" / TAG, ("checkpoint.json",)))
     attempt_export(workplace, "descriptions", lay_out(workplace, change, sealed))
 
 
-@cases(30)
+@cases(18)
 @given(data=st.data(), sealed=st.booleans())
 def test_damaged_files(workplace: Path, data: st.DataObject, sealed: bool) -> None:
     change = data.draw(byte_changes(workplace / "whole"))
@@ -150,7 +150,7 @@ def test_damaged_files(workplace: Path, data: st.DataObject, sealed: bool) -> No
     attempt_export(workplace, "checkpoint files, bytes", lay_out(workplace, change, sealed))
 
 
-@cases(30)
+@cases(18)
 @given(data=st.data())
 def test_headers_of_shards(workplace: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted((workplace / "whole" / TAG).glob("*.safetensors"))))
@@ -165,13 +165,13 @@ def test_headers_of_shards(workplace: Path, data: st.DataObject) -> None:
     attempt_export(workplace, "headers of shards", lay_out(workplace, change, sealed=True))
 
 
-@cases(20)
+@cases(12)
 @given(content=st.one_of(st.binary(max_size=30), st.text(max_size=30).map(str.encode), damaged(TAG.encode())))
 def test_latest(workplace: Path, content: bytes) -> None:
     attempt_export(workplace, "latest", lay_out(workplace, {"latest": content}, sealed=False))
 
 
-@cases(8)
+@cases(5)
 @given(data=st.data())
 def test_loading(workplace: Path, data: st.DataObject) -> None:
     """The engine, too, refuses before it changes anything."""

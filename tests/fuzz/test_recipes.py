@@ -116,19 +116,19 @@ PLAIN_RECIPE = as_yaml(RECIPE).encode()
 IN_YAML = (yaml.safe_dump(RECIPE), yaml.safe_dump(SCHEDULED), yaml.safe_dump(EPOCHS))
 
 
-@cases(110)
+@cases(60)
 @given(recipe=mutated((RECIPE, SCHEDULED, EPOCHS)))
 def test_recipes(folder: Path, recipe: dict) -> None:
     attempt(folder, "recipes", as_yaml(recipe).encode(), PLAIN_JSON)
 
 
-@cases(40)
+@cases(20)
 @given(content=st.sampled_from(IN_YAML).flatmap(lambda text: damaged(text.encode())))
 def test_damaged_recipes(folder: Path, content: bytes) -> None:
     attempt(folder, "recipes, bytes", content, PLAIN_JSON)
 
 
-@cases(25)
+@cases(15)
 @given(
     override=st.one_of(st.text(max_size=30), st.sampled_from(("steps", "task.options", "lora.r"))),
     value=st.text(),
@@ -138,13 +138,13 @@ def test_overrides(folder: Path, override: str, value: str) -> None:
     attempt(folder, "overrides", PLAIN_RECIPE, PLAIN_JSON, text or "=")
 
 
-@cases(80)
+@cases(45)
 @given(ds_json=mutated((SHIPPED, FULL_JSON, GROUPS_JSON, OFFLOADED)))
 def test_deepspeed_json(folder: Path, ds_json: dict) -> None:
     attempt(folder, "DeepSpeed JSON", as_yaml(EPOCHS).encode(), json.dumps(ds_json).encode())
 
 
-@cases(25)
+@cases(15)
 @given(content=damaged(json.dumps(FULL_JSON, indent=1).encode()))
 def test_damaged_deepspeed_json(folder: Path, content: bytes) -> None:
     attempt(folder, "DeepSpeed JSON, bytes", as_yaml(EPOCHS).encode(), content)
