@@ -13,7 +13,7 @@ class DataRecipe:
     """Where the examples are.
 
     Attributes:
-        train: file of training examples, one a line.
+        train: file of training examples, one a line; for a task that is named its folder will do.
         evaluation: file of held-out examples; without one the run does not evaluate.
         format: "tsv" (a header line, no quoting) or "jsonl"; None goes by the files' suffix.
     """
@@ -214,7 +214,7 @@ class Recipe:
     Attributes:
         model: folder in Hugging Face format, or the name of one on the hub.
         data: where the examples are.
-        task: prompt and options.
+        task: prompt and options, or the name of a task (``lomo_ds.tasks.named``).
         batch: examples a step.
         output: folder for the results, relative to the working directory.
         deepspeed: DeepSpeed JSON.
@@ -238,7 +238,7 @@ class Recipe:
 
     model: str
     data: DataRecipe
-    task: TaskRecipe
+    task: TaskRecipe | str
     batch: BatchRecipe
     output: str
     deepspeed: str

@@ -231,7 +231,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (layers, "lomo_ds.rules.lomo", "from lomo_ds.zero3.engine import LomoEngine"),
     (layers, "lomo_ds.zero3.engine", "import lomo_ds.initialization"),
     (layers, "lomo_ds.shards", "from lomo_ds import config"),
-    (layers, "lomo_ds.cli.train", "from lomo_ds.zero3 import engine"),
+    (layers, "lomo_ds.cli.evaluate", "from lomo_ds.zero3 import engine"),
     (layers, "lomo_ds.zero3.engine", "def f():\n    from lomo_ds.cli import main"),
     (layers, "lomo_ds.zero3.engine", "import_module('lomo_ds.cli.main')"),
     (layers, "lomo_ds.novelty.thing", ""),

@@ -126,7 +126,8 @@ def _require_inputs(recipe: Recipe, path: str | Path) -> None:
     if recipe.data.evaluation is not None:
         files["data.evaluation"] = recipe.data.evaluation
     for key, name in files.items():
-        if not Path(name).is_file():
+        found = Path(name).exists() if isinstance(recipe.task, str) else Path(name).is_file()
+        if not found:
             raise ValueError(f"{path}: {key}: there is no file {name}")
     if recipe.weights is not None and not Path(recipe.weights).is_dir():
         raise ValueError(f"{path}: weights: there is no folder {recipe.weights}")
