@@ -37,8 +37,8 @@ Written by `{command}` on {machine}, with {versions}.
 {rows}
 
 The bound of a load is the shard and one tensor, both in the training dtype, and {slack_mb:.0f} MB for pieces
-that are read. An export needs two pieces of 16 MiB, whatever the model's size; only a weight with an adapter is
-whole in memory, as two fp32 copies. {source} was read.
+that are read. An export needs two pieces of 16 MiB, whatever the model's size; only a weight with an adapter
+is whole in memory, as two fp32 copies. {source} was read.
 """
 SLACK_BYTES = 32 << 20
 """Two pieces of a file, which also leaves room for names and records."""
