@@ -86,7 +86,7 @@ def lay_out(workplace: Path, change: Change, sealed: bool) -> Path:
     return root
 
 
-def attempt_export(workplace: Path, what: str, root: Path) -> None:
+def attempt_export(workplace: Path, what: str, root: Path) -> int:
     """Export a checkpoint: it becomes a model, or one line says why not and there is no trace of it."""
     out, before = workplace / "out", sorted(root.rglob("*"))
     shutil.rmtree(out, ignore_errors=True)
@@ -101,6 +101,12 @@ def attempt_export(workplace: Path, what: str, root: Path) -> None:
     if code:
         assert code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
         assert 20 < len(told) < 2000, told
+    return code
+
+
+def was_changed(workplace: Path, change: Change) -> bool:
+    """Whether a file has another content than the whole checkpoint's."""
+    return any((workplace / "whole" / name).read_bytes() != content for name, content in change.items())
 
 
 @st.composite
@@ -138,7 +144,8 @@ def test_manifests(workplace: Path, data: st.DataObject) -> None:
 @given(data=st.data(), sealed=st.sampled_from((True, True, False)))
 def test_descriptions(workplace: Path, data: st.DataObject, sealed: bool) -> None:
     change = data.draw(changes(workplace / "whole" / TAG, ("checkpoint.json",)))
-    attempt_export(workplace, "descriptions", lay_out(workplace, change, sealed))
+    code = attempt_export(workplace, "descriptions", lay_out(workplace, change, sealed))
+    assert code == 2 or sealed or not was_changed(workplace, change), "damage went unnoticed"
 
 
 @cases(18)
@@ -146,8 +153,11 @@ def test_descriptions(workplace: Path, data: st.DataObject, sealed: bool) -> Non
 def test_damaged_files(workplace: Path, data: st.DataObject, sealed: bool) -> None:
     change = data.draw(byte_changes(workplace / "whole"))
     name = next(iter(change))
-    sealed = sealed and name != f"{TAG}/{MANIFEST_FILE}"
-    attempt_export(workplace, "checkpoint files, bytes", lay_out(workplace, change, sealed))
+    own_checks = ("latest", f"{TAG}/{MANIFEST_FILE}")
+    sealed = sealed and name not in own_checks
+    code = attempt_export(workplace, "checkpoint files, bytes", lay_out(workplace, change, sealed))
+    unnoticed = code == 0 and was_changed(workplace, change)
+    assert not unnoticed or sealed or name in own_checks, "damage went unnoticed"
 
 
 @cases(18)
