@@ -31,8 +31,9 @@ test: $(STAMP)  ## run the default tests on CPU ranks
 test-nvme: $(STAMP)  ## run the tests of parking in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest -m async_io tests/zero3/test_nvme.py
 
-test-faults: $(STAMP)  ## inject 210 faults into runs, in about 20 minutes; writes docs/benchmarks/faults.md
+test-faults: $(STAMP)  ## inject 210 faults into runs and fuzz 2,600 inputs; writes docs/benchmarks/faults.md
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.faults.campaign --out docs/benchmarks
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 LOMO_DS_FUZZ_FACTOR=10 $(RUN) -m pytest tests/fuzz
 
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check .
