@@ -34,7 +34,10 @@ def refuse_foreign_kernels(path: Path) -> None:
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """(innermost key but that of a sub-configuration, value); an implementation may be a dict of them."""
-    if isinstance(value, Mapping):
+    if isinstance(value, list):
+        for content in value:
+            yield from _leaves(content, key)
+    elif isinstance(value, Mapping):
         for inner, content in value.items():
             yield from _leaves(content, key if key.strip("_").startswith(_KERNEL_KEYS) else str(inner))
     else:

@@ -82,12 +82,19 @@ def _accuracy(arguments: argparse.Namespace, examples: Sequence[Any]) -> float:
     from rich.progress import track
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from lomo_ds.checkpoint.foreign_code import plain_refusals, refuse_foreign_kernels
     from lomo_ds.tasks.scoring import accuracy, option_scores, queries_for, rank_batches
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    refuse_foreign_kernels(arguments.model)
+    with plain_refusals(arguments.model):
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     queries = queries_for(tokenizer, examples, arguments.max_sequence_length)
+    with plain_refusals(arguments.model):
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype="auto", trust_remote_code=False, use_safetensors=True
+        )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(device).eval()
+    model = model.to(device).eval()
     batches = rank_batches(queries, arguments.batch_size, 0, 1)
     shape = (len(examples), max(len(example.options) for example in examples))
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0

@@ -25,6 +25,7 @@ from tests.checkpoint import export_jobs
 from tests.checkpoint.hostile import WRITERS, check_that_it_goes_off
 from tests.checkpoint.test_load import zero3
 from tests.harness import run_ranks
+from tests.tasks.test_named import ROWS, write
 from tests.tiny import write_tiny_folder
 
 LEADING_OUT = ("../x", "/tmp/x", "a/../../x", "..", "a/b", ".hidden", "", "a\0b", "a\nb", "latest", "x" * 201)
@@ -171,6 +172,15 @@ def test_foreign_code_of_a_tokenizer_needs_the_key(foreign: Path) -> None:
     )
     with pytest.raises(ValueError, match="set trust_remote_code: true"), plain_refusals(foreign):
         AutoTokenizer.from_pretrained(foreign, trust_remote_code=False)
+    assert not (foreign.parent / "mark").exists()
+
+
+def test_scoring_a_model_runs_none_of_its_code(foreign: Path, capsys: pytest.CaptureFixture) -> None:
+    from lomo_ds.cli.evaluate import main
+
+    write(foreign.parent / "COPA" / "val.jsonl", ROWS["copa"][0])
+    assert main([str(foreign), "--task", "copa", "--data", str(foreign.parent)]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
     assert not (foreign.parent / "mark").exists()
 
 
