@@ -45,20 +45,36 @@ def load_pretrained(name: str, ds_json: Mapping[str, Any], trust_remote_code: bo
 
     Cost: host memory for the rank's shard and the rows of one tensor.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path = model_folder(name)
     with failing_together():
         folder = read_folder(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    config.dtype = model_dtype(ds_json)
-    with _sharded_construction(ds_json):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
+    model = build_sharded(config, ds_json, trust_remote_code)
     load_shards(model, folder)
     generation = path / "generation_config.json"
     if generation.is_file():
         model.generation_config = type(model.generation_config).from_pretrained(path)
+    return model
+
+
+def build_sharded(config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool = False) -> Module:
+    """A causal language model of a config, cut over the ranks as it is made, without values. Collective.
+
+    Args:
+        config: of transformers; its dtype is set.
+        ds_json: DeepSpeed JSON with ZeRO stage 3; its bf16 and fp16 sections give the dtype.
+        trust_remote_code: allow a model that brings its own code.
+
+    Cost: on the device the rank's shard and one whole parameter.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config.dtype = model_dtype(ds_json)
+    with _sharded_construction(ds_json):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
     return model
 
 

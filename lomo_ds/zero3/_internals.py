@@ -8,11 +8,12 @@ installed DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from math import prod
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from deepspeed import comm as dist
@@ -20,7 +21,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero import (
+    parameter_offload,
+    partition_parameters,
+    partitioned_param_coordinator,
+    stage3,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
@@ -35,13 +41,17 @@ __all__ = [
     "Stage3Seam",
     "accumulation_dtype",
     "check_contract",
+    "forget_module_state",
     "full_numel",
     "init_context_suspended",
     "is_sharded",
     "load_ds_config",
     "local_shard",
     "process_group",
+    "ranks_not_compared",
     "shard_spec",
+    "standing_buffers",
+    "stored_shard",
 ]
 
 
@@ -66,6 +76,11 @@ def shard_spec(param: Parameter) -> ShardSpec:
 def local_shard(param: Parameter) -> Tensor:
     """This rank's real elements of ``param``: a 1-D view, shape (shard_numel,), without the padding."""
     return param.ds_tensor.view(-1).narrow(0, 0, shard_spec(param).shard_numel)
+
+
+def stored_shard(param: Parameter) -> Tensor:
+    """What this rank stores of ``param``: 1-D, shape (partition_numel,), padding included."""
+    return param.ds_tensor
 
 
 def process_group(param: Parameter) -> Any:
@@ -95,6 +110,46 @@ def init_context_suspended():
         yield
     finally:
         partition_parameters.restore_init_context()
+
+
+# For runs without other ranks ---------------------------------------------------------------------
+
+
+@contextmanager
+def ranks_not_compared() -> Iterator[None]:
+    """Leave out DeepSpeed's checks that all ranks hold the same numbers: there are no other ranks."""
+    with ExitStack() as stack:
+        for module in (stage3, partition_parameters, partitioned_param_coordinator):
+            stack.enter_context(
+                mock.patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None)
+            )
+        yield
+
+
+def forget_module_state() -> None:
+    """Let a next engine in this process find DeepSpeed's modules as they were imported."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+    partition_parameters.Init.param_id = 0
+    partition_parameters.Init.num_persisted_parameters = 0
+    partition_parameters.Init.num_persisted_elements = 0
+    while partition_parameters.zero_init_context > 0:
+        partition_parameters.shutdown_init_context()
+
+
+def standing_buffers(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tensor) of what stage 3 keeps beside the shards.
+
+    "bucket" for the reduce buckets, "gradient" for the flat gradient buffer and "state" for fp32 copies
+    and the states of a torch optimizer; the last two only in DeepSpeed's own.
+    """
+    yield from (
+        ("bucket", bucket.buffer) for bucket in optimizer.ipg_buckets.values() if bucket.buffer is not None
+    )
+    if getattr(optimizer, "grad_partitions_flat_buffer", None) is not None:
+        yield "gradient", optimizer.grad_partitions_flat_buffer
+    yield from (("state", group) for group in optimizer.fp32_partitioned_groups_flat)
+    for state in optimizer.optimizer.state.values():
+        yield from (("state", value) for value in state.values() if isinstance(value, Tensor))
 
 
 # The seams --------------------------------------------------------------------------------------

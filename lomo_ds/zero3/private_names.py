@@ -36,6 +36,8 @@ _STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _BASE = "deepspeed.runtime.base_optimizer:ZeROOptimizer"
 _PARAMS = "deepspeed.runtime.zero.partition_parameters"
+_OFFLOAD = "deepspeed.runtime.zero.parameter_offload"
+_COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
 
 
 def _methods(owner: str, used_for: str, **signatures: tuple[str, ...]) -> list[PrivateName]:
@@ -108,7 +110,7 @@ CONTRACT: tuple[PrivateName, ...] = (
         "param_names",
     ),
     *_attributes(
-        "deepspeed.runtime.zero.parameter_offload",
+        _OFFLOAD,
         "running backward twice through one graph",
         "applied_pre_backward_ref_cnt",
         "ds_grads_remaining",
@@ -124,6 +126,24 @@ CONTRACT: tuple[PrivateName, ...] = (
         "shutdown_init_context",
         "restore_init_context",
     ),
+    *_attributes(
+        "deepspeed.runtime.zero.stage3",
+        "planning: one rank without the others, and what it keeps",
+        "assert_ints_same_as_other_ranks",
+        "grad_partitions_flat_buffer",
+        "fp32_partitioned_groups_flat",
+    ),
+    *_attributes(
+        _PARAMS,
+        "planning: one rank without the others",
+        "assert_ints_same_as_other_ranks",
+        "zero_init_context",
+        "num_persisted_parameters",
+        "num_persisted_elements",
+        "param_id",
+    ),
+    *_attributes(_COORDINATOR, "planning: one rank without the others", "assert_ints_same_as_other_ranks"),
+    *_attributes(_OFFLOAD, "planning: one engine after another", "FWD_MODULE_STACK"),
 )
 
 

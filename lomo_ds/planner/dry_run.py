@@ -1,0 +1,225 @@
+"""The real engine on tensors without data: what stands where, what is sent and what is computed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+
+from lomo_ds.checkpoint.load import build_sharded, load_shards
+from lomo_ds.initialization import initialize
+from lomo_ds.planner.fake_rank import fake_rank
+from lomo_ds.planner.job import Job
+from lomo_ds.planner.ledger import Ledger, Peak
+from lomo_ds.planner.memory_roles import Role
+from lomo_ds.planner.traffic import Traffic, answers
+from lomo_ds.planner.weights import imagined_folder
+from lomo_ds.zero3._internals import full_numel, standing_buffers, stored_shard
+
+_UNBOUNDED_BYTES = 1 << 60
+NUM_STEPS = 2
+"""The first step records which layer follows which; ZeRO-3 prefetches from the second on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What one rank went through.
+
+    Attributes:
+        device, host: the moments at which most stood there; ``host`` is one rank's part.
+        phase_peaks: phase -> (device, host) most bytes in it.
+        at_rest_bytes: on the device, after the last step.
+        parked_host_bytes: of this rank's parked gradients.
+        num_params: of the whole model.
+        sent_bytes, calls: of the last step, by collective.
+        flops: of the last step on this rank.
+        timeline: the device's bytes after each operation.
+        phase_starts: (index in the timeline, phase).
+        policy: when shards are applied, and why; empty for DeepSpeed's own engine.
+        duration_s: of the dry run itself.
+    """
+
+    device: Peak
+    host: Peak
+    phase_peaks: dict[str, tuple[int, int]]
+    at_rest_bytes: int
+    parked_host_bytes: int
+    num_params: int
+    sent_bytes: dict[str, int]
+    calls: dict[str, int]
+    flops: int
+    timeline: list[int] = field(repr=False)
+    phase_starts: list[tuple[int, str]] = field(repr=False)
+    policy: str
+    duration_s: float
+
+
+def dry_run(job: Job) -> DryRun:
+    """Load, initialize and step twice, as one rank of the job. Needs a process without a process group.
+
+    Raises:
+        ValueError: what the real run would refuse, too.
+        RuntimeError: this process is a rank, or torch is too old.
+
+    Cost: no data; seconds to two minutes of one core, by the number of layers.
+    """
+    start_s = time.perf_counter()
+    room = _UNBOUNDED_BYTES if job.host_memory_bytes is None else job.host_memory_bytes
+    traffic = Traffic(job.num_gpus)
+    ledger = Ledger(answers=answers(room))
+    ledger.watchers.append(traffic.count)
+    with _quiet(), _rank(job), ledger:
+        engine = _build(job, ledger)
+        for step in range(NUM_STEPS):
+            traffic.clear()
+            _step(engine, job, ledger, f"step {step + 1}")
+        num_params = sum(full_numel(param) for param in engine.module.parameters())
+        policy = str(getattr(engine.optimizer, "choice", ""))
+        parked = getattr(engine.optimizer, "parked_host_bytes", 0)
+        at_rest = ledger.live_bytes["device"]
+        del engine
+    return DryRun(
+        device=ledger.peaks["device"],
+        host=ledger.peaks["host"],
+        phase_peaks=_by_phase(ledger),
+        at_rest_bytes=at_rest,
+        parked_host_bytes=parked,
+        num_params=num_params,
+        sent_bytes=dict(traffic.sent_bytes),
+        calls=dict(traffic.calls),
+        flops=traffic.flops,
+        timeline=list(ledger.timeline),
+        phase_starts=ledger.phase_starts,
+        policy=policy,
+        duration_s=time.perf_counter() - start_s,
+    )
+
+
+def _rank(job: Job) -> AbstractContextManager:
+    return fake_rank(
+        world_size=job.num_gpus,
+        num_local=job.num_local,
+        device=job.device,
+        memory_bytes=job.gpu_memory_bytes,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed logs what it does; a plan has its own report."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+def _build(job: Job, ledger: Ledger) -> Any:
+    """The engine, by the ways of a real run: cut at birth, loaded shard by shard, initialized."""
+    ds_json = job.full_ds_json()
+    config = copy.deepcopy(job.model)
+    config._attn_implementation = job.attention
+    with ledger.phase("loading"):
+        model = build_sharded(config, ds_json)
+        for name, param in model.named_parameters():
+            ledger.claim(stored_shard(param), Role.PARAMETERS, name)
+        load_shards(model, imagined_folder(model))
+    if job.checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": job.checkpointing == "reentrant"})
+    with ledger.phase("initialization"):
+        engine = initialize_engine(job, model, ds_json)
+        _claim_standing(engine, ledger)
+    claim_checkpoints(model, ledger)
+    ledger.watchers.append(_Namer(model, ledger))
+    return engine
+
+
+def initialize_engine(job: Job, model: torch.nn.Module, ds_json: dict[str, Any]) -> Any:
+    """lomo_ds's engine, or DeepSpeed's own with one of torch's optimizers."""
+    if job.is_own:
+        return initialize(model=model, config=ds_json)[0]
+    cls = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[job.optimizer]
+    return deepspeed.initialize(model=model, optimizer=cls(model.parameters(), lr=1e-3), config=ds_json)[0]
+
+
+def _claim_standing(engine: Any, ledger: Ledger) -> None:
+    """Say what stands for good: shards, buckets, states."""
+    for name, param in engine.module.named_parameters():
+        ledger.claim(stored_shard(param), Role.PARAMETERS, name)
+        if param.numel():
+            ledger.claim(param, Role.GATHERED, name)
+    roles = {"bucket": Role.BUCKETS, "gradient": Role.GRADIENTS, "state": Role.RULE_STATE}
+    for kind, tensor in standing_buffers(engine.optimizer):
+        ledger.claim(tensor, roles[kind])
+    if hasattr(engine.optimizer, "updater"):
+        for entry in engine.optimizer.updater.entries.values():
+            for tensor in (*entry.state.values(), *([entry.error] if entry.error is not None else [])):
+                ledger.claim(tensor, Role.RULE_STATE)
+
+
+class _Namer:
+    """Says at each collective which parameter a gradient or a gathered copy belongs to."""
+
+    def __init__(self, model: torch.nn.Module, ledger: Ledger) -> None:
+        self._params = list(model.named_parameters())
+        self._ledger = ledger
+
+    def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace != "c10d":
+            return
+        for name, param in self._params:
+            if param.grad is not None:
+                self._claim(param.grad, Role.GRADIENTS, name)
+            if param.numel():
+                self._claim(param, Role.GATHERED, name)
+
+    def _claim(self, tensor: torch.Tensor, role: Role, name: str) -> None:
+        block = self._ledger.block_of(tensor)
+        if block is not None and not block.name and block.role is not Role.BUCKETS:
+            block.role, block.name = role, name
+
+
+def claim_checkpoints(model: torch.nn.Module, ledger: Ledger) -> None:
+    """Book what goes into each checkpointed layer as a checkpoint."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def claim(layer: torch.nn.Module, args: tuple) -> None:
+        if layer.gradient_checkpointing and layer.training and args and torch.is_tensor(args[0]):
+            ledger.claim(args[0], Role.CHECKPOINTS)
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.register_forward_pre_hook(claim)
+
+
+def _step(engine: Any, job: Job, ledger: Ledger, step: str) -> None:
+    """One step of a user's loop, in three phases."""
+    shape = (job.micro_batch, job.seq_len)
+    for _ in range(engine.gradient_accumulation_steps()):
+        with ledger.phase(f"{step}: forward"):
+            ids = torch.zeros(shape, dtype=torch.long, device=engine.device)
+            loss = engine(input_ids=ids, labels=ids).loss
+        with ledger.phase(f"{step}: backward"):
+            engine.backward(loss)
+        del loss, ids
+        with ledger.phase(f"{step}: update"):
+            engine.step()
+
+
+def _by_phase(ledger: Ledger) -> dict[str, tuple[int, int]]:
+    peaks: dict[str, tuple[int, int]] = {}
+    for _, phase in ledger.phase_starts:
+        peaks[phase] = tuple(ledger.phase_peaks.get((phase, place), 0) for place in ("device", "host"))
+    return peaks
