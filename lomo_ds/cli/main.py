@@ -26,6 +26,9 @@ COMMANDS = {
     "train": Command(
         "lomo_ds.cli.train", "fine-tune a model as a recipe says, and measure it before and after"
     ),
+    "plan": Command(
+        "lomo_ds.cli.plan", "say before it is started whether a training fits, and what it takes"
+    ),
     "doctor": Command(
         "lomo_ds.cli.doctor", "check versions, accelerator, compiler and memory of this machine"
     ),

@@ -41,7 +41,8 @@ class DryRun:
         num_params: of the whole model.
         sent_bytes, calls: of the last step, by collective.
         flops: of the last step on this rank.
-        timeline: the device's bytes after each operation.
+        host_traffic_bytes: between device and host in the last step.
+        timeline: the device's bytes after each operation; ``host_timeline`` this rank's on the host.
         phase_starts: (index in the timeline, phase).
         policy: when shards are applied, and why; empty for DeepSpeed's own engine.
         duration_s: of the dry run itself.
@@ -56,7 +57,9 @@ class DryRun:
     sent_bytes: dict[str, int]
     calls: dict[str, int]
     flops: int
+    host_traffic_bytes: int
     timeline: list[int] = field(repr=False)
+    host_timeline: list[int] = field(repr=False)
     phase_starts: list[tuple[int, str]] = field(repr=False)
     policy: str
     duration_s: float
@@ -96,7 +99,9 @@ def dry_run(job: Job) -> DryRun:
         sent_bytes=dict(traffic.sent_bytes),
         calls=dict(traffic.calls),
         flops=traffic.flops,
+        host_traffic_bytes=traffic.host_bytes,
         timeline=list(ledger.timeline),
+        host_timeline=list(ledger.host_timeline),
         phase_starts=ledger.phase_starts,
         policy=policy,
         duration_s=time.perf_counter() - start_s,

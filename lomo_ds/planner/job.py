@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from lomo_ds.planner.device import DeviceKind
@@ -28,6 +30,8 @@ class Job:
         num_gpus: ranks.
         gpus_per_node: of them.
         gpu_memory_bytes: of each.
+        reserve_bytes: of them, for what no tensor holds: CUDA's context, NCCL's buffers, the workspaces of
+            kernels and what torch's allocator cannot use.
         host_memory_bytes: of a node; None for as much as is needed.
         seq_len, micro_batch: tokens and sequences of a rank's forward.
         checkpointing: of activations.
@@ -41,6 +45,7 @@ class Job:
     num_gpus: int = 8
     gpus_per_node: int = 8
     gpu_memory_bytes: int = 24 * GIB
+    reserve_bytes: int = 2 * GIB
     host_memory_bytes: int | None = None
     seq_len: int = 1024
     micro_batch: int = 1
@@ -83,6 +88,29 @@ class Job:
         params = section.get("params", {}) if same else {}
         ds_json["optimizer"] = {"type": self.optimizer, "params": {"lr": 1e-3, **params}}
         return ds_json
+
+
+def read_planned_json(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; "auto" values, which a recipe would fill, are left out.
+
+    Raises:
+        ValueError: no such file, not a JSON object, or a key that the engine refuses.
+    """
+    try:
+        ds_json = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"config: {path} is not a DeepSpeed JSON: {error}") from None
+    if not isinstance(ds_json, dict):
+        raise ValueError(f"config: {path} has to be a JSON object")
+    return _without_auto(ds_json)
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
 
 
 def default_ds_json(optimizer: str = "Lomo") -> dict[str, Any]:

@@ -21,6 +21,7 @@ _KINDS = {
     "alltoall_base_": "all_to_all",
 }
 """c10d's operation -> name of the collective; others are barriers and move nothing."""
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
 class Traffic:
@@ -34,6 +35,7 @@ class Traffic:
             tensor for a gather or a scattered sum, twice that for a sum that all ranks get, the whole tensor
             for a broadcast or a sum that one rank gets.
         calls: collective -> number.
+        host_bytes: copied between device and host.
         flops: floating point operations of matrix products and attention, a product and a sum being two.
     """
 
@@ -41,12 +43,14 @@ class Traffic:
         self._world_size = world_size
         self.sent_bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.host_bytes = 0
         self.flops = 0
 
     def clear(self) -> None:
         """Begin anew."""
         self.sent_bytes.clear()
         self.calls.clear()
+        self.host_bytes = 0
         self.flops = 0
 
     def count(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
@@ -55,6 +59,10 @@ class Traffic:
             self._count_collective(func, args)
         elif func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        elif func in _COPIES:
+            source = args[1] if func is _COPIES[0] else args[0]
+            if isinstance(source, Tensor) and source.is_cpu != result.is_cpu:
+                self.host_bytes += source.numel() * source.element_size()
 
     def _count_collective(self, func: Any, args: tuple) -> None:
         name = func._schema.name.partition("::")[2]
