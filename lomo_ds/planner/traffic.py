@@ -82,13 +82,20 @@ class Traffic:
 def answers(host_memory_bytes: int) -> dict[Any, Any]:
     """What operations that ask for a value get, since fake tensors have none.
 
-    Numbers are 1, so that a norm is finite; checks of a mask hold, as without padding; DeepSpeed's overflow
-    flag is 0; whole numbers are the host's free memory, the only one that the engine asks ranks to agree on.
+    Numbers are 1, so that a norm is finite; that all of a mask holds is true, as without padding; other flags
+    are false, so that nothing has overflowed; whole numbers are the host's free memory, the only one that
+    the engine asks ranks to agree on.
     """
+    all_hold = torch.ops.aten.all.default
+
+    def marked_all(*args: Any, **kwargs: Any) -> Tensor:
+        flag = all_hold(*args, **kwargs)
+        flag.planner_all_hold = True
+        return flag
 
     def value_of(tensor: Tensor) -> Any:
         if tensor.dtype is torch.bool or tensor.dtype is torch.uint8:
-            return tensor.dtype is torch.bool
+            return hasattr(tensor, "planner_all_hold")
         return 1.0 if tensor.dtype.is_floating_point else host_memory_bytes
 
-    return {torch.ops.aten._local_scalar_dense.default: value_of}
+    return {torch.ops.aten._local_scalar_dense.default: value_of, all_hold: marked_all}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from math import prod
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.shards import ShardSpec
+from lomo_ds.zero3.piecewise import defragment_in_pieces
 from lomo_ds.zero3.private_names import CONTRACT, STAGE3_ARGUMENTS, check_contract
 
 __all__ = [
@@ -222,6 +224,47 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
             self.reduce_and_partition_stream.synchronize()
         self._epilogue_ran_this_backward = True
 
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self, params_to_reduce: list[Parameter], communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        """Reduce a gradient that comes alone in its own memory; else as DeepSpeed does.
+
+        The same sums; DeepSpeed also cuts each gradient into a view for every rank, which takes long where
+        there are many.
+        """
+        param = params_to_reduce[0]
+        if len(params_to_reduce) > 1 or not self.can_reduce_in_place(param, communication_data_type):
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+                params_to_reduce, communication_data_type
+            )
+        group = process_group(param)
+        flat = param.grad.view(-1).div_(dist.get_world_size(group))
+        own = flat.narrow(0, dist.get_rank(group) * param.ds_tensor.ds_numel, param.ds_tensor.ds_numel)
+        dist.reduce_scatter_fn(own, flat, group=group)
+        return [own.to(self.gradient_accumulation_dtype)]
+
+    def can_reduce_in_place(self, param: Parameter, communication_data_type: torch.dtype) -> bool:
+        world_size = dist.get_world_size(process_group(param))
+        plain = (
+            communication_data_type == self.dtype == param.grad.dtype and self.all2all_process_group is None
+        )
+        predivides = self.postscale_gradients and self.gradient_predivide_factor != 1.0
+        averages = self._gradient_averaging_world_size([param], world_size) == world_size
+        return plain and not predivides and averages and param.grad.numel() % world_size == 0
+
+    def _create_fp16_partitions_with_defragmentation(self, fp16_param_groups: list[dict]) -> None:
+        in_pieces = partial(defragment_in_pieces, stage3.defragment)
+        with mock.patch.object(stage3, "defragment", in_pieces):
+            super()._create_fp16_partitions_with_defragmentation(fp16_param_groups)
+
+    def _set_fp16_partitioned_groups_flat(self) -> None:
+        self.fp16_partitioned_groups_flat = [self.lp_param_buffer for _ in self.fp16_groups]
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "offload_states: there are no optimizer states here, and the shards stay on the device"
+        )
+
     def trainable_params(self) -> list[Parameter]:
         """The parameters that are trained, in the order in which ZeRO-3 keeps them."""
         return [param for group in self.fp16_groups for param in group]
@@ -303,6 +346,10 @@ class EngineSeam(DeepSpeedEngine):
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Seam:
         raise NotImplementedError
+
+    def offloads_checkpoints(self) -> bool:
+        """Whether "activation_checkpointing.cpu_checkpointing" of the JSON is set."""
+        return bool(self._config.activation_checkpointing_config.cpu_checkpointing)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         return "zero_optimization"  # DeepSpeed's own check would call our optimizer untested

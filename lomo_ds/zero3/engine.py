@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from lomo_ds.zero3._internals import EngineSeam
+from lomo_ds.zero3.checkpoint_offload import checkpoints_on_host
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
 from lomo_ds.zero3.passes import backward_twice
 from lomo_ds.zero3.policy import Choice
@@ -33,8 +35,14 @@ class LomoEngine(EngineSeam):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""
         self.optimizer.refresh_gathered_params()
-        with self.optimizer.accepting_gradients():
+        with self.optimizer.accepting_gradients(), self._saving_activations():
             return super().forward(*inputs, **kwargs)
+
+    def _saving_activations(self) -> AbstractContextManager:
+        """Where activation checkpoints are kept: on the device, or on its host where the JSON says so."""
+        if self.offloads_checkpoints() and self.device.type != "cpu" and torch.is_grad_enabled():
+            return checkpoints_on_host(self.device)
+        return nullcontext()
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Run backward and apply or park every gradient shard. Collective.

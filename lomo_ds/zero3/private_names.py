@@ -60,6 +60,25 @@ CONTRACT: tuple[PrivateName, ...] = (
         reduce_ready_partitions_and_remove_grads=("self", "param"),
         independent_gradient_partition_epilogue=("self",),
         _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads=("self", "communication_data_type"),
+        _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads=(
+            "self",
+            "params_to_reduce",
+            "communication_data_type",
+        ),
+        _gradient_averaging_world_size=("self", "params", "partition_world_size"),
+    ),
+    *_methods(
+        _STAGE3,
+        "starting without the whole model in host memory",
+        _create_fp16_partitions_with_defragmentation=("self", "fp16_param_groups"),
+        _set_fp16_partitioned_groups_flat=("self",),
+        offload_states=(
+            "self",
+            "include",
+            "device",
+            "pin_memory",
+            "non_blocking",
+        ),
     ),
     *_methods(
         _STAGE3,
