@@ -114,11 +114,13 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_ds_json(optimizer: str = "Lomo") -> dict[str, Any]:
-    """Settings for little memory: bf16, exact clipping, and low limits on what stands gathered."""
+    """Settings for little memory: bf16, exact clipping, low limits on what stands gathered, the vocabulary in
+    tiles."""
     return {
         "optimizer": {"type": optimizer, "params": {"lr": 0.03 if optimizer == "Lomo" else 1e-3}},
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
+        "tiled_vocabulary": {"enabled": True},
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": True,

@@ -15,6 +15,8 @@ from lomo_ds.zero3.checkpoint_offload import checkpoints_on_host
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
 from lomo_ds.zero3.passes import backward_twice
 from lomo_ds.zero3.policy import Choice
+from lomo_ds.zero3.tiled_vocabulary import TiledVocabularyConfig
+from lomo_ds.zero3.vocabulary_modules import TiledVocabulary
 
 
 class LomoEngine(EngineSeam):
@@ -23,7 +25,12 @@ class LomoEngine(EngineSeam):
     Args:
         choice: when gradient shards are applied.
         engine_arguments: of DeepSpeed's engine, by name.
+
+    Attributes:
+        tiles_vocabulary: whether a forward with labels returns a loss and no logits.
     """
+
+    tiles_vocabulary = False
 
     def __init__(self, choice: Choice, **engine_arguments: Any) -> None:
         self._choice = choice
@@ -31,6 +38,12 @@ class LomoEngine(EngineSeam):
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> LomoZeroOptimizer:
         return LomoZeroOptimizer(self._choice, **stage3_arguments)
+
+    def tile_vocabulary(self, config: TiledVocabularyConfig) -> None:
+        """Train with the head and the embedding in tiles, where the JSON asks for it."""
+        self.tiles_vocabulary = config.enabled
+        if config.enabled:
+            TiledVocabulary(self.module, self.optimizer, config)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""
