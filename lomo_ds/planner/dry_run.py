@@ -80,10 +80,11 @@ def dry_run(job: Job) -> DryRun:
     ledger = Ledger(answers=answers(room))
     ledger.watchers.append(traffic.count)
     with _quiet(), _rank(job), ledger:
-        engine = _build(job, ledger)
+        engine = build_engine(job, ledger)
         for step in range(NUM_STEPS):
             traffic.clear()
-            _step(engine, job, ledger, f"step {step + 1}")
+            run_step(engine, job, ledger, f"step {step + 1}")
+            _claim_standing(engine, ledger)
         num_params = sum(full_numel(param) for param in engine.module.parameters())
         policy = str(getattr(engine.optimizer, "choice", ""))
         parked = getattr(engine.optimizer, "parked_host_bytes", 0)
@@ -131,7 +132,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(before)
 
 
-def _build(job: Job, ledger: Ledger) -> Any:
+def build_engine(job: Job, ledger: Ledger) -> Any:
     """The engine, by the ways of a real run: cut at birth, loaded shard by shard, initialized."""
     ds_json = job.full_ds_json()
     config = copy.deepcopy(job.model)
@@ -209,7 +210,7 @@ def claim_checkpoints(model: torch.nn.Module, ledger: Ledger) -> None:
             layer.register_forward_pre_hook(claim)
 
 
-def _step(engine: Any, job: Job, ledger: Ledger, step: str) -> None:
+def run_step(engine: Any, job: Job, ledger: Ledger, step: str) -> None:
     """One step of a user's loop, in three phases."""
     shape = (job.micro_batch, job.seq_len)
     for _ in range(engine.gradient_accumulation_steps()):

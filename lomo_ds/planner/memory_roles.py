@@ -28,7 +28,7 @@ _BY_FILE = (
     ("lomo_ds/zero3/parking.py", Role.PARKED),
     ("lomo_ds/zero3/nvme_parking.py", Role.PARKED),
     ("lomo_ds/zero3/checkpoint_offload.py", Role.CHECKPOINTS),
-    ("torch/optim/", Role.RULE_STATE),
+    ("torch/optim/", Role.OTHER),
 )
 """Where the innermost line that asked for memory stands -> what it is for."""
 

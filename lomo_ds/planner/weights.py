@@ -1,4 +1,4 @@
-"""A model folder that is not there: it has the tensors of a model by name and shape, and no values."""
+"""A model folder that is not there: it has the tensors of a model by name and shape, all of one value."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lomo_ds.checkpoint.folder import ModelFolder
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 
 _FILE = "model.safetensors"
+_VALUE = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class _Slice:
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         first, last, _ = rows.indices(self.shape[0])
-        return torch.empty((last - first, *self.shape[1:]), dtype=self.dtype, device="cpu")
+        return torch.full((last - first, *self.shape[1:]), _VALUE, dtype=self.dtype, device="cpu")
 
 
 class _ImaginedFolder(ModelFolder):
@@ -45,7 +46,7 @@ class _ImaginedFolder(ModelFolder):
         return _Slice(self.shapes[name], self.dtype)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        return torch.empty(self.shapes[name], dtype=self.dtype, device="cpu")
+        return torch.full(self.shapes[name], _VALUE, dtype=self.dtype, device="cpu")
 
 
 def imagined_folder(model: Module) -> ModelFolder:

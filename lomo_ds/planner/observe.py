@@ -1,0 +1,55 @@
+"""The same steps with data: what a dry run is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from lomo_ds.planner.dry_run import NUM_STEPS, build_engine, dry_run, run_step
+from lomo_ds.planner.job import Job
+from lomo_ds.planner.ledger import Ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Most bytes in live tensors of one rank, host and device together, and where.
+
+    Attributes:
+        num_bytes: over all phases.
+        by_phase: phase -> most bytes in it.
+    """
+
+    num_bytes: int
+    by_phase: dict[str, int]
+
+
+def observe(job: Job) -> Peaks:
+    """Load, initialize and step as a dry run does, on this rank of a real group of CPU ranks. Collective.
+
+    Args:
+        job: of CPU ranks, as many as the group has.
+
+    Raises:
+        ValueError: the job is for other ranks.
+    """
+    if job.device != "cpu" or job.num_gpus != dist.get_world_size():
+        raise ValueError("observe runs a job of CPU ranks on a group of as many")
+    ledger = Ledger()
+    with ledger:
+        engine = build_engine(job, ledger)
+        for step in range(NUM_STEPS):
+            run_step(engine, job, ledger, f"step {step + 1}")
+        del engine
+    return Peaks(
+        num_bytes=ledger.peaks["host"].num_bytes,
+        by_phase={phase: ledger.phase_peaks[(phase, "host")] for _, phase in ledger.phase_starts},
+    )
+
+
+def foresee(job: Job) -> Peaks:
+    """The same from a dry run. Needs a process without a process group."""
+    run = dry_run(job)
+    return Peaks(
+        num_bytes=run.host.num_bytes, by_phase={phase: host for phase, (_, host) in run.phase_peaks.items()}
+    )
