@@ -131,10 +131,11 @@ class CrossEntropyInTiles(torch.autograd.Function):
         total, right = torch.zeros_like(largest), torch.zeros_like(largest)
         for rows in table.tiles:
             logits = (hidden @ table.tiles.gather(rows).T).float()
-            before, largest = largest, torch.maximum(largest, logits.amax(1))
-            total = total * (before - largest).exp() + (logits - largest[:, None]).exp_().sum(1)
             inside, at = _in_tile(labels, rows)
             right = torch.where(inside, logits.gather(1, at[:, None])[:, 0], right)
+            before, largest = largest, torch.maximum(largest, logits.amax(1))
+            total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
+            del logits
         log_total = largest + total.log()
         ctx.table = table
         ctx.save_for_backward(hidden, labels, counts, log_total)
