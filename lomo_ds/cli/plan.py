@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="DS.JSON", help="DeepSpeed JSON; default: bf16, clipping, low limits")
     add("--optimizer", help="Lomo, AdaLomo, SGD or AdamW; default: the JSON's, or Lomo")
     add("--checkpointing", default="reentrant", choices=["reentrant", "non-reentrant", "none"])
+    add("--search", choices=["micro-batch", "seq-len", "gpus"], help="find the largest micro-batch or "
+        "sequence, or the fewest GPUs, that fit, and tune the limits on gathered weights")  # fmt: skip
+    add("--write-config", metavar="DS.JSON", help="write the DeepSpeed JSON of the plan")
     add("--hardware", help="estimate the time: 3090, 4090, a100, h100 or a YAML file")
     add("--json", metavar="FILE", help="write the plan as JSON")
     add("--plot", metavar="FILE.png", help="draw memory over the run")
@@ -75,10 +78,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from lomo_ds.planner.timeline import plot_timeline
 
     job = _job(arguments)
-    plan = make_plan(job, arguments.model, arguments.hardware)
+    plan = make_plan(job, arguments.model, arguments.hardware, arguments.search)
     print_plan(plan, Console(width=max(120, Console().width)))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(plan.as_json(), indent=2) + "\n", encoding="utf-8")
+    for path, content in ((arguments.json, plan.as_json), (arguments.write_config, plan.job.full_ds_json)):
+        if path:
+            Path(path).write_text(json.dumps(content(), indent=2) + "\n", encoding="utf-8")
     if arguments.plot:
         plot_timeline(plan, arguments.plot)
     return 0 if plan.fits else 1

@@ -18,7 +18,7 @@ from lomo_ds.checkpoint.load import build_sharded, load_shards
 from lomo_ds.initialization import initialize
 from lomo_ds.planner.fake_rank import fake_rank
 from lomo_ds.planner.job import Job
-from lomo_ds.planner.ledger import Ledger, Peak
+from lomo_ds.planner.ledger import Ledger, Peak, Place, bytes_by_role
 from lomo_ds.planner.memory_roles import Role
 from lomo_ds.planner.traffic import Traffic, answers
 from lomo_ds.planner.weights import imagined_folder
@@ -34,9 +34,9 @@ class DryRun:
     """What one rank went through.
 
     Attributes:
-        device, host: the moments at which most stood there; ``host`` is one rank's part.
-        phase_peaks: phase -> (device, host) most bytes in it.
-        at_rest_bytes: on the device, after the last step.
+        tops: phase -> by place ("device", "host"), the moment at which most stood in it; this rank's part.
+        standing: role -> bytes on the device after the last step.
+        most_gradient_bytes: whole gradients that were in flight at a time.
         parked_host_bytes: of this rank's parked gradients.
         num_params: of the whole model.
         sent_bytes, calls: of the last step, by collective.
@@ -48,10 +48,9 @@ class DryRun:
         duration_s: of the dry run itself.
     """
 
-    device: Peak
-    host: Peak
-    phase_peaks: dict[str, tuple[int, int]]
-    at_rest_bytes: int
+    tops: dict[str, dict[Place, Peak]]
+    standing: dict[str, int]
+    most_gradient_bytes: int
     parked_host_bytes: int
     num_params: int
     sent_bytes: dict[str, int]
@@ -63,6 +62,28 @@ class DryRun:
     phase_starts: list[tuple[int, str]] = field(repr=False)
     policy: str
     duration_s: float
+
+    @property
+    def device(self) -> Peak:
+        """The moment at which most stood on the device."""
+        return max((tops["device"] for tops in self.tops.values()), key=lambda peak: peak.num_bytes)
+
+    @property
+    def host(self) -> Peak:
+        """The moment at which most stood on the host, for this rank."""
+        return max((tops["host"] for tops in self.tops.values()), key=lambda peak: peak.num_bytes)
+
+    @property
+    def phase_peaks(self) -> dict[str, tuple[int, int]]:
+        """Phase -> (device, host) most bytes in it."""
+        return {
+            phase: (tops["device"].num_bytes, tops["host"].num_bytes) for phase, tops in self.tops.items()
+        }
+
+    @property
+    def at_rest_bytes(self) -> int:
+        """On the device after the last step."""
+        return sum(self.standing.values())
 
 
 def dry_run(job: Job) -> DryRun:
@@ -81,6 +102,8 @@ def dry_run(job: Job) -> DryRun:
     ledger.watchers.append(traffic.count)
     with _quiet(), _rank(job), ledger:
         engine = build_engine(job, ledger)
+        namer = _Namer(engine.module, ledger)
+        ledger.watchers.append(namer)
         for step in range(NUM_STEPS):
             traffic.clear()
             run_step(engine, job, ledger, f"step {step + 1}")
@@ -88,13 +111,12 @@ def dry_run(job: Job) -> DryRun:
         num_params = sum(full_numel(param) for param in engine.module.parameters())
         policy = str(getattr(engine.optimizer, "choice", ""))
         parked = getattr(engine.optimizer, "parked_host_bytes", 0)
-        at_rest = ledger.live_bytes["device"]
+        standing = bytes_by_role(ledger.live_blocks("device"))
         del engine
     return DryRun(
-        device=ledger.peaks["device"],
-        host=ledger.peaks["host"],
-        phase_peaks=_by_phase(ledger),
-        at_rest_bytes=at_rest,
+        tops=ledger.tops,
+        standing=standing,
+        most_gradient_bytes=namer.most_gradient_bytes,
         parked_host_bytes=parked,
         num_params=num_params,
         sent_bytes=dict(traffic.sent_bytes),
@@ -148,7 +170,6 @@ def build_engine(job: Job, ledger: Ledger) -> Any:
         engine = initialize_engine(job, model, ds_json)
         _claim_standing(engine, ledger)
     claim_checkpoints(model, ledger)
-    ledger.watchers.append(_Namer(model, ledger))
     return engine
 
 
@@ -181,15 +202,19 @@ class _Namer:
     def __init__(self, model: torch.nn.Module, ledger: Ledger) -> None:
         self._params = list(model.named_parameters())
         self._ledger = ledger
+        self.most_gradient_bytes = 0
 
     def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         if func.namespace != "c10d":
             return
+        in_flight = 0
         for name, param in self._params:
             if param.grad is not None:
                 self._claim(param.grad, Role.GRADIENTS, name)
+                in_flight += param.grad.numel() * param.grad.element_size()
             if param.numel():
                 self._claim(param, Role.GATHERED, name)
+        self.most_gradient_bytes = max(self.most_gradient_bytes, in_flight)
 
     def _claim(self, tensor: torch.Tensor, role: Role, name: str) -> None:
         block = self._ledger.block_of(tensor)
@@ -222,10 +247,3 @@ def run_step(engine: Any, job: Job, ledger: Ledger, step: str) -> None:
         del loss, ids
         with ledger.phase(f"{step}: update"):
             engine.step()
-
-
-def _by_phase(ledger: Ledger) -> dict[str, tuple[int, int]]:
-    peaks: dict[str, tuple[int, int]] = {}
-    for _, phase in ledger.phase_starts:
-        peaks[phase] = tuple(ledger.phase_peaks.get((phase, place), 0) for place in ("device", "host"))
-    return peaks

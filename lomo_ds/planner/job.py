@@ -70,6 +70,11 @@ class Job:
         return min(self.gpus_per_node, self.num_gpus)
 
     @property
+    def usable_bytes(self) -> int:
+        """What tensors may take of a card."""
+        return self.gpu_memory_bytes - self.reserve_bytes
+
+    @property
     def is_own(self) -> bool:
         """Whether lomo_ds's engine runs it."""
         return self.optimizer in OWN_OPTIMIZERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -68,10 +68,15 @@ class Peak:
 
     def by_role(self) -> dict[str, int]:
         """Bytes of each role, zeros included."""
-        sums = {role.value: 0 for role in Role}
-        for block in self.blocks:
-            sums[block.role.value] += block.num_bytes
-        return sums
+        return bytes_by_role(self.blocks)
+
+
+def bytes_by_role(blocks: Iterable[Block]) -> dict[str, int]:
+    """Bytes of each role, zeros included."""
+    sums = {role.value: 0 for role in Role}
+    for block in blocks:
+        sums[block.role.value] += block.num_bytes
+    return sums
 
 
 class Ledger(TorchDispatchMode):
@@ -86,8 +91,7 @@ class Ledger(TorchDispatchMode):
     Attributes:
         watchers: called with (operation, arguments, keyword arguments, result) after each operation.
         live_bytes: by place.
-        peaks: by place.
-        phase_peaks: (phase, place) -> most bytes.
+        tops: phase -> by place, the moment at which most stood in it.
         timeline: for each operation the device's bytes after it; ``host_timeline`` the host's.
         phase_starts: (number of operations before it, phase).
     """
@@ -98,8 +102,7 @@ class Ledger(TorchDispatchMode):
         self._answers = answers or {}
         self._live: dict[int, tuple[Any, Block]] = {}
         self.live_bytes: dict[Place, int] = {"device": 0, "host": 0}
-        self.peaks: dict[Place, Peak] = {"device": Peak(), "host": Peak()}
-        self.phase_peaks: dict[tuple[str, Place], int] = {}
+        self.tops: dict[str, dict[Place, Peak]] = {}
         self.timeline, self.host_timeline = array("q"), array("q")
         self.phase_starts: list[tuple[int, str]] = []
         self._phase = ""
@@ -109,8 +112,8 @@ class Ledger(TorchDispatchMode):
         """Book what the block makes as made in ``name``."""
         before, self._phase = self._phase, name
         self.phase_starts.append((len(self.timeline), name))
-        for place, num_bytes in self.live_bytes.items():
-            self.phase_peaks[(name, place)] = max(num_bytes, self.phase_peaks.get((name, place), 0))
+        for place in self.live_bytes:
+            self._look_for_a_peak(place, "")
         try:
             yield
         finally:
@@ -167,18 +170,24 @@ class Ledger(TorchDispatchMode):
         self._add(block)
 
     def _add(self, block: Block) -> None:
-        place = block.place
-        total = self.live_bytes[place] = self.live_bytes[place] + block.num_bytes
-        key = (self._phase, place)
-        self.phase_peaks[key] = max(total, self.phase_peaks.get(key, 0))
-        if total > self.peaks[place].num_bytes:
-            self.peaks[place] = Peak(
+        self.live_bytes[block.place] += block.num_bytes
+        self._look_for_a_peak(block.place, block.operation)
+
+    def _look_for_a_peak(self, place: Place, operation: str) -> None:
+        total = self.live_bytes[place]
+        tops = self.tops.setdefault(self._phase, {"device": Peak(), "host": Peak()})
+        if total > tops[place].num_bytes:
+            tops[place] = Peak(
                 num_bytes=total,
                 phase=self._phase,
-                operation=block.operation,
+                operation=operation,
                 index=len(self.timeline),
-                blocks=[entry[1] for entry in self._live.values() if entry[1].place == place],
+                blocks=self.live_blocks(place),
             )
+
+    def live_blocks(self, place: Place) -> list[Block]:
+        """What stands in a place now."""
+        return [entry[1] for entry in self._live.values() if entry[1].place == place]
 
     def _close(self, key: int) -> None:
         _, block = self._live.pop(key)

@@ -28,6 +28,8 @@ _BY_FILE = (
     ("lomo_ds/zero3/parking.py", Role.PARKED),
     ("lomo_ds/zero3/nvme_parking.py", Role.PARKED),
     ("lomo_ds/zero3/checkpoint_offload.py", Role.CHECKPOINTS),
+    ("lomo_ds/zero3/row_tiles.py", Role.GATHERED),
+    ("lomo_ds/zero3/tiled_vocabulary.py", Role.ACTIVATIONS),
     ("torch/optim/", Role.OTHER),
 )
 """Where the innermost line that asked for memory stands -> what it is for."""

@@ -41,10 +41,8 @@ def observe(job: Job) -> Peaks:
         for step in range(NUM_STEPS):
             run_step(engine, job, ledger, f"step {step + 1}")
         del engine
-    return Peaks(
-        num_bytes=ledger.peaks["host"].num_bytes,
-        by_phase={phase: ledger.phase_peaks[(phase, "host")] for _, phase in ledger.phase_starts},
-    )
+    by_phase = {phase: tops["host"].num_bytes for phase, tops in ledger.tops.items()}
+    return Peaks(num_bytes=max(by_phase.values()), by_phase=by_phase)
 
 
 def foresee(job: Job) -> Peaks:

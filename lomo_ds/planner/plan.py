@@ -8,6 +8,7 @@ from typing import Any
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.hardware import find_hardware
 from lomo_ds.planner.job import GIB, Job
+from lomo_ds.planner.search import Goal, search
 from lomo_ds.planner.time_estimate import TimeEstimate, estimate_time
 
 
@@ -36,7 +37,7 @@ class Plan:
     @property
     def missing_bytes(self) -> int:
         """What the peak and the reserve lack on the card; negative for what is free."""
-        return self.run.device.num_bytes + self.job.reserve_bytes - self.job.gpu_memory_bytes
+        return self.run.device.num_bytes - self.job.usable_bytes
 
     @property
     def parked_host_bytes_per_node(self) -> int:
@@ -89,19 +90,20 @@ class Plan:
         }
 
 
-def make_plan(job: Job, model_name: str, hardware: str | None = None) -> Plan:
+def make_plan(job: Job, model_name: str, hardware: str | None = None, goal: Goal | None = None) -> Plan:
     """Dry-run a job and judge it. Needs a process without a process group.
 
     Args:
         job: what is asked.
         model_name: for the report.
         hardware: a profile or a YAML file, for an estimate of the time.
+        goal: what to search for; the plan is then of the job that was found.
 
     Raises:
-        ValueError: a setting that the engine refuses, or unknown hardware.
+        ValueError: a setting that the engine refuses, unknown hardware, or a search that found nothing.
     """
     profile = find_hardware(hardware) if hardware else None
-    run = dry_run(job)
+    job, run = search(job, goal) if goal else (job, dry_run(job))
     time = estimate_time(job, run, profile) if profile else None
     return Plan(job=job, model_name=model_name, run=run, time=time)
 

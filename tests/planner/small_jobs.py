@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lomo_ds.planner.job import Job
@@ -41,6 +42,32 @@ def small_job(num_ranks: int = 2, ds_json: dict[str, Any] | None = None, **setti
     given = {"device": "cpu", "seq_len": 48, "micro_batch": 2, "attention": "eager"} | settings
     model = given.pop("model", None) or small_llama()
     return Job(model=model, ds_json=ds_json or small_json(), num_gpus=num_ranks, **given)
+
+
+def medium_llama() -> Any:
+    """A config of 13 million weights, for figures in which tensors outweigh everything else."""
+    return small_llama(
+        vocab_size=8000, hidden_size=384, intermediate_size=1032, num_hidden_layers=4, num_attention_heads=6
+    )
+
+
+def medium_jobs() -> dict[str, Job]:
+    """The small jobs with a larger model and more tokens."""
+    zero = small_json()["zero_optimization"] | {
+        "stage3_prefetch_bucket_size": 300_000,
+        "stage3_max_live_parameters": 1_000_000,
+        "stage3_max_reuse_distance": 1_000_000,
+    }
+    return {
+        name: replace(
+            job,
+            model=medium_llama(),
+            seq_len=128,
+            micro_batch=4,
+            ds_json={**job.ds_json, "zero_optimization": zero},
+        )
+        for name, job in truth_jobs().items()
+    }
 
 
 def truth_jobs() -> dict[str, Job]:
