@@ -1,6 +1,6 @@
 """Write the tables of docs/memory.md: the paper's Table 1, what large models take, and the truth of dry runs.
 
-Run from the repository's root: ``python benchmarks/plan_tables.py [table1] [models] [truth]``.
+Run from the repository's root: ``python benchmarks/plan_tables.py [floor] [table1] [models] [truth]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ for variable in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
 
 from benchmarks.resident import PeakMeter  # noqa: E402
 from lomo_ds.planner.child import in_child  # noqa: E402
-from lomo_ds.planner.closed_form import closed_form  # noqa: E402
+from lomo_ds.planner.closed_form import Shape, closed_form  # noqa: E402
 from lomo_ds.planner.dry_run import DryRun, dry_run  # noqa: E402
 from lomo_ds.planner.job import GIB, Job, default_ds_json, read_planned_json  # noqa: E402
 from lomo_ds.planner.observe import foresee, observe  # noqa: E402
@@ -37,9 +37,10 @@ PAPER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tables", nargs="*", default=["table1", "models", "truth"])
+    tables = {"floor": floor, "table1": table1, "models": models, "truth": truth}
+    parser.add_argument("tables", nargs="*", default=list(tables))
     for table in parser.parse_args().tables:
-        lines = {"table1": table1, "models": models, "truth": truth}[table]()
+        lines = tables[table]()
         put(table, "\n".join(lines))
 
 
@@ -80,6 +81,49 @@ def _columns(run: DryRun) -> tuple[float, ...]:
     activations = roles["activations"] + roles["checkpoints"]
     parts = (run.standing["parameters"], gradients, run.standing["rule state"], activations)
     return tuple(value / GIB for value in (*parts, run.device.num_bytes))
+
+
+# The floor --------------------------------------------------------------------------------------
+
+
+def floor() -> Iterator[str]:
+    """What stands in the backward of an MLP's last matrix, by formula."""
+    names = ("llama-65b", "llama-3-70b", "qwen2.5-72b")
+    columns = [_floor_parts(_large_job(name, False, 8)) for name in names]
+    yield f"| what stands | bytes | {' | '.join(f'{name}, GiB' for name in names)} |"
+    yield "|---|---|---|---|---|"
+    for row, formula in FLOOR_FORMULAS.items():
+        yield f"| {row} | {formula} | {' | '.join(f'{parts[row] / GIB:.3f}' for parts in columns)} |"
+    yield f"| all | | {' | '.join(f'{sum(parts.values()) / GIB:.3f}' for parts in columns)} |"
+
+
+FLOOR_FORMULAS = {
+    "**shards** (floor)": "2 x parameters / n",
+    "**checkpoints** (floor, or on the host)": "2 x layers x T x H",
+    "small parameters, which stay gathered, and the bucket": "by the JSON's limits",
+    "the matrix's gathered weight": "2 x H x I",
+    "its gradient": "2 x H x I",
+    "activations: both norms, q, k, v, attention, states and gradients": "2 x T x (10 H + 2 Q + 2 K)",
+    "activations: the MLP's": "2 x T x 4 I",
+    "the gradient's shard on its way to the host, or one more MLP activation": "2 x max(H x I / n, T x I)",
+}
+
+
+def _floor_parts(job: Job) -> dict[str, int]:
+    shape, tokens = Shape.of(job.model), job.micro_batch * job.seq_len
+    formula = closed_form(job)
+    matrix = 2 * shape.hidden * shape.intermediate
+    shards = 2 * sum(-(-size // job.num_gpus) for size in shape.all_sizes())
+    widths = 10 * shape.hidden + 2 * shape.query + 2 * shape.key_value
+    last = max(matrix // job.num_gpus, 2 * tokens * shape.intermediate)
+    sizes = (shards, formula.checkpoints, formula.standing - shards, matrix, matrix)
+    return dict(
+        zip(
+            FLOOR_FORMULAS,
+            (*sizes, 2 * tokens * widths, 8 * tokens * shape.intermediate, last),
+            strict=True,
+        )
+    )
 
 
 # Large models -----------------------------------------------------------------------------------

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lomo_ds.shards import ShardSpec
 from lomo_ds.zero3.row_tiles import pieces_of_rows
 from tests.harness import run_ranks
-from tests.zero3.vocabulary_jobs import logits_without_labels, refused, train_with_labels
+from tests.zero3.vocabulary_jobs import (
+    logits_without_labels,
+    refused,
+    train_shipped,
+    train_with_labels,
+)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -50,6 +57,12 @@ def test_without_labels_there_are_logits() -> None:
 def test_other_heads_are_refused(change: str, words: str) -> None:
     [message] = run_ranks(1, refused, change)
     assert "tiled_vocabulary" in message and words in message
+
+
+def test_the_shipped_config_runs() -> None:
+    path = Path(__file__).parents[2] / "ds_configs" / "lomo_bf16_low_memory.json"
+    first, last = run_ranks(2, train_shipped, str(path))[0]
+    assert last < first
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])

@@ -90,3 +90,19 @@ def refused(change: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def train_shipped(path: str) -> tuple[float, float]:
+    """The first and the last loss of some steps on one batch, with a JSON as it is shipped."""
+    import lomo_ds
+
+    model = tiny_llama(False)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    engine, *_ = lomo_ds.initialize(model=model.bfloat16(), config=path)
+    losses = []
+    for _ in range(5):
+        loss = engine(**batch_of(0, engine.global_rank)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses[0], losses[-1]
