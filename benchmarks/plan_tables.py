@@ -141,7 +141,7 @@ LARGE = [
 def models() -> Iterator[str]:
     """Sequence 1024, micro-batch 1, bf16, clipping at 1.0."""
     jobs = [_large_job(*case) for case in LARGE]
-    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | parked on the host per node | most on the host per node | planning, s |"  # noqa: E501
+    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | parked on the host per node | most on the host per node | planning, processor s |"  # noqa: E501
     yield "|---|---|---|---|---|---|---|---|---|"
     for (name, offloaded, count), job, run in zip(LARGE, jobs, in_child(dry_run, jobs), strict=True):
         loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
@@ -149,7 +149,7 @@ def models() -> Iterator[str]:
         host = (run.parked_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
         numbers = " | ".join(f"{value / GIB:.2f}" for value in (*cells, *host))
         place = "host" if offloaded else "device"
-        yield f"| {name} | {count} | {place} | {numbers} | {run.duration_s:.0f} |"
+        yield f"| {name} | {count} | {place} | {numbers} | {run.cpu_s:.0f} |"
 
 
 def _large_job(name: str, offloaded: bool, num_gpus: int) -> Job:

@@ -63,6 +63,26 @@ def register_gpu() -> None:
             f"this is {torch.__version__}"
         )
     register("gpu", backend_module=_DeviceModule())
+    for name in _whole_on_real_devices():
+        _KERNELS.impl(name, _no_kernel)
+
+
+_KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")
+
+
+def _whole_on_real_devices() -> list[str]:
+    """Operations that real devices run as one and that torch would take apart on an unknown device.
+
+    A kernel in their place, never run under fake tensors, keeps them whole (the backward of SiLU is one).
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+    taken_apart = [name for name in names if has(name, "CompositeImplicitAutograd") and has(name, "CPU")]
+    return [name.removeprefix("aten::") for name in taken_apart]
+
+
+def _no_kernel(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("the imagined device holds no data: nothing runs on it")
 
 
 class _Stream:

@@ -45,7 +45,7 @@ class DryRun:
         timeline: the device's bytes after each operation; ``host_timeline`` this rank's on the host.
         phase_starts: (index in the timeline, phase).
         policy: when shards are applied, and why; empty for DeepSpeed's own engine.
-        duration_s: of the dry run itself.
+        duration_s, cpu_s: of the dry run itself, by the clock and of the processor.
     """
 
     tops: dict[str, dict[Place, Peak]]
@@ -62,6 +62,7 @@ class DryRun:
     phase_starts: list[tuple[int, str]] = field(repr=False)
     policy: str
     duration_s: float
+    cpu_s: float
 
     @property
     def device(self) -> Peak:
@@ -95,7 +96,7 @@ def dry_run(job: Job) -> DryRun:
 
     Cost: no data; seconds to two minutes of one core, by the number of layers.
     """
-    start_s = time.perf_counter()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     room = _UNBOUNDED_BYTES if job.host_memory_bytes is None else job.host_memory_bytes
     traffic = Traffic(job.num_gpus)
     ledger = Ledger(answers=answers(room))
@@ -128,6 +129,7 @@ def dry_run(job: Job) -> DryRun:
         phase_starts=ledger.phase_starts,
         policy=policy,
         duration_s=time.perf_counter() - start_s,
+        cpu_s=time.process_time() - start_cpu_s,
     )
 
 
@@ -184,9 +186,10 @@ def initialize_engine(job: Job, model: torch.nn.Module, ds_json: dict[str, Any])
 def _claim_standing(engine: Any, ledger: Ledger) -> None:
     """Say what stands for good: shards, buckets, states."""
     for name, param in engine.module.named_parameters():
-        ledger.claim(stored_shard(param), Role.PARAMETERS, name)
         if param.numel():
             ledger.claim(param, Role.GATHERED, name)
+    for name, param in engine.module.named_parameters():  # after the others: on one rank they are the same
+        ledger.claim(stored_shard(param), Role.PARAMETERS, name)
     roles = {"bucket": Role.BUCKETS, "gradient": Role.GRADIENTS, "state": Role.RULE_STATE}
     for kind, tensor in standing_buffers(engine.optimizer):
         ledger.claim(tensor, roles[kind])
@@ -218,7 +221,7 @@ class _Namer:
 
     def _claim(self, tensor: torch.Tensor, role: Role, name: str) -> None:
         block = self._ledger.block_of(tensor)
-        if block is not None and not block.name and block.role is not Role.BUCKETS:
+        if block is not None and not block.name and block.role not in (Role.BUCKETS, Role.PARAMETERS):
             block.role, block.name = role, name
 
 

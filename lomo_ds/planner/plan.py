@@ -86,6 +86,7 @@ class Plan:
             "remedy": self.remedy,
             "time_estimate": self.time.as_json() if self.time else None,
             "planning_s": run.duration_s,
+            "planning_cpu_s": run.cpu_s,
             "ds_json": job.full_ds_json(),
         }
 
