@@ -17,12 +17,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 for variable in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
     os.environ.setdefault(variable, "262144")  # else glibc keeps what is freed
 
-from benchmarks.resident import PeakMeter  # noqa: E402
+from benchmarks.plan_truth_job import observe_resident  # noqa: E402
 from lomo_ds.planner.child import in_child  # noqa: E402
 from lomo_ds.planner.closed_form import Shape, closed_form  # noqa: E402
 from lomo_ds.planner.dry_run import DryRun, dry_run  # noqa: E402
 from lomo_ds.planner.job import GIB, Job, default_ds_json, read_planned_json  # noqa: E402
-from lomo_ds.planner.observe import foresee, observe  # noqa: E402
+from lomo_ds.planner.observe import foreseen  # noqa: E402
 from lomo_ds.planner.presets import model_config  # noqa: E402
 
 PAGE = ROOT / "docs" / "memory.md"
@@ -166,24 +166,15 @@ def truth() -> Iterator[str]:
     from tests.planner.small_jobs import medium_jobs
 
     jobs = medium_jobs()
-    foreseen = in_child(foresee, jobs.values())
+    runs = in_child(dry_run, jobs.values())
     yield "| job | dry run, MB | with data, MB | difference | growth of resident memory, MB |"
     yield "|---|---|---|---|---|"
-    for (name, job), expected in zip(jobs.items(), foreseen, strict=True):
+    for (name, job), run in zip(jobs.items(), runs, strict=True):
         peak, growth = run_ranks(job.num_gpus, observe_resident, job, fresh=True)[0]
-        change = expected.num_bytes / peak - 1
-        dry, real, resident = (value / 1e6 for value in (expected.num_bytes, peak, growth))
+        expected = foreseen(run).num_bytes
+        change = expected / peak - 1
+        dry, real, resident = (value / 1e6 for value in (expected, peak, growth))
         yield f"| {name} | {dry:.1f} | {real:.1f} | {change:+.2%} | {resident:.1f} |"
-
-
-def observe_resident(job: Job) -> tuple[int, int]:
-    """(peak of live tensors, growth of resident memory) of this rank."""
-    from benchmarks.resident import resident_bytes
-
-    before = resident_bytes()
-    meter = PeakMeter()
-    peak = observe(job).num_bytes
-    return peak, meter.end_phase("all") - before
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def in_child(function: Callable[[Given], Result], jobs: Iterable[Given]) -> list
     """Call ``function`` on each job, one after another, in one fresh process.
 
     Args:
-        function: of a module, so that the process finds it; ``dry_run`` or ``foresee``.
+        function: of a module, so that the process finds it; such as ``dry_run``.
         jobs: what can be pickled.
 
     Cost: importing torch and DeepSpeed once more, some seconds.

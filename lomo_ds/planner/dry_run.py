@@ -97,7 +97,8 @@ def dry_run(job: Job) -> DryRun:
     Cost: no data; seconds to two minutes of one core, by the number of layers.
     """
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    room = _UNBOUNDED_BYTES if job.host_memory_bytes is None else job.host_memory_bytes
+    host_bytes = job.host_memory_bytes
+    room = _UNBOUNDED_BYTES if host_bytes is None else host_bytes // job.num_local
     traffic = Traffic(job.num_gpus)
     ledger = Ledger(answers=answers(room))
     ledger.watchers.append(traffic.count)

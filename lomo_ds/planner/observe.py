@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from lomo_ds.planner.dry_run import NUM_STEPS, build_engine, dry_run, run_step
+from lomo_ds.planner.dry_run import NUM_STEPS, DryRun, build_engine, run_step
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger
 
@@ -45,9 +45,8 @@ def observe(job: Job) -> Peaks:
     return Peaks(num_bytes=max(by_phase.values()), by_phase=by_phase)
 
 
-def foresee(job: Job) -> Peaks:
-    """The same from a dry run. Needs a process without a process group."""
-    run = dry_run(job)
+def foreseen(run: DryRun) -> Peaks:
+    """The same of a dry run."""
     return Peaks(
         num_bytes=run.host.num_bytes, by_phase={phase: host for phase, (_, host) in run.phase_peaks.items()}
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lomo_ds.planner.job import Job
+from lomo_ds.planner.job import Job, default_ds_json
 
 
 def small_llama(**changes: Any) -> Any:
@@ -88,4 +88,39 @@ def truth_jobs() -> dict[str, Job]:
         "SGD, 1 rank, no checkpointing": small_job(1, optimizer="SGD", checkpointing="none"),
         "SGD, 2 ranks": small_job(2, optimizer="SGD"),
         "AdamW, 2 ranks": small_job(2, optimizer="AdamW"),
+    }
+
+
+def gpu_job(model: dict | None = None, top: dict | None = None, **settings: Any) -> Job:
+    """A job of accelerators: a model of a few million weights, with limits that suit it."""
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "vocab_size": 8000}
+    ds_json = default_ds_json() | (top or {})
+    ds_json["zero_optimization"] = ds_json["zero_optimization"] | {
+        "reduce_bucket_size": 10_000,
+        "stage3_prefetch_bucket_size": 10_000,
+        "stage3_max_live_parameters": 100_000,
+        "stage3_max_reuse_distance": 100_000,
+        "stage3_param_persistence_threshold": 1_000,
+    }
+    return Job(model=small_llama(**shape | (model or {})), ds_json=ds_json, **({"seq_len": 128} | settings))
+
+
+def gpu_jobs() -> dict[str, Job]:
+    """Name -> a job whose peak is at another moment, or made of something else."""
+    whole = {"tiled_vocabulary": {"enabled": False}}
+    offloaded = {"activation_checkpointing": {"cpu_checkpointing": True}}
+    return {
+        "tiles": gpu_job(),
+        "offloaded": gpu_job(top=offloaded),
+        "whole vocabulary": gpu_job(top=whole),
+        "whole vocabulary, many tokens": gpu_job(top=whole, micro_batch=8),
+        "many layers and tokens": gpu_job({"num_hidden_layers": 8}, micro_batch=8),
+        "no checkpointing": gpu_job(checkpointing="none", micro_batch=8),
+        "tied": gpu_job({"tie_word_embeddings": True}),
+        "large vocabulary": gpu_job({"vocab_size": 50_000}, top=whole),
+        "one GPU": gpu_job(num_gpus=1),
+        "1,024 GPUs": gpu_job(num_gpus=1024),
+        "AdaLomo": gpu_job(optimizer="AdaLomo", micro_batch=4),
+        "SGD": gpu_job(optimizer="SGD", micro_batch=4),
+        "AdamW": gpu_job(optimizer="AdamW"),
     }
