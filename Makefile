@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: test-nvme help venv test lint format quickstart bench-step bench-adapters clean
+.PHONY: test-nvme test-faults help venv test lint format quickstart bench-step bench-checkpoint bench-adapters clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(STAMP)  ## run the default tests on CPU ranks
 test-nvme: $(STAMP)  ## run the tests of parking in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest -m async_io tests/zero3/test_nvme.py
 
+test-faults: $(STAMP)  ## inject 210 faults into runs, in about 20 minutes; writes docs/benchmarks/faults.md
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.faults.campaign --out docs/benchmarks
+
 lint: $(STAMP)  ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -45,6 +48,9 @@ quickstart: $(STAMP)  ## fine-tune a real pretrained model with LOMO on two CPU 
 
 bench-step: $(STAMP)  ## memory and step time beside ZeRO-3 with SGD and AdamW
 	$(RUN) benchmarks/step.py
+
+bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, beside ZeRO-3 with SGD
+	$(RUN) benchmarks/checkpoint.py
 
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py

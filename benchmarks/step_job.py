@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import deepspeed
 import torch
+from live_storages import LiveStorages
 from resident import PeakMeter, resident_bytes
 from step_variants import VARIANTS, Variant, Workload, deepspeed_config
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -139,6 +140,9 @@ def measure(variant: Variant, workload: Workload, config: dict[str, Any], args: 
     meter.end_phase("warm-up steps")
     steps = run_steps(engine, inputs[args.warmup :])
     meter.end_phase("steps")
+    at_rest_bytes = resident_bytes() - baseline_bytes
+    with LiveStorages() as storages:
+        run_steps(engine, inputs[-1:])
     return {
         "variant": variant.name,
         "rank": int(os.environ["RANK"]),
@@ -149,7 +153,8 @@ def measure(variant: Variant, workload: Workload, config: dict[str, Any], args: 
         "memory_source": meter.source,
         "baseline_bytes": baseline_bytes,
         "phase_peak_bytes": {name: peak - baseline_bytes for name, peak in meter.phases.items()},
-        "at_rest_bytes": resident_bytes() - baseline_bytes,
+        "at_rest_bytes": at_rest_bytes,
+        "live_peak_bytes": storages.peak_bytes,
         "parked_bytes": int(getattr(engine.optimizer, "parked_host_bytes", 0)),
         "warmup": warmup,
         "steps": steps,

@@ -11,7 +11,19 @@ from typing import Any
 
 from step_variants import VARIANTS
 
-_MEASURES = {"peak_less_parked_bytes": "peak memory", "step_s": "step time"}
+_MEASURES = {
+    "peak_less_parked_bytes": "peak memory",
+    "live_less_parked_bytes": "live tensors",
+    "step_s": "step time",
+}
+_MEMORY_COLUMNS = (
+    "peak_less_parked_bytes",
+    "peak_bytes",
+    "parked_bytes",
+    "build_peak_bytes",
+    "at_rest_bytes",
+    "live_less_parked_bytes",
+)
 _COLORS = {"lomo": "#2a7f62", "SGD": "#8a8f98", "AdamW": "#b4532a"}
 
 
@@ -82,20 +94,18 @@ _MEMORY_NOTE = """
 Memory is a rank's peak resident memory beyond imports ({source}): from before the model is built to the
 last step, the larger rank, 1 GB = 1e9 bytes. Gradients parked on the host stand in the same resident memory
 here and are counted apart; the peak's column leaves them out, the one beside it has them in. "building"
-is the peak before the first step. "CPU s" is the processor time of rank 0 in a step, which other
-work on the machine disturbs less.
+is the peak before the first step; "live" the most that tensors of 256 KiB and more took at once in one step
+more, without what is parked: what an accelerator would hold. "CPU s" is the processor time of rank 0 in a
+step, which other work on the machine disturbs less.
 """
 
 
 def _figures_table(variants: dict[str, Any]) -> str:
-    rows = [
-        "| | peak, GB | with parked | parked | building | at rest | step, s | CPU s | tokens/s | loss |",
-        "|---" * 10 + "|",
-    ]
+    memory = "peak, GB | with parked | parked | building | at rest | live"
+    rows = [f"| | {memory} | step, s | CPU s | tokens/s | loss |", "|---" * 11 + "|"]
     for name, figures in variants.items():
-        memory = ("peak_less_parked_bytes", "peak_bytes", "parked_bytes", "build_peak_bytes", "at_rest_bytes")
         cells = [VARIANTS[name].label]
-        cells += [_spread(figures[key], 1e-9, 3) for key in memory]
+        cells += [_spread(figures[key], 1e-9, 3) for key in _MEMORY_COLUMNS]
         cells += [_spread(figures[key], 1, 2) for key in ("step_s", "cpu_s")]
         cells += [f"{figures['tokens_per_s']['median']:.1f}", f"{figures['losses'][-1]:.3f}"]
         rows.append("| " + " | ".join(cells) + " |")

@@ -31,7 +31,7 @@ TARGETS = (
     Target(measure="step_s", against="lomo-immediate", limit=1.10, variants=("lomo-deferred",)),
     Target(measure="step_s", against="lomo-immediate", limit=1.85, variants=("lomo-two-pass",)),
     Target(
-        measure="peak_less_parked_bytes", against="lomo-immediate", limit=1.03, variants=("lomo-deferred",)
+        measure="live_less_parked_bytes", against="lomo-immediate", limit=1.03, variants=("lomo-deferred",)
     ),
 )
 
@@ -41,7 +41,8 @@ def summarize_job(ranks: list[dict[str, Any]]) -> dict[str, float]:
 
     Parked gradients live in the same resident memory on CPU ranks; their buffers stay from the first
     step on, so ``peak_less_parked_bytes`` takes them off the peak of the steps and leaves the peak of
-    building as it is.
+    building as it is. ``live_less_parked_bytes`` is the peak of live tensors over one step more: what an
+    accelerator would have to hold, without the process's own memory and its allocator's.
     """
     step_s = statistics.median(step["seconds"] for step in ranks[0]["steps"])
     summary = {
@@ -50,6 +51,7 @@ def summarize_job(ranks: list[dict[str, Any]]) -> dict[str, float]:
         "build_peak_bytes": max(_peak_over(rank, _BUILD_PHASES) for rank in ranks),
         "steps_peak_bytes": max(_peak_over(rank, _STEP_PHASES) for rank in ranks),
         "at_rest_bytes": max(rank["at_rest_bytes"] for rank in ranks),
+        "live_less_parked_bytes": max(rank["live_peak_bytes"] - rank["parked_bytes"] for rank in ranks),
         "parked_bytes": max(rank["parked_bytes"] for rank in ranks),
         "step_s": step_s,
         "cpu_s": statistics.median(step["cpu_seconds"] for step in ranks[0]["steps"]),

@@ -2,8 +2,39 @@
 # One node, every GPU on it (two CPU ranks where there is none).
 #
 #   launch/local.sh RECIPE.yaml [key=value ...] [--num-ranks N]
+#   MAX_RESTARTS=5 launch/local.sh RECIPE.yaml checkpoint.every=100     # starts again after a crash
 #
 # `lomo-ds train` starts DeepSpeed's launcher itself; the same by hand, for 8 GPUs:
 #   deepspeed --num_gpus 8 --module lomo_ds.cli.train RECIPE.yaml [key=value ...]
 set -euo pipefail
-exec "${PYTHON:-python}" -m lomo_ds.cli.main train "$@"
+
+restarts="${MAX_RESTARTS:-0}"
+if ((restarts == 0)); then
+  exec "${PYTHON:-python}" -m lomo_ds.cli.main train "$@"
+fi
+
+# Runs the command as a child, so that a signal to this script reaches it; returns its exit code.
+train() {
+  local code signal interrupted=1
+  "${PYTHON:-python}" -m lomo_ds.cli.main train "$1" resume=auto "${@:2}" &
+  child=$!
+  for signal in TERM USR1 INT HUP; do
+    # shellcheck disable=SC2064
+    trap "interrupted=1; kill -$signal $child 2>/dev/null || true" "$signal"
+  done
+  while ((interrupted)); do
+    interrupted=0 code=0
+    wait "$child" || code=$?
+  done
+  return "$code"
+}
+
+# 0: done. 2: a mistake in the recipe. 75: told to stop, and saved. Anything else goes on where it was.
+for ((attempt = 0; ; attempt++)); do
+  code=0
+  train "$@" || code=$?
+  if ((code == 0 || code == 2 || code == 75 || attempt == restarts)); then
+    exit "$code"
+  fi
+  echo "exit code $code; restart $((attempt + 1)) of $restarts" >&2
+done

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,7 +16,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Build the dataclass ``cls`` from ``mapping``; every key and type is checked.
 
     Args:
-        cls: a frozen dataclass; its fields may themselves be dataclasses, or None, or many of them.
+        cls: a frozen dataclass; its fields may be dataclasses too, or None, or tuples or dicts of them.
         mapping: what the user wrote.
         where: how the user knows this mapping ("recipe.yaml", '"optimizer.params"'); begins each error.
 
@@ -42,13 +42,20 @@ def _refuse_unknown_keys(cls: type, mapping: Mapping[str, Any], where: str) -> N
     hints = get_type_hints(cls)
     for key, value in mapping.items():
         nested = _dataclass_in(hints[key])
-        for entry in value if isinstance(value, list | tuple) else [value]:
+        for entry in _entries(hints[key], value):
             if nested is not None and isinstance(entry, Mapping):
                 _refuse_unknown_keys(nested, entry, f"{where}: {key}")
 
 
+def _entries(hint: Any, value: Any) -> Iterable[Any]:
+    """What of a field's value may itself be meant for a dataclass."""
+    if get_origin(hint) is dict and isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else [value]
+
+
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of a field that holds one, one or None, or a tuple of them; else None."""
+    """The dataclass of a field that holds one, one or None, or a tuple or a dict of them; else None."""
     return next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)), None)
 
 

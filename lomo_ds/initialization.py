@@ -20,7 +20,8 @@ from lomo_ds.versions import require_supported_versions
 
 require_supported_versions()
 
-from lomo_ds.zero3._internals import (  # noqa: E402  (needs the versions to be right)
+from lomo_ds.checkpoint.engine import ResumableEngine  # noqa: E402  (needs the versions to be right)
+from lomo_ds.zero3._internals import (  # noqa: E402
     DeepSpeedConfig,
     accumulation_dtype,
     full_numel,
@@ -28,7 +29,6 @@ from lomo_ds.zero3._internals import (  # noqa: E402  (needs the versions to be 
     load_ds_config,
 )
 from lomo_ds.zero3.agreement import failing_together  # noqa: E402
-from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
 from lomo_ds.zero3.nvme import NvmeSettings  # noqa: E402
 from lomo_ds.zero3.policy import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
@@ -50,7 +50,7 @@ def initialize(
     config: str | dict[str, Any] | None = None,
     mesh_param: None = None,
     config_params: str | dict[str, Any] | None = None,
-) -> tuple[LomoEngine, Any, Any, Any]:
+) -> tuple[ResumableEngine, Any, Any, Any]:
     """Build the engine; signature and return of ``deepspeed.initialize``. Collective.
 
     Args:
@@ -85,7 +85,7 @@ def initialize(
     check_ranks(ds_json, ranks := dist.get_world_size())
     ds_config = DeepSpeedConfig(ds_json)
     with init_context_suspended():
-        engine = LomoEngine(
+        engine = ResumableEngine(
             choice=_choose(optimizer, ds_config, ranks, nvme),
             args=args,
             model=model,

@@ -12,7 +12,7 @@ class DataRecipe:
     """Where the examples are.
 
     Attributes:
-        train: file of training examples, one a line.
+        train: file of training examples, one a line; for a task that is named its folder will do.
         evaluation: file of held-out examples; without one the run does not evaluate.
         format: "tsv" (a header line, no quoting) or "jsonl"; None goes by the files' suffix.
     """
@@ -174,13 +174,34 @@ class EvaluationRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointRecipe:
+    """When a run can be gone on with. A run that is told to stop (SIGTERM, SIGUSR1) saves in any case.
+
+    Attributes:
+        every: steps from one checkpoint to the next; None saves only when told to stop.
+        keep_last: checkpoints that stay.
+        asynchronous: write beside training; takes host memory for a copy of the shards.
+    """
+
+    every: int | None = None
+    keep_last: int = 2
+    asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} has to be at least 1, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A training run from model to metric. docs/training.md explains every key.
 
     Attributes:
         model: folder in Hugging Face format, or the name of one on the hub.
         data: where the examples are.
-        task: prompt and options.
+        task: prompt and options, or the name of a task (``lomo_ds.tasks.named``).
         batch: examples a step.
         output: folder for the results, relative to the working directory.
         deepspeed: DeepSpeed JSON.
@@ -193,6 +214,9 @@ class Recipe:
         schedule: of the learning rate.
         activation_checkpointing: recompute activations in backward (reentrant, which needs least memory).
         evaluation: how the held-out examples are scored.
+        checkpoint: when the run is saved to ``output/checkpoints``.
+        resume: "auto" goes on from the newest whole checkpoint of ``output``, or begins where there is
+            none; a checkpoint's folder goes on from that one.
         save_model: write the trained model to ``output/model``.
         seed: of the order of the examples and of dropout.
         overwrite: replace the results of an earlier run in ``output``.
@@ -200,7 +224,7 @@ class Recipe:
 
     model: str
     data: DataRecipe
-    task: TaskRecipe
+    task: TaskRecipe | str
     batch: BatchRecipe
     output: str
     deepspeed: str
@@ -213,6 +237,8 @@ class Recipe:
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     activation_checkpointing: bool = False
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    resume: str | None = None
     save_model: bool = True
     seed: int = 0
     overwrite: bool = False
@@ -222,6 +248,8 @@ class Recipe:
             raise ValueError(
                 f"give exactly one of epochs and steps, not epochs {self.epochs}, steps {self.steps}"
             )
+        if self.resume == "":
+            raise ValueError("resume has to be auto or the folder of a checkpoint; delete it to begin anew")
         for name in ("epochs", "steps", "max_sequence_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

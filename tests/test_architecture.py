@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zo": {"shards"},
     "optimizers": {"config", "rules"},
     "zero3": ENGINE,
-    "initialization": ENGINE,
+    "initialization": ENGINE | {"checkpoint"},
     "checkpoint": {"zero3", "shards", "config"},
     "planner": ENGINE | {"initialization", "checkpoint"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "recipe"},
@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Layer -> layers that it may import. "" is the package's own ``__init__``."""
 
 EXCEPTIONS = {
+    ("lomo_ds.cli.train", "zero3"): "tells whose failure it is",
     ("lomo_ds.cli.doctor", "zero3"): "reports the private names",
     ("lomo_ds.cli.doctor", "versions"): "reports the versions",
 }
@@ -230,7 +231,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (layers, "lomo_ds.rules.lomo", "from lomo_ds.zero3.engine import LomoEngine"),
     (layers, "lomo_ds.zero3.engine", "import lomo_ds.initialization"),
     (layers, "lomo_ds.shards", "from lomo_ds import config"),
-    (layers, "lomo_ds.cli.train", "from lomo_ds.zero3 import engine"),
+    (layers, "lomo_ds.cli.evaluate", "from lomo_ds.zero3 import engine"),
     (layers, "lomo_ds.zero3.engine", "def f():\n    from lomo_ds.cli import main"),
     (layers, "lomo_ds.zero3.engine", "import_module('lomo_ds.cli.main')"),
     (layers, "lomo_ds.novelty.thing", ""),

@@ -108,7 +108,7 @@ def test_one_ranks_error_is_every_ranks(tmp_path: Path) -> None:
     messages = run_ranks(3, initialize_with_a_file_missing_on_one_rank, str(tmp_path))
     assert messages[1].startswith("ValueError") and "rank1.json" in messages[1]
     for message in (messages[0], messages[2]):
-        assert message.startswith("RuntimeError: rank 1 failed") and "rank1.json" in message
+        assert message.startswith("OtherRankFailed: rank 1 failed") and "rank1.json" in message
 
 
 def refusals_of_arguments() -> list[str]:

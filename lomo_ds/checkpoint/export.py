@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from torch.nn import Module, Parameter
 
 from lomo_ds.checkpoint.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
 from lomo_ds.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from lomo_ds.checkpoint.json_file import write_json
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 from lomo_ds.zero3.agreement import failing_together
 
@@ -148,20 +148,31 @@ def _gather_on_rank_0(tensors: Mapping[str, Stored], names: Sequence[str]) -> di
 
 def _write_descriptions(model: Module, tokenizer: Any, plan: Mapping[str, list[str]], path: Path) -> None:
     """Everything but the weights: configurations, tokenizer, and the index of several files."""
-    config = model.config
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(path)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+    write_model_files(model, tokenizer, path)
     if len(plan) > 1:
         tensors = stored_tensors(model)
         index = {
             "metadata": {"total_size": sum(stored.num_bytes for stored in tensors.values())},
             "weight_map": {name: file for file, names in plan.items() for name in names},
         }
-        (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(path / INDEX_FILE, index)
+
+
+def write_model_files(model: Module, tokenizer: Any, path: Path) -> None:
+    """Configuration, generation settings and tokenizer, as far as there are any.
+
+    Args:
+        model: of ``plain_model``.
+        tokenizer: of transformers, or None.
+        path: an existing folder.
+    """
+    if (config := getattr(model, "config", None)) is not None:
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(path)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:

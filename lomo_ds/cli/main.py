@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": Command(
         "lomo_ds.cli.plan", "say before it is started whether a training fits, and what it takes"
     ),
+    "evaluate": Command("lomo_ds.cli.evaluate", "score a model folder on SST-2 or a task of SuperGLUE"),
     "doctor": Command(
         "lomo_ds.cli.doctor", "check versions, accelerator, compiler and memory of this machine"
     ),

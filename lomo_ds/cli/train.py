@@ -6,6 +6,7 @@ Outside a launch this starts DeepSpeed's launcher; inside one (RANK and WORLD_SI
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -16,10 +17,14 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
 from lomo_ds.cli.main import USAGE_ERROR, find_tools_of_this_environment
+from lomo_ds.training.interruption import STOP_SIGNALS
 from lomo_ds.training.recipe_file import load_recipe, require_free_output
 
 DEFAULT_CPU_RANKS = 2
+FAILURE = 1
 _KEEP_FREED_BELOW_BYTES = "262144"
 """glibc gives larger freed blocks back at once, so that resident memory is what is in use."""
 
@@ -38,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds train``; None takes them from the command line.
 
     Returns:
-        0, or another exit code after one line on standard error that says what is wrong.
+        0; 75 for a run that was told to stop and has saved itself; 2 for a mistake in the recipe and 1 for
+        anything else, after one line on standard error that says what is wrong.
     """
     arguments = _parser().parse_intermixed_args(argv)
     find_tools_of_this_environment()
@@ -46,11 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run_rank(arguments) if inside else _launch(arguments)
     except ValueError as error:
-        if os.environ.get("LOMO_DS_TRACEBACK"):
-            traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return _report(error, USAGE_ERROR)
+    except OSError as error:
+        return _report(error, FAILURE)
+
+
+def _report(error: Exception, exit_code: int) -> int:
+    if os.environ.get("LOMO_DS_TRACEBACK"):
+        traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,9 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run_rank(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from lomo_ds.training.run import run
+    from lomo_ds.zero3.agreement import OtherRankFailed
 
-    run(recipe)
-    return 0
+    try:
+        return run(recipe)
+    except OtherRankFailed:
+        return FAILURE  # the failed rank says what is wrong
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -136,18 +151,39 @@ def _free_port() -> int:
 
 
 def _wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the launcher to its end; SIGTERM and Ctrl-C are passed on, so that no rank is left behind."""
-    with subprocess.Popen(command, env=dict(environment)) as launcher:
+    """Run the launcher to its end.
 
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            launcher.send_signal(number)
+    Ctrl-C and a hangup end it, and with it the ranks. SIGTERM and SIGUSR1 go to the ranks alone, which save
+    and end by themselves; the launcher, which would give them 30 seconds, stands in a session of its own so
+    that a signal to a whole group does not reach it.
+    """
+    with subprocess.Popen(command, env=dict(environment), start_new_session=True) as launcher:
 
-        previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        def end(number: int, frame: FrameType | None) -> None:
+            launcher.send_signal(signal.SIGINT)
+
+        def ask_ranks(number: int, frame: FrameType | None) -> None:
+            for rank in _ranks_below(psutil.Process(launcher.pid)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
+
+        handlers = {signal.SIGINT: end, signal.SIGHUP: end}
+        handlers |= {number: ask_ranks for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             return launcher.wait()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _ranks_below(process: psutil.Process) -> list[psutil.Process]:
+    """The outermost processes below ``process`` that a launcher has made ranks, by their environment."""
+    ranks = []
+    with contextlib.suppress(psutil.Error):
+        for child in process.children():
+            ranks += [child] if "RANK" in child.environ() else _ranks_below(child)
+    return ranks
 
 
 def _end_process(exit_code: int) -> NoReturn:

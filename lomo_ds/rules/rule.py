@@ -74,9 +74,12 @@ class Rule(Protocol):
 
     Attributes:
         needs_sums: whether ``update_`` yields anything; the gradient then has to outlive its bucket.
+        replicated_state: names of the state's tensors that every rank holds whole; the others are cut
+            like the parameter, shape (shard_numel,).
     """
 
     needs_sums: ClassVar[bool]
+    replicated_state: ClassVar[frozenset[str]]
 
     def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
         """The tensors that the rule keeps for a parameter, on the shard's device."""

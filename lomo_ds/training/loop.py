@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from lomo_ds.tasks.batching import AnswerBatch, collate
 from lomo_ds.tasks.encoding import EncodedAnswer
 from lomo_ds.tasks.order import global_batches, micro_batches
 from lomo_ds.tasks.scoring import answer_logits, target_log_likelihood
+from lomo_ds.training.interruption import StopFlag
 from lomo_ds.training.memory import peak_bytes
-from lomo_ds.training.metrics import StepMetrics, sums_and_peak
+from lomo_ds.training.metrics import Share, StepMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class TrainingSet:
         micro_batch_size: examples a forward on each rank.
         num_steps: of the run.
         seed: of the order.
+        num_steps_done: steps that an earlier process has made.
         pad_token_id: any token; padding is masked.
     """
 
@@ -37,29 +39,36 @@ class TrainingSet:
     num_steps: int
     seed: int
     pad_token_id: int
+    num_steps_done: int = 0
 
 
-def train(engine: Any, data: TrainingSet, report: Callable[[StepMetrics], None]) -> None:
-    """Run every step. Collective.
+def train(engine: Any, data: TrainingSet, stop: StopFlag) -> Iterator[tuple[StepMetrics, bool]]:
+    """Run the steps that are left. Collective.
 
     Args:
         engine: of ``lomo_ds.initialize``.
         data: what to train on.
-        report: called on every rank after each step.
+        stop: this rank's.
+
+    Yields:
+        After each step its metrics, and whether any rank has been told to stop; the same on every rank.
 
     Raises:
         RuntimeError: a loss that is no number, on all ranks alike; nothing is gained by going on.
     """
-    engine.train()
     batches = global_batches(len(data.answers), data.train_batch_size, data.num_steps, data.seed)
     for step, indices in enumerate(batches, start=1):
-        metrics = _step(engine, data, indices, step)
-        report(metrics)
-        if metrics.loss != metrics.loss:
-            raise RuntimeError(f"the loss of step {step} is not a number; try a lower optimizer.lr")
+        if step > data.num_steps_done:
+            engine.train()
+            metrics, stop_requested = _step(engine, data, indices, stop)
+            yield metrics, stop_requested
+            if metrics.loss != metrics.loss:
+                raise RuntimeError(f"the loss of step {step} is not a number; try a lower optimizer.lr")
 
 
-def _step(engine: Any, data: TrainingSet, indices: tuple[int, ...], step: int) -> StepMetrics:
+def _step(
+    engine: Any, data: TrainingSet, indices: tuple[int, ...], stop: StopFlag
+) -> tuple[StepMetrics, bool]:
     """One global batch: every micro batch of this rank, then the optimizer's step."""
     start_s = time.perf_counter()
     num_targets = sum(len(data.answers[index].target_ids) for index in indices)
@@ -73,15 +82,19 @@ def _step(engine: Any, data: TrainingSet, indices: tuple[int, ...], step: int) -
         lr = used_lr(engine)
         engine.step()
         loss_sum += loss.item()
-    loss_sum, num_tokens, peak = sums_and_peak(loss_sum, num_tokens, peak_bytes(), engine.device)
-    return StepMetrics(
-        step=step,
-        loss=loss_sum / num_targets,
+    own = Share(
+        loss_sum=loss_sum, num_tokens=num_tokens, peak_bytes=peak_bytes(), stop_requested=stop.requested
+    )
+    share = own.of_all_ranks(engine.device)
+    metrics = StepMetrics(
+        step=engine.global_steps,
+        loss=share.loss_sum / num_targets,
         lr=lr,
         grad_norm=float(engine.get_global_grad_norm()),
-        tokens_per_s=num_tokens / (time.perf_counter() - start_s),
-        peak_memory_bytes=peak,
+        tokens_per_s=share.num_tokens / (time.perf_counter() - start_s),
+        peak_memory_bytes=share.peak_bytes,
     )
+    return metrics, share.stop_requested
 
 
 def used_lr(engine: Any) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +34,49 @@ class StepMetrics:
     peak_memory_bytes: int
 
 
-def sums_and_peak(loss_sum: float, num_tokens: int, peak_bytes: int, device: Any) -> tuple[float, int, int]:
-    """Loss and tokens summed over the ranks in fp64, the largest of the peaks. Collective."""
-    own = torch.tensor([loss_sum, num_tokens, peak_bytes], dtype=torch.float64, device=device)
-    everyones = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, own)
-    table = torch.stack(everyones).cpu()
-    return table[:, 0].sum().item(), int(table[:, 1].sum()), int(table[:, 2].max())
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one rank has to say of a step, or all of them together.
+
+    Attributes:
+        loss_sum: negative log-likelihood over the answer tokens.
+        num_tokens: tokens read, without padding.
+        peak_bytes: the most that a rank has held so far.
+        stop_requested: whether a rank has been told to stop.
+    """
+
+    loss_sum: float
+    num_tokens: int
+    peak_bytes: int
+    stop_requested: bool
+
+    def of_all_ranks(self, device: Any) -> Share:
+        """Sums in fp64, the largest peak, and whether any rank is to stop. Collective: one small gather."""
+        numbers = [self.loss_sum, self.num_tokens, self.peak_bytes, self.stop_requested]
+        own = torch.tensor(numbers, dtype=torch.float64, device=device)
+        everyones = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyones, own)
+        table = torch.stack(everyones).cpu()
+        return Share(
+            loss_sum=table[:, 0].sum().item(),
+            num_tokens=int(table[:, 1].sum()),
+            peak_bytes=int(table[:, 2].max()),
+            stop_requested=bool(table[:, 3].any()),
+        )
 
 
 def append_line(path: Path, metrics: StepMetrics) -> None:
     """Add one line to a metrics file."""
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(metrics)) + "\n")
+        stream.write(_line(metrics))
+
+
+def write_lines(path: Path, history: Iterable[StepMetrics]) -> None:
+    """Replace a metrics file."""
+    scratch = path.with_name(f".{path.name}-new")
+    scratch.write_text("".join(map(_line, history)), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _line(metrics: StepMetrics) -> str:
+    return json.dumps(asdict(metrics)) + "\n"

@@ -30,14 +30,19 @@ class OutputFolder:
         self.summary = self.path / "summary.json"
         self.model = self.path / "model"
         self.adapters = self.path / "adapters"
+        self.checkpoints = self.path / "checkpoints"
 
     def begin(self, plan: RunPlan) -> None:
         """Make the folder, drop an earlier run's results and write the recipe and the JSON as used."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.metrics, self.recipe, self.ds_json, self.plot, self.summary):
+        for file in (self.metrics, self.plot, self.summary):
             file.unlink(missing_ok=True)
-        for folder in (self.model, self.adapters):
+        for folder in (self.model, self.adapters, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
+        self.write_settings(plan)
+
+    def write_settings(self, plan: RunPlan) -> None:
+        """Write the recipe and the JSON as used."""
         recipe = json.loads(json.dumps(asdict(plan.recipe)))  # YAML has lists, not tuples
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self._write_json(self.ds_json, plan.ds_json)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.data import read_rows
+from lomo_ds.tasks.named import named_task
 from lomo_ds.tasks.order import num_steps_per_epoch
 from lomo_ds.tasks.prompts import ChoiceExample, ChoicePrompt
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
@@ -48,22 +50,31 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
         require_peft()
     ds_json = fill_ds_json(read_ds_json(recipe.deepspeed), recipe, world_size)
     optimizer_from_json(ds_json["optimizer"])  # for its checks
+    train_examples, held_out_examples = _read_examples(recipe)
+    per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
+    num_steps = recipe.steps or recipe.epochs * per_epoch
+    fill_scheduler(ds_json, recipe, num_steps)
+    return RunPlan(
+        recipe=recipe,
+        ds_json=ds_json,
+        num_steps=num_steps,
+        train_examples=train_examples,
+        held_out_examples=held_out_examples[: recipe.evaluation.num_examples],
+    )
+
+
+def _read_examples(recipe: Recipe) -> tuple[list[ChoiceExample], list[ChoiceExample]]:
+    """(those to train on, those to evaluate), by the recipe's own prompt or by a named task's."""
     task, data = recipe.task, recipe.data
+    if isinstance(task, str):
+        named = named_task(task)
+        held_out = named.read(named.validation_file(Path(data.evaluation))) if data.evaluation else []
+        return named.read(named.train_file(Path(data.train))), held_out
     prompt = ChoicePrompt(
         template=task.prompt,
         options=task.options,
         label_column=task.label,
         label_names=task.label_names,
     )
-    train_examples = prompt.examples(read_rows(data.train, data.format))
-    per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
-    num_steps = recipe.steps or recipe.epochs * per_epoch
-    fill_scheduler(ds_json, recipe, num_steps)
-    held_out = read_rows(data.evaluation, data.format) if data.evaluation else []
-    return RunPlan(
-        recipe=recipe,
-        ds_json=ds_json,
-        num_steps=num_steps,
-        train_examples=train_examples,
-        held_out_examples=prompt.examples(held_out[: recipe.evaluation.num_examples]),
-    )
+    held_out = prompt.examples(read_rows(data.evaluation, data.format)) if data.evaluation else []
+    return prompt.examples(read_rows(data.train, data.format)), held_out

@@ -97,20 +97,31 @@ def _require_inputs(recipe: Recipe, path: str | Path) -> None:
     if recipe.data.evaluation is not None:
         files["data.evaluation"] = recipe.data.evaluation
     for key, name in files.items():
-        if not Path(name).is_file():
+        found = Path(name).exists() if isinstance(recipe.task, str) else Path(name).is_file()
+        if not found:
             raise ValueError(f"{path}: {key}: there is no file {name}")
     if Path(recipe.model).is_absolute() and not Path(recipe.model).is_dir():
         raise ValueError(f"{path}: model: there is no folder {recipe.model}")
+
+
+def continues_output(recipe: Recipe) -> bool:
+    """Whether a run goes on with what is in its own output folder."""
+    if recipe.resume in (None, "auto"):
+        return recipe.resume == "auto"
+    return Path(recipe.resume).resolve().parent == (Path(recipe.output) / "checkpoints").resolve()
 
 
 def require_free_output(recipe: Recipe) -> None:
     """Refuse to mix a run's results with what is already in its output folder.
 
     Raises:
-        ValueError: ``output`` is a file, or holds something and ``overwrite`` is false.
+        ValueError: ``output`` is a file, or holds something and neither ``overwrite`` nor ``resume`` says
+            what to do with it.
     """
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file")
+    if continues_output(recipe) and (output / "recipe.yaml").is_file():
+        return
     if output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
         raise ValueError(f"output: {output} is not empty; choose another or set overwrite: true")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,25 +20,35 @@ from deepspeed.accelerator import get_accelerator
 import lomo_ds
 from lomo_ds.checkpoint.export import export_pretrained
 from lomo_ds.checkpoint.load import load_pretrained, model_dtype, model_folder
+from lomo_ds.checkpoint.newest import newest_whole
+from lomo_ds.checkpoint.root import CheckpointRoot, require_tag
 from lomo_ds.integrations.peft import add_adapters, save_adapters
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.encoding import encode_right_answers
 from lomo_ds.tasks.scoring import ChoiceEvaluation, queries_for
+from lomo_ds.training.interruption import INTERRUPTED, StopFlag
 from lomo_ds.training.loop import TrainingSet, train
 from lomo_ds.training.memory import peak_bytes, peak_source
-from lomo_ds.training.metrics import StepMetrics, append_line
+from lomo_ds.training.metrics import StepMetrics, append_line, write_lines
 from lomo_ds.training.outputs import OutputFolder
 from lomo_ds.training.plan import RunPlan, plan_run
 from lomo_ds.training.plot import plot_loss_and_memory, plot_title
 from lomo_ds.training.progress import TrainingProgress
-from lomo_ds.training.recipe_file import require_free_output
+from lomo_ds.training.recipe_file import continues_output, require_free_output
+from lomo_ds.training.resume import identity, read_history, require_same_run
 from lomo_ds.training.schedule import SHAPES, Schedule, num_warmup_steps
 from lomo_ds.zero3.agreement import failing_together
 
 
 @dataclass(kw_only=True)
 class _Job:
-    """What the phases of a run share on one rank."""
+    """What the phases of a run share on one rank.
+
+    Attributes:
+        history: a line for each step made, by this process or an earlier one.
+        accuracy_before: of the untouched model; None where nothing is evaluated.
+        seconds: that each phase took in this process.
+    """
 
     plan: RunPlan
     output: OutputFolder
@@ -45,7 +57,9 @@ class _Job:
     engine: Any
     is_first: bool
     start_s: float
+    stop: StopFlag = field(default_factory=StopFlag)
     history: list[StepMetrics] = field(default_factory=list)
+    accuracy_before: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def record(self, metrics: StepMetrics) -> None:
@@ -60,12 +74,27 @@ class _Job:
         passed_s = time.perf_counter() - self.start_s
         self.seconds[phase] = passed_s - sum(self.seconds.values())
 
+    def save(self) -> None:
+        """Make a checkpoint of the run as it is after the last step. Collective."""
+        settings = self.plan.recipe.checkpoint
+        self.engine.save_checkpoint(
+            self.output.checkpoints,
+            client_state={"run": identity(self.plan), "accuracy_before": self.accuracy_before},
+            tokenizer=self.tokenizer,
+            keep_last=settings.keep_last,
+            asynchronous=settings.asynchronous,
+        )
 
-def run(recipe: Recipe) -> None:
+
+def run(recipe: Recipe) -> int:
     """Do what a recipe says, as one of the ranks that a launcher has started. Collective.
+
+    Returns:
+        The exit code: 0, or ``INTERRUPTED`` where the run was told to stop and has saved itself.
 
     Raises:
         ValueError: a setting that is wrong, on all ranks, before a model is built or anything is written.
+        OSError: a checkpoint or a result could not be written.
     """
     start_s = time.perf_counter()
     _quieten()
@@ -73,9 +102,11 @@ def run(recipe: Recipe) -> None:
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
     try:
-        job = _set_up(recipe, start_s)
-        accuracies = _train_and_evaluate(job)
-        _write_results(job, accuracies)
+        if _is_finished(recipe):
+            return 0
+        checkpoint = _checkpoint_to_resume(recipe)
+        job = _set_up(recipe, checkpoint, start_s)
+        return 0 if _train_and_evaluate(job) else INTERRUPTED
     finally:
         dist.destroy_process_group()
 
@@ -97,7 +128,36 @@ def _use_gloo_alone_on_cpu() -> None:
         del os.environ["LOCAL_SIZE"]
 
 
-def _set_up(recipe: Recipe, start_s: float) -> _Job:
+def _checkpoint_to_resume(recipe: Recipe) -> Path | None:
+    """Folder of the checkpoint to go on from; None for a run from its beginning. Collective.
+
+    Raises:
+        ValueError: ``resume`` names no checkpoint.
+    """
+    if recipe.resume is None:
+        return None
+    if recipe.resume == "auto":
+        root = CheckpointRoot(OutputFolder(recipe.output).checkpoints)
+        tag = newest_whole(root)
+        return None if tag is None else root.folder(tag)
+    with failing_together():
+        folder = Path(recipe.resume)
+        if not folder.is_dir():
+            raise ValueError(f"resume: there is no folder {folder}")
+        require_tag(folder.name)
+    return folder
+
+
+def _is_finished(recipe: Recipe) -> bool:
+    """Whether ``resume: auto`` finds all results there; the same on every rank. Collective."""
+    finished = [recipe.resume == "auto" and OutputFolder(recipe.output).summary.is_file()]
+    dist.broadcast_object_list(finished, src=0)
+    if finished[0] and dist.get_rank() == 0:
+        print(f"the run in {recipe.output} is finished; choose another output, or delete resume", flush=True)
+    return finished[0]
+
+
+def _set_up(recipe: Recipe, checkpoint: Path | None, start_s: float) -> _Job:
     """Check everything, claim the output folder, then load the model and build the engine."""
     is_first = dist.get_rank() == 0
     output = OutputFolder(recipe.output)
@@ -105,7 +165,8 @@ def _set_up(recipe: Recipe, start_s: float) -> _Job:
         plan = plan_run(recipe, dist.get_world_size())
         if is_first:
             require_free_output(recipe)
-            output.begin(plan)
+            if checkpoint is None or not continues_output(recipe):
+                output.begin(plan)
     progress = TrainingProgress(plan.num_steps, visible=is_first)
     progress.say(f"loading {recipe.model} onto {dist.get_world_size()} ranks")
     torch.manual_seed(recipe.seed + dist.get_rank())
@@ -120,8 +181,25 @@ def _set_up(recipe: Recipe, start_s: float) -> _Job:
         is_first=is_first,
         start_s=start_s,
     )
+    if checkpoint is not None:
+        _resume(job, checkpoint)
     job.lap("loading_s")
     return job
+
+
+def _resume(job: _Job, checkpoint: Path) -> None:
+    """Bring model, counters and history to where the checkpoint was saved. Collective."""
+    _, client_state = job.engine.load_checkpoint(checkpoint.parent, checkpoint.name)
+    num_steps = job.engine.global_steps
+    with failing_together():
+        require_same_run(client_state.get("run", {}), identity(job.plan), checkpoint)
+        job.accuracy_before = client_state["accuracy_before"]
+        job.history = read_history(job.output.metrics, num_steps)
+        if job.is_first:
+            job.output.path.mkdir(parents=True, exist_ok=True)
+            job.output.write_settings(job.plan)
+            write_lines(job.output.metrics, job.history)
+    job.progress.say(f"going on after step {num_steps} from {checkpoint}")
 
 
 def _load_tokenizer(recipe: Recipe) -> Any:
@@ -152,16 +230,36 @@ def _schedule_maker(plan: RunPlan) -> Any:
     return lambda optimizer: Schedule(optimizer, plan.num_steps, num_warmup, shape)
 
 
-def _train_and_evaluate(job: _Job) -> dict[str, float | None]:
+def _train_and_evaluate(job: _Job) -> bool:
+    """Everything after loading; False where the run was told to stop before its last step."""
     evaluation = _evaluation(job)
-    before = _evaluate(job, evaluation, "before")
+    if job.engine.global_steps == 0:
+        job.accuracy_before = _evaluate(job, evaluation, "before")
     job.lap("evaluation_before_s")
-    with job.progress:
-        train(job.engine, _training_set(job), job.record)
+    with job.progress, job.stop.listening():
+        ended = _train(job)
+    job.engine.wait_for_checkpoint()
     job.lap("training_s")
+    if not ended:
+        job.progress.say(f"told to stop: saved after step {job.engine.global_steps}; go on with resume=auto")
+        return False
     after = _evaluate(job, evaluation, "after")
     job.lap("evaluation_after_s")
-    return {"accuracy_before": before, "accuracy_after": after}
+    _write_results(job, {"accuracy_before": job.accuracy_before, "accuracy_after": after})
+    return True
+
+
+def _train(job: _Job) -> bool:
+    """Make the steps that are left, and checkpoints between them; False where the run was told to stop."""
+    every, num_steps = job.plan.recipe.checkpoint.every, job.plan.num_steps
+    for metrics, stop_requested in train(job.engine, _training_set(job), job.stop):
+        job.record(metrics)
+        is_due = every is not None and metrics.step % every == 0
+        if (is_due or stop_requested) and math.isfinite(metrics.loss):
+            job.save()
+        if stop_requested and metrics.step < num_steps:
+            return False
+    return True
 
 
 def _pad_token_id(tokenizer: Any) -> int:
@@ -177,6 +275,7 @@ def _training_set(job: _Job) -> TrainingSet:
         num_steps=plan.num_steps,
         seed=recipe.seed,
         pad_token_id=_pad_token_id(job.tokenizer),
+        num_steps_done=job.engine.global_steps,
     )
 
 

@@ -8,7 +8,7 @@ installed DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
@@ -34,7 +34,7 @@ from torch.nn import Parameter
 
 from lomo_ds.shards import ShardSpec
 from lomo_ds.zero3.piecewise import defragment_in_pieces
-from lomo_ds.zero3.private_names import CONTRACT, STAGE3_ARGUMENTS, check_contract
+from lomo_ds.zero3.private_names import CONTRACT, SCALER_STATE, STAGE3_ARGUMENTS, check_contract
 
 __all__ = [
     "CONTRACT",
@@ -296,6 +296,16 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
     def scale_after(self, overflow: bool) -> None:
         """Let DeepSpeed's loss scaler fall after an overflow, or count towards growing."""
         self._update_scale(overflow)
+
+    def scaler_state(self) -> dict[str, float]:
+        """The numbers of DeepSpeed's loss scaler that change from step to step, by their names there."""
+        scaler = vars(self.loss_scaler)
+        return {name: scaler[name] for name in SCALER_STATE if name in scaler}
+
+    def set_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Let the loss scaler go on from ``scaler_state``; a static scale stays what the JSON says."""
+        if self.dynamic_loss_scale:
+            vars(self.loss_scaler).update({name: state[name] for name in SCALER_STATE if name in state})
 
     def backward_counters(self) -> dict[torch.nn.Module, dict[str, int]]:
         """What ZeRO-3's module hooks count down in a backward."""

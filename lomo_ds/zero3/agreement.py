@@ -8,12 +8,19 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 
+class OtherRankFailed(RuntimeError):
+    """What the ranks raise that have nothing to complain of themselves; the message is the failed rank's."""
+
+
 @contextmanager
-def failing_together() -> Iterator[None]:
+def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on every rank; where it raised anywhere, raise everywhere. Collective.
 
     The block must not communicate. Each rank raises its own exception where it has one, the others a
-    RuntimeError with the first failing rank's message.
+    OtherRankFailed with the first failing rank's message.
+
+    Args:
+        group: the ranks; all of them by default.
 
     Cost: one gather of a short string per rank.
     """
@@ -22,10 +29,10 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, f"{type(own).__name__}: {own}" if own else None)
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, f"{type(own).__name__}: {own}" if own else None, group=group)
     if own is not None:
         raise own
     for rank, message in enumerate(messages):
         if message is not None:
-            raise RuntimeError(f"rank {rank} failed: {message}")
+            raise OtherRankFailed(f"rank {rank} failed: {message}")

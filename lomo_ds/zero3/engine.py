@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from deepspeed.utils import logger
@@ -95,25 +95,6 @@ class LomoEngine(EngineSeam):
         """
         norm = super().get_global_grad_norm()
         return None if norm is None else float(norm)
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: resumable checkpoints are not part of this version.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            "this version of lomo_ds writes no resumable checkpoints; engine.save_16bit_model(folder) and "
-            "lomo_ds.checkpoint.export write the model's weights"
-        )
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: resumable checkpoints are not part of this version.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("this version of lomo_ds reads no resumable checkpoints; load weights instead")
 
 
 def _require_differentiable_scalar(loss: Any) -> None:

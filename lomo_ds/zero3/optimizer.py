@@ -38,6 +38,8 @@ class LomoZeroOptimizer(Stage3Seam):
     Attributes:
         choice: when shards are applied, and why.
         overflow: whether the last step was dropped for a gradient norm that was not finite.
+        last_norm: the last finite norm under ``lagged`` clipping; None before, and under other clipping.
+        updater: the rules, their state and what rounding keeps.
     """
 
     def __init__(self, choice: Choice, **stage3_arguments: Any) -> None:
@@ -55,7 +57,7 @@ class LomoZeroOptimizer(Stage3Seam):
         self._group_index = self.group_index()
         self._squares: dict[Parameter, Tensor] = {}
         self._norm: float | None = None
-        self._last_norm: float | None = None
+        self.last_norm: float | None = None
         rules = {param: rule_of(self._group(param)) for param in self.trainable_params()}
         self.updater = Updater(rules, self.optimizer.rounding, self.optimizer.seed)
         nearest = self.optimizer.rounding == "nearest"
@@ -197,7 +199,7 @@ class LomoZeroOptimizer(Stage3Seam):
     @property
     def _clips_per_parameter(self) -> bool:
         """Also ``lagged`` does, in the one step that has no norm before it."""
-        first_lagged = self.optimizer.clipping == "lagged" and self._last_norm is None
+        first_lagged = self.optimizer.clipping == "lagged" and self.last_norm is None
         return self.clip_grad > 0 and (self.optimizer.clipping == "per_parameter" or first_lagged)
 
     def _begin_update(self, param: Parameter, grad_shard: Tensor) -> None:
@@ -224,7 +226,7 @@ class LomoZeroOptimizer(Stage3Seam):
 
     def _grad_scale(self) -> float:
         """The factor on every gradient: the loss scale taken back, and the clipping by a global norm."""
-        norm = {"global": self._norm, "lagged": self._last_norm}.get(self.optimizer.clipping)
+        norm = {"global": self._norm, "lagged": self.last_norm}.get(self.optimizer.clipping)
         return (1.0 if norm is None else clip_factor(norm, self.clip_grad)) / self.loss_scale
 
     # The step boundary -------------------------------------------------------------------------
@@ -270,7 +272,7 @@ class LomoZeroOptimizer(Stage3Seam):
 
     def _end_step(self) -> None:
         if self.optimizer.clipping == "lagged" and math.isfinite(norm := float(self._global_grad_norm)):
-            self._last_norm = norm
+            self.last_norm = norm
         self.scale_after(self.overflow)
         self._rounding_watch.end_step()
         self.gather_persistent_params()
@@ -290,6 +292,22 @@ class LomoZeroOptimizer(Stage3Seam):
             self.release_gathered_params()
             self.gather_persistent_params()
             self._shards_changed = False
+
+    @property
+    def at_step_boundary(self) -> bool:
+        """Whether no gradient has arrived since the last step."""
+        return not self._squares
+
+    @contextmanager
+    def replacing_shards(self) -> Iterator[None]:
+        """Let the block write to the shards; gathered copies are made new and gradients forgotten after it.
+
+        Collective.
+        """
+        self.release_gathered_params()
+        self.zero_grad()
+        yield
+        self.gather_persistent_params()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient that has arrived since the last step."""

@@ -32,6 +32,9 @@ STAGE3_ARGUMENTS = {
 }
 """Argument of stage 3's constructor -> the engine's method that reads it from the JSON."""
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Attributes of DeepSpeed's dynamic loss scaler that a checkpoint carries."""
+
 _STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _BASE = "deepspeed.runtime.base_optimizer:ZeROOptimizer"
@@ -103,6 +106,14 @@ CONTRACT: tuple[PrivateName, ...] = (
         "clip_grad",
         "overflow",
         "contiguous_gradients",
+    ),
+    *_attributes(_STAGE3, "carrying the loss scale in a checkpoint", "loss_scaler", "dynamic_loss_scale"),
+    *_attributes(
+        "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+        "carrying the loss scale in a checkpoint",
+        "cur_iter",
+        "last_overflow_iter",
+        "cur_hysteresis",
     ),
     *_methods(_BASE, "recovering from a backward that raised", exit_backward=("self",)),
     *_methods(_BASE, "reducing a gradient that fills the bucket", get_param_comm_dtype=("self", "param")),

@@ -45,6 +45,16 @@ REFUSALS = (
     Refusal("bf16.bf16_master_weights_and_grads", bool, _NO_STATE),
     Refusal("bf16.bf16_optimizer_states", bool, _NO_STATE),
     Refusal("compile.deepcompile", bool, _NOT_YET),
+    Refusal(
+        "checkpoint.load_universal",
+        bool,
+        "start from a universal checkpoint by load_pretrained(..., weights=FOLDER): delete the key",
+    ),
+    Refusal(
+        "checkpoint.use_node_local_storage",
+        bool,
+        "checkpoints have to be on storage that every rank sees: delete the key",
+    ),
     Refusal("hybrid_engine", _enabled, _NOT_YET),
     Refusal("managed_gradient_accumulation", lambda managed: managed is False, _NOT_YET),
     Refusal("sequence_parallel_size", _above_one, _ONE_GROUP),

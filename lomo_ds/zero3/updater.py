@@ -75,6 +75,13 @@ class Updater:
         return Entry(index=index, spec=spec, rule=rule, state=state, error=error_state(self._rounding, shard))
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Give every rule the state of a first step, for shards that have been replaced."""
+        self.entries = {
+            param: self._entry(entry.index, param, entry.rule) for param, entry in self.entries.items()
+        }
+
+    @torch.no_grad()
     def begin(
         self,
         param: Parameter,

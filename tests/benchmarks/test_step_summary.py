@@ -26,6 +26,7 @@ def rank_result(peak, build, parked, seconds, rank=0):
         "rank": rank,
         "phase_peak_bytes": {"model": build, "engine": build, "warm-up steps": peak, "steps": peak},
         "at_rest_bytes": build,
+        "live_peak_bytes": peak,
         "parked_bytes": parked,
         "tokens_per_step": 512,
         "warmup": steps[:1],

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 
 from lomo_ds.cli import train
-from lomo_ds.cli.train import launch_environment, main
+from lomo_ds.cli.train import _ranks_below, launch_environment, main
+from lomo_ds.training.interruption import INTERRUPTED
 from tests.tiny import write_reviews, write_tiny_folder
 
 NUM_STEPS = 3
@@ -160,3 +166,69 @@ def test_adapters_alone_are_trained_written_and_merged(recipe_path: Path):
     )
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
     assert adapters.get_parameter(name).abs().max() > 0
+
+
+# Being told to stop, and ranks that die ---------------------------------------------------------------
+
+END_WITHIN_S = 90.0
+"""Promised are 60 after a signal or a rank's death; the rest is for a machine that does other things too."""
+LONG_RUN = ("steps=4000", "checkpoint.every=500", "evaluation.num_examples=1")
+
+
+@contextlib.contextmanager
+def long_run(recipe_path: Path, *overrides: str) -> Iterator[subprocess.Popen]:
+    """A launch that would take minutes; nothing of it is left afterwards."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "lomo_ds.cli.train", str(recipe_path), *LONG_RUN, *overrides]
+    with subprocess.Popen(
+        [*command, "--num-ranks", "2"],
+        env=environment | {"DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        processes = [run]
+        try:
+            yield run
+            processes += psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
+        finally:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def wait_for_steps(recipe_path: Path, count: int) -> None:
+    metrics = recipe_path.parent / "out" / "metrics.jsonl"
+    end_s = time.monotonic() + 300
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < end_s, "no step was made"
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_and_resume_goes_on(recipe_path: Path):
+    out = recipe_path.parent / "out"
+    with long_run(recipe_path) as run:
+        wait_for_steps(recipe_path, 3)
+        os.killpg(run.pid, signal.SIGTERM)
+        text, _ = run.communicate(timeout=END_WITHIN_S)
+    assert run.returncode == INTERRUPTED, text
+    assert "go on with resume=auto" in text
+    num_steps = (out / "metrics.jsonl").read_bytes().count(b"\n")
+    checkpoint = out / "checkpoints" / f"global_step{num_steps}"
+    assert (checkpoint / "huggingface" / "tokenizer.json").is_file()
+
+    other = launch(recipe_path, "resume=auto")
+    assert other.returncode == 2 and "is of a run with steps 4000, and now it is 3" in other.stderr
+    assert (out / "metrics.jsonl").read_bytes().count(b"\n") == num_steps, "a refused run changed files"
+
+    with long_run(recipe_path, "resume=auto") as again:
+        wait_for_steps(recipe_path, num_steps + 3)
+        ranks = _ranks_below(psutil.Process(again.pid))
+        next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
+        text, _ = again.communicate(timeout=END_WITHIN_S)
+    assert again.returncode not in (0, INTERRUPTED), text
+    assert f"going on after step {num_steps}" in text
+    assert not any(rank.is_running() for rank in ranks)
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > num_steps

@@ -130,17 +130,40 @@ class RankPool:
         """Whether every rank lives and waits for a call."""
         return not wait(list(self._connections.values()), timeout=0)
 
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process of each rank that has not been seen to end."""
+        return dict(self._pids)
+
     def call(self, fn: Callable[..., Any], args: tuple, kwargs: dict, deadline_s: float) -> list[Any]:
         """Run one call on all ranks; see `run_ranks`."""
-        message = pickle.dumps((sys.path, pickle.dumps((fn, args, kwargs))))
-        self._log_starts = {setup.rank: os.path.getsize(setup.log_path) for setup in self._setups}
-        for connection in self._connections.values():
-            connection.send_bytes(message)
+        self.start(fn, args, kwargs)
         answers = self._collect(deadline_s, f"{fn.__module__}.{fn.__qualname__}")
         self.leaked = next((answer.leaked for answer in answers.values() if answer.leaked), "")
         return [answers[rank].value for rank in range(self._world_size)]
 
-    def _collect(self, deadline_s: float, what: str) -> dict[int, Answer]:
+    def start(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+        """Begin a call on all ranks, for ``outcomes`` to wait for."""
+        message = pickle.dumps((sys.path, pickle.dumps((fn, args, kwargs))))
+        self._log_starts = {setup.rank: os.path.getsize(setup.log_path) for setup in self._setups}
+        for connection in self._connections.values():
+            connection.send_bytes(message)
+
+    def outcomes(self, deadline_s: float) -> list[Answer]:
+        """How each rank's call ended, a killed or failed one's too; waits for all.
+
+        Raises:
+            TimeoutError: a rank had not come back.
+        """
+        answers = self._collect(deadline_s, "the call", stop_at_failure=False)
+        return [answers[rank] for rank in range(self._world_size)]
+
+    def output(self, rank: int) -> str:
+        """What a rank has written to its stdout and stderr since the call began."""
+        data = Path(self._setups[rank].log_path).read_bytes()
+        return data[self._log_starts.get(rank, 0) :].decode(errors="replace")
+
+    def _collect(self, deadline_s: float, what: str, stop_at_failure: bool = True) -> dict[int, Answer]:
         answers: dict[int, Answer] = {}
         end_s = time.monotonic() + deadline_s
         while len(answers) < self._world_size:
@@ -150,7 +173,7 @@ class RankPool:
                 raise self._timeout(sorted(waiting.values()), deadline_s, what)
             answers.update({waiting[connection]: self._receive(waiting[connection]) for connection in ready})
             failed = [rank for rank in answers if answers[rank].traceback_text is not None]
-            if failed:
+            if failed and stop_at_failure:
                 self._raise(min(failed, key=lambda rank: answers[rank].time_s), answers)
         return answers
 
@@ -179,8 +202,7 @@ class RankPool:
         return TimeoutError("\n\n".join([heading, *(self._log_tail(rank) for rank in missing)]))
 
     def _log_tail(self, rank: int) -> str:
-        data = Path(self._setups[rank].log_path).read_bytes()[self._log_starts.get(rank, 0) :]
-        text = data[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
+        text = self.output(rank)[-LOG_TAIL_BYTES:].strip()
         return f"--- output of rank {rank} ---\n{text or '(none)'}"
 
     def end(self) -> None:

@@ -28,7 +28,24 @@ done
 
 FAKE_SCONTROL = """#!/bin/bash
 [ "$*" = "show hostnames node[3-4]" ] && printf 'node3\\nnode4\\n'
+[ "$1" = requeue ] && echo "requeue $2" || true
 """
+
+# Fails as often as its exit codes say, then succeeds.
+FAILING_PYTHON = """#!/bin/bash
+echo "$*"
+read -r code rest < "$CODES" || exit 0
+echo "$rest" > "$CODES"
+exit "${code:-0}"
+"""
+
+
+SLURM = {
+    "SLURM_JOB_NODELIST": "node[3-4]",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "2",
+}
 
 
 @pytest.fixture
@@ -65,15 +82,41 @@ def test_local_reaches_the_real_command():
 
 
 def test_slurm_gives_each_task_its_rank(stand_ins: dict[str, str]):
-    slurm = {
-        "SLURM_JOB_NODELIST": "node[3-4]",
-        "SLURM_JOB_ID": "123456",
-        "SLURM_NTASKS": "4",
-        "SLURM_NNODES": "2",
-    }
-    lines = run("slurm.sbatch", ["recipe.yaml", "seed=2"], stand_ins | slurm)
+    lines = run("slurm.sbatch", ["recipe.yaml", "seed=2"], stand_ins | SLURM)
     assert lines == [
         f"RANK={rank} WORLD_SIZE=4 LOCAL_RANK={rank % 2} LOCAL_WORLD_SIZE=2 MASTER_ADDR=node3 "
-        "MASTER_PORT=23456 -m lomo_ds.cli.train recipe.yaml seed=2"
+        "MASTER_PORT=23456 -m lomo_ds.cli.train recipe.yaml resume=auto seed=2"
         for rank in range(4)
     ]
+
+
+def run_failing(script: str, codes: str, environment: dict[str, str], folder: Path) -> tuple[int, list[str]]:
+    """Exit code and lines of a script whose command ends with each of ``codes`` in turn."""
+    (folder / "codes").write_text(f"{codes}\n")
+    (folder / "python").write_text(FAILING_PYTHON)
+    command = ["bash", str(LAUNCH / script), "recipe.yaml", "seed=2"]
+    environment = environment | {"CODES": str(folder / "codes"), "MAX_RESTARTS": "3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("codes", "exit_code", "starts"),
+    [("1 137", 0, 3), ("2", 2, 1), ("75", 75, 1), ("1 1 1 1 1", 1, 4), ("", 0, 1)],
+)
+def test_local_starts_again_after_a_crash_alone(
+    codes: str, exit_code: int, starts: int, stand_ins: dict[str, str], tmp_path: Path
+):
+    code, lines = run_failing("local.sh", codes, stand_ins, tmp_path)
+    assert code == exit_code
+    assert lines == ["-m lomo_ds.cli.main train recipe.yaml resume=auto seed=2"] * starts
+
+
+@pytest.mark.parametrize(("code", "requeued"), [("75", True), ("1", False)])
+def test_slurm_queues_an_interrupted_job_again(
+    code: str, requeued: bool, stand_ins: dict[str, str], tmp_path: Path
+):
+    (tmp_path / "srun").write_text('#!/bin/bash\nshift\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"\n')
+    exit_code, lines = run_failing("slurm.sbatch", code, stand_ins | SLURM, tmp_path)
+    assert exit_code == int(code)
+    assert ("requeue 123456" in lines) == requeued

@@ -31,6 +31,7 @@ def training_set(micro_batch_size: int) -> TrainingSet:
 
 def train_tiny(micro_batch_size: int, num_micro: int, tiled: bool = False) -> list[StepMetrics]:
     import lomo_ds
+    from lomo_ds.training.interruption import StopFlag
     from lomo_ds.training.loop import train
     from lomo_ds.training.schedule import Schedule
 
@@ -47,9 +48,7 @@ def train_tiny(micro_batch_size: int, num_micro: int, tiled: bool = False) -> li
         return Schedule(optimizer, NUM_STEPS, 0, "linear")
 
     engine, *_ = lomo_ds.initialize(model=tiny_llama(), config=ds_json, lr_scheduler=schedule)
-    history: list[StepMetrics] = []
-    train(engine, training_set(micro_batch_size), history.append)
-    return history
+    return [metrics for metrics, _ in train(engine, training_set(micro_batch_size), StopFlag())]
 
 
 def plain_torch() -> list[tuple[float, float, float]]:

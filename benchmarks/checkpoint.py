@@ -1,0 +1,149 @@
+"""Saving and loading a checkpoint: lomo_ds beside DeepSpeed's ZeRO-3 with SGD, in one alternated run.
+
+Usage: python benchmarks/checkpoint.py [--rounds 3] [--ranks 2] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rank_pair import run_ranks
+from rich.console import Console
+from step_report import describe_machine, describe_versions
+
+HERE = Path(__file__).resolve().parent
+DEADLINE_S = 600.0
+LABELS = {"lomo-immediate": "lomo_ds, LOMO", "sgd": "DeepSpeed ZeRO-3 + SGD"}
+LIMITS = {"num_bytes": 0.4, "stopped_s": 0.6, "load_s": 0.6}
+"""Greatest ratios of lomo_ds's figure to DeepSpeed's."""
+
+Round = dict[str, dict[str, float]]
+"""Contestant -> figure -> value."""
+
+
+def run_job(variant: str, action: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """One action in fresh ranks: the slower rank's seconds, the larger rank's memory, rank 0's loss."""
+    arguments = ["--variant", variant, "--action", action, "--folder", str(folder)]
+    ranks = run_ranks(
+        HERE / "checkpoint_job.py", [*arguments, "--workload", args.workload], args.ranks, DEADLINE_S
+    )
+    return {key: max(rank[key] for rank in ranks) for key in ranks[0] if key not in ("rank", "loss")} | {
+        "loss": ranks[0]["loss"]
+    }
+
+
+def run_round(args: argparse.Namespace, folder: Path) -> Round:
+    """Every contestant saves and loads; the loss of the step after loading has to be that after saving."""
+    results: Round = {}
+    for variant in LABELS:
+        saved = run_job(variant, "save", folder / variant, args)
+        loaded = run_job(variant, "load", folder / variant, args)
+        if saved["loss"] != loaded["loss"]:
+            raise RuntimeError(f"{variant}: the step after loading is another than the one after saving")
+        num_bytes = sum(path.stat().st_size for path in (folder / variant).rglob("*") if path.is_file())
+        results[variant] = saved | {"load_s": loaded["load_s"], "num_bytes": num_bytes}
+        shutil.rmtree(folder / variant)
+    aside = run_job("lomo-immediate", "save-asynchronously", folder / "aside", args)
+    results["lomo-immediate"]["asynchronous_stopped_s"] = aside["stopped_s"]
+    results["lomo-immediate"]["asynchronous_memory_bytes"] = aside["memory_bytes"]
+    shutil.rmtree(folder / "aside")
+    return results
+
+
+def spread(rounds: list[Round], variant: str, key: str) -> list[float]:
+    """A figure's values over the rounds, from the least to the greatest."""
+    return sorted(one[variant][key] for one in rounds)
+
+
+def ratios(rounds: list[Round], key: str) -> list[float]:
+    """lomo_ds's figure over DeepSpeed's within each round."""
+    return sorted(one["lomo-immediate"][key] / one["sgd"][key] for one in rounds)
+
+
+def _cell(values: list[float], scale: float, digits: int) -> str:
+    low, middle, high = (value * scale for value in (values[0], statistics.median(values), values[-1]))
+    return f"{middle:.{digits}f} [{low:.{digits}f} - {high:.{digits}f}]"
+
+
+def table(rounds: list[Round]) -> str:
+    """Figures and ratios as Markdown."""
+    columns = (
+        ("num_bytes", "on disk, GB", 1e-9),
+        ("stopped_s", "training stops, s", 1),
+        ("on_disk_s", "until it is on disk, s", 1),
+        ("load_s", "loading, s", 1),
+        ("memory_bytes", "memory to save, GB a rank", 1e-9),
+    )
+    lines = [f"| | {' | '.join(name for _, name, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for variant, label in LABELS.items():
+        cells = [_cell(spread(rounds, variant, key), scale, 2) for key, _, scale in columns]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    cells = [_cell(ratios(rounds, key), 1, 2) for key, _, _ in columns]
+    lines.append(f"| **ratio** | {' | '.join(cells)} |")
+    met = {key: statistics.median(ratios(rounds, key)) <= limit for key, limit in LIMITS.items()}
+    limits = [
+        f"{LIMITS[key]} {'yes' if met[key] else '**no**'}" if key in LIMITS else "" for key, *_ in columns
+    ]
+    lines.append(f"| at most, met | {' | '.join(limits)} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(results: dict[str, Any]) -> str:
+    rounds, machine = results["rounds"], results["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    aside_s = _cell(spread(rounds, "lomo-immediate", "asynchronous_stopped_s"), 1, 2)
+    aside_gb = _cell(spread(rounds, "lomo-immediate", "asynchronous_memory_bytes"), 1e-9, 2)
+    return f"""# Saving and loading a checkpoint
+
+353M parameters in bf16, {results["num_ranks"]} CPU ranks, {len(rounds)} round(s), alternated, each action in
+fresh processes; medians with the least and greatest in brackets, 1 GB = 1e9 bytes. lomo_ds waits until
+every file is on the disk, reads it back and checks it on loading; DeepSpeed does neither ("until it is on
+disk" adds a sync for both). After each save and load the same step is made, and its losses are equal.
+
+{table(rounds)}
+With `asynchronous=True` lomo_ds lets training go on after {aside_s} s, for {aside_gb} GB of host memory a
+rank.
+
+Written by `{results["command"]}` on {machine["cores"]} cores of {machine["cpu"]}, {machine["memory"]}, with
+{versions}.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--workload", default="{}", help="JSON; changes fields of the 353M workload")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks")
+    args = parser.parse_args()
+    console, rounds = Console(), []
+    with tempfile.TemporaryDirectory(prefix="lomo_bench_checkpoint_") as folder:
+        for number in range(1, args.rounds + 1):
+            with console.status(f"round {number}"):
+                rounds.append(run_round(args, Path(folder)))
+            console.print(f"round {number}: {json.dumps(rounds[-1])}", highlight=False, soft_wrap=True)
+    results = {
+        "command": shlex.join(["python", *sys.argv]),
+        "num_ranks": args.ranks,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "rounds": rounds,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "checkpoint.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "checkpoint.md").write_text(page(results))
+    console.print(table(rounds), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""One rank of one contestant: save a checkpoint of the 353M model after a step, or load one.
+
+Started by ``checkpoint.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from resident import PeakMeter, resident_bytes
+from step_job import build_engine, build_model, finish_rank, run_steps, start_rank
+from step_variants import VARIANTS, Workload, deepspeed_config
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds between barriers. Collective."""
+    torch.distributed.barrier()
+    start_s = time.perf_counter()
+    action()
+    torch.distributed.barrier()
+    return time.perf_counter() - start_s
+
+
+def save(engine: Any, folder: Path, asynchronous: bool) -> dict[str, float]:
+    """Seconds until training may go on, and until everything is on the disk."""
+    options = {"asynchronous": True} if asynchronous else {}
+
+    def until_on_disk() -> None:
+        if asynchronous:
+            engine.wait_for_checkpoint()
+        os.sync()
+
+    stopped_s = timed(lambda: engine.save_checkpoint(str(folder), **options))
+    return {"stopped_s": stopped_s, "on_disk_s": stopped_s + timed(until_on_disk)}
+
+
+def load(engine: Any, folder: Path) -> dict[str, float]:
+    """Seconds until the engine is where the checkpoint was saved."""
+    return {"load_s": timed(lambda: engine.load_checkpoint(str(folder)))}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything one rank has to say. Collective."""
+    variant, workload = VARIANTS[args.variant], Workload(**args.workload)
+    config = deepspeed_config(variant, workload)
+    inputs = start_rank(workload, 2)
+    engine = build_engine(variant, build_model(workload, config), config)
+    if args.action != "load":
+        run_steps(engine, inputs[:1])
+    before, meter = resident_bytes(), PeakMeter()
+    if args.action == "load":
+        figures = load(engine, args.folder)
+        figures["loss"] = run_steps(engine, inputs[1:])[0]["loss"]
+    else:
+        figures = save(engine, args.folder, asynchronous=args.action == "save-asynchronously")
+        figures["memory_bytes"] = meter.end_phase("save") - before
+        figures["loss"] = run_steps(engine, inputs[1:])[0]["loss"]
+    return figures | {"rank": int(os.environ["RANK"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--action", choices=("save", "save-asynchronously", "load"), required=True)
+    parser.add_argument("--workload", type=json.loads, default={})
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    finish_rank(measure(args), args.out)
+
+
+if __name__ == "__main__":
+    main()

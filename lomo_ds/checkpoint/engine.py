@@ -1,0 +1,156 @@
+"""The engine that ``lomo_ds.initialize`` returns: it trains, saves and goes on from what was saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from lomo_ds.checkpoint.newest import latest_tag
+from lomo_ds.checkpoint.restore import LoadOptions, restore
+from lomo_ds.checkpoint.root import CheckpointRoot, require_tag
+from lomo_ds.checkpoint.snapshot import take_snapshot
+from lomo_ds.checkpoint.writer import CheckpointWriter, SaveJob
+from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.engine import LomoEngine
+
+
+class ResumableEngine(LomoEngine):
+    """``LomoEngine`` with checkpoints, by DeepSpeed's two methods and in its folders.
+
+    Args:
+        arguments: of ``LomoEngine``, by name.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        self._writer: CheckpointWriter | None = None
+        super().__init__(**arguments)
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        tokenizer: Any = None,
+        keep_last: int | None = None,
+        asynchronous: bool = False,
+    ) -> bool:
+        """Save everything that the next step depends on. Collective.
+
+        The checkpoint gets its name, and ``latest`` points to it, when all of it is on the disk and has been
+        read back. No rank gathers a parameter.
+
+        Args:
+            save_dir: folder on storage that every rank sees; ``save_dir/tag`` becomes the checkpoint.
+            tag: name, the same on every rank; by default ``global_step`` and the number of steps.
+            client_state: rank 0's is stored: tensors, numbers, text, lists and dicts.
+            save_latest: let the file ``latest`` name it.
+            exclude_frozen_parameters: leave out what is not trained; loading expects it in the model then.
+            tokenizer: of transformers, to be exported with the model.
+            keep_last: remove older checkpoints in ``save_dir`` but so many, this one counted.
+            asynchronous: return when the shards are copied to host memory, and write beside training;
+                ``wait_for_checkpoint`` and the next save wait for it, and raise what went wrong.
+
+        Returns:
+            True, as in DeepSpeed.
+
+        Raises:
+            ValueError: the tag or client_state; nothing has been written then.
+            RuntimeError: between backward and step; or another rank failed.
+            OSError: a folder that cannot be written to, a full disk. What had been written is removed,
+                earlier checkpoints and ``latest`` are as before.
+
+        Cost: on disk 2 bytes a parameter in bf16 and the rule's state; each byte is written and read once.
+            Host memory of 1 GiB, or of the rank's shards where ``asynchronous``.
+        """
+        with failing_together():
+            if keep_last is not None and keep_last < 1:
+                raise ValueError(f"keep_last has to be at least 1, not {keep_last}")
+            tag = require_tag(f"global_step{self.global_steps}" if tag is None else str(tag))
+            snapshot = take_snapshot(self, client_state or {}, with_frozen=not exclude_frozen_parameters)
+        _require_same(tag)
+        job = SaveJob(
+            root=CheckpointRoot(save_dir),
+            tag=tag,
+            snapshot=snapshot,
+            model=self.module,
+            tokenizer=tokenizer,
+            save_latest=save_latest,
+            keep_last=keep_last,
+        )
+        self._writer = self._writer or CheckpointWriter()
+        self._writer.write(job, asynchronous)
+        return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait for a checkpoint that is being written beside training. Collective.
+
+        Raises:
+            OSError: it could not be written; see ``save_checkpoint``.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from a checkpoint, on any number of ranks. Collective.
+
+        Every file is held against its checksum, and the checkpoint against the model, before anything is
+        changed. Unlike DeepSpeed's, it may be called at any step boundary.
+
+        Args:
+            load_dir: as given to ``save_checkpoint``.
+            tag: which one; by default what ``latest`` names.
+            load_module_strict: refuse a checkpoint without exactly the model's parameters.
+            load_optimizer_states: also rules' states, step counts, loss scale and random generators; without
+                them the rules begin anew.
+            load_lr_scheduler_states: also the schedule.
+            load_module_only: the weights and nothing else; they may be of another dtype.
+            custom_load_fn: refused unless None.
+
+        Returns:
+            (folder of the checkpoint, client_state); (None, None) and a warning where there is no ``latest``.
+
+        Raises:
+            ValueError: broken, or not of this model and optimizer; nothing has changed.
+        """
+        if custom_load_fn is not None:
+            raise ValueError("custom_load_fn is not supported: it would have to unpickle; leave it out")
+        self.wait_for_checkpoint()
+        root = CheckpointRoot(load_dir)
+        tag = latest_tag(root) if tag is None else str(tag)
+        if tag is None:
+            if dist.get_rank() == 0:
+                logger.warning(
+                    f"{root.path} has no file 'latest': nothing was loaded; pass a tag to load one"
+                )
+            return None, None
+        folder = root.folder(tag)
+        options = LoadOptions(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            lr_scheduler=load_lr_scheduler_states,
+            module_only=load_module_only,
+        )
+        return str(folder), restore(self, folder, options)
+
+
+def _require_same(tag: str) -> None:
+    tags: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(tags, tag)
+    if len(set(tags)) > 1:
+        raise ValueError(f"tag: ranks gave different ones: {', '.join(sorted(set(tags)))}")

@@ -1,0 +1,209 @@
+"""Writing a checkpoint from all ranks: aside, to the disk, checked, and only then under its name."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lomo_ds.checkpoint.adapters import plain_model
+from lomo_ds.checkpoint.description import write_description
+from lomo_ds.checkpoint.export import write_model_files
+from lomo_ds.checkpoint.json_file import write_json
+from lomo_ds.checkpoint.manifest import FileRecord, record_of, sync, write_manifest
+from lomo_ds.checkpoint.root import CheckpointRoot
+from lomo_ds.checkpoint.snapshot import Snapshot
+from lomo_ds.checkpoint.tensors import stored_tensors
+from lomo_ds.zero3.agreement import failing_together
+
+MODEL_FOLDER = "huggingface"
+CLIENT_FILE = "client_state.pt"
+_MAX_FILE_BYTES = 1 << 30
+"""Of one rank's safetensors files, and so the host memory that writing takes beside the shard."""
+SPARE_BYTES = 16 << 20
+"""Disk that a checkpoint's small files may take."""
+
+
+def random_file(rank: int) -> str:
+    """Where the states of a rank's random generators are."""
+    return f"random-{rank:05d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveJob:
+    """A checkpoint to write.
+
+    Attributes:
+        root: where.
+        tag: under which name.
+        snapshot: this rank's part.
+        model: of the engine, for its configuration.
+        tokenizer: stored beside the configuration where given.
+        save_latest: let ``latest`` name it.
+        keep_last: remove all but so many; None keeps all.
+    """
+
+    root: CheckpointRoot
+    tag: str
+    snapshot: Snapshot
+    model: Any
+    tokenizer: Any = None
+    save_latest: bool = True
+    keep_last: int | None = None
+
+
+class CheckpointWriter:
+    """Writes an engine's checkpoints, one at a time; all ranks call every method together.
+
+    The ranks talk over a group of their own on the host, so that a checkpoint can be written by a thread
+    while training goes on.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future | None = None
+
+    def write(self, job: SaveJob, asynchronous: bool) -> None:
+        """Write a checkpoint, or begin to where ``asynchronous``: training then stops for a copy alone.
+
+        Raises:
+            OSError: a folder that cannot be written to, or not enough room; other ranks than the one it
+                happened to raise a RuntimeError. Nothing is left behind, earlier checkpoints are whole.
+        """
+        self.wait()
+        with failing_together(self._group):
+            self._begin(job)
+        _require_shared(job, self._group)
+        if asynchronous:
+            job = SaveJob(**(vars(job) | {"snapshot": job.snapshot.on_host()}))
+            self._running = self._thread.submit(_write, job, self._group)
+        else:
+            _write(job, self._group)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            OSError: see ``write``.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _begin(self, job: SaveJob) -> None:
+        if dist.get_rank(self._group) == 0:
+            _require_room(job.root.path, job.snapshot.num_bytes + SPARE_BYTES)
+            scratch = job.root.begin(job.tag)
+            model_files = scratch / MODEL_FOLDER
+            model_files.mkdir()
+            write_model_files(plain_model(job.model), job.tokenizer, model_files)
+
+
+def _require_room(path: Path, num_bytes: int) -> None:
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint takes {num_bytes / 1e9:.3g} GB and {existing} has {free / 1e9:.3g} GB left",
+        )
+
+
+def _require_shared(job: SaveJob, group: dist.ProcessGroup) -> None:
+    with failing_together(group):
+        if not job.root.scratch(job.tag).is_dir():
+            raise ValueError(f"save_dir: {job.root.path} has to be on storage that every rank sees")
+
+
+def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
+    """The part that may run beside training. Collective over ``group``."""
+    rank, scratch = dist.get_rank(group), job.root.scratch(job.tag)
+    try:
+        _write_tensors(job.snapshot, scratch, group)
+        with failing_together(group):
+            records = _finish_files(job, scratch, rank)
+        everyones: list[dict[str, FileRecord]] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(everyones, records, group=group)
+        with failing_together(group):
+            if rank == 0:
+                _publish(job, scratch, {name: record for part in everyones for name, record in part.items()})
+    except BaseException:
+        if rank == 0:
+            job.root.abandon(job.tag)
+        raise
+
+
+def _write_tensors(snapshot: Snapshot, scratch: Path, group: dist.ProcessGroup) -> None:
+    tensors = stored_tensors(snapshot.pieces, group)
+    writer = dcp.HuggingFaceStorageWriter(
+        str(scratch),
+        fqn_to_index_mapping=_file_of(snapshot, dist.get_world_size(group)),
+        save_distributed=True,
+    )
+    with plain_errors():
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+
+
+def _file_of(snapshot: Snapshot, world_size: int) -> dict[str, int]:
+    """Stored name -> number of the file, from 1, so that no rank's file grows over the bound."""
+    numbers, number, size = {}, 1, 0
+    for key, piece in snapshot.pieces.items():
+        share = math.ceil(piece.num_bytes / (1 if piece.numel is None else world_size))
+        if size and size + share > _MAX_FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[key] = number
+        size += share
+    return numbers
+
+
+@contextmanager
+def plain_errors():
+    """Turn torch's exception over all ranks into the first rank's own.
+
+    Raises:
+        OSError: a rank could not write.
+        RuntimeError: anything else.
+    """
+    try:
+        yield
+    except CheckpointException as failed:
+        rank, (error, _) = min(failed.failures.items())
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"rank {rank}: {error.strerror or error}") from error
+        raise RuntimeError(f"rank {rank}: {type(error).__name__}: {error}") from error
+
+
+def _finish_files(job: SaveJob, scratch: Path, rank: int) -> dict[str, FileRecord]:
+    """Write this rank's small files; returns a record of every file that is this rank's, all on the disk."""
+    own = list(scratch.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+    own.append(write_json(scratch / random_file(rank), asdict(job.snapshot.random_state)))
+    if rank == 0:
+        own.append(write_description(scratch, job.snapshot.description))
+        (scratch / CLIENT_FILE).write_bytes(job.snapshot.client)
+        own.append(scratch / CLIENT_FILE)
+        own += [path for path in (scratch / MODEL_FOLDER).rglob("*") if path.is_file()]
+    for path in own:
+        sync(path)
+    return {path.relative_to(scratch).as_posix(): record_of(path) for path in own}
+
+
+def _publish(job: SaveJob, scratch: Path, records: Mapping[str, FileRecord]) -> None:
+    write_manifest(scratch, job.snapshot.description.progress.global_steps, records)
+    for folder in (scratch / MODEL_FOLDER, scratch):
+        sync(folder)
+    job.root.publish(job.tag)
+    if job.save_latest:
+        job.root.point_latest_to(job.tag)
+    if job.keep_last is not None:
+        job.root.keep_newest(job.keep_last, job.tag)

@@ -1,0 +1,176 @@
+"""Tasks that are known by name: SuperGLUE's choices and SST-2, from SuperGLUE's own JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lomo_ds.config import did_you_mean
+from lomo_ds.tasks.data import Row, read_rows
+from lomo_ds.tasks.prompts import ChoiceExample
+
+_YES_NO = (" Yes", " No")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTask:
+    """A task with its prompt and its answers.
+
+    Attributes:
+        label: how people call it.
+        examples: the questions that a row of the data asks (MultiRC's ask many).
+        train, validation: names that its files may have, below the folder that the user names.
+    """
+
+    label: str
+    examples: Callable[[Row], Iterator[ChoiceExample]]
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+    def read(self, path: Path) -> list[ChoiceExample]:
+        """All questions of a file.
+
+        Raises:
+            ValueError: a row that is not of this task; names the file and the example.
+        """
+        questions: list[ChoiceExample] = []
+        for number, row in enumerate(read_rows(path), start=1):
+            try:
+                questions += self.examples(row)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, example {number} is not one of {self.label}: {error!r}") from None
+        return questions
+
+    def validation_file(self, folder: Path) -> Path:
+        """The file to score on.
+
+        Raises:
+            ValueError: there is none in ``folder``.
+        """
+        return _first(folder, self.validation, self.label)
+
+    def train_file(self, folder: Path) -> Path:
+        """The file to train on.
+
+        Raises:
+            ValueError: there is none in ``folder``.
+        """
+        return _first(folder, self.train, self.label)
+
+
+def named_task(name: str) -> NamedTask:
+    """The task of that name, in any case.
+
+    Raises:
+        ValueError: there is none; names the closest.
+    """
+    try:
+        return TASKS[name.lower()]
+    except KeyError:
+        raise ValueError(f"task: {name!r} is not known; {did_you_mean(name.lower(), TASKS)}") from None
+
+
+def _first(folder: Path, names: Sequence[str], label: str) -> Path:
+    if folder.is_file():
+        return folder
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"data: {folder} holds none of {label}'s files: {', '.join(names)}")
+
+
+def _index(options: Sequence[Any], value: Any) -> int:
+    if value not in options:
+        raise ValueError(f"label {value!r} is none of {', '.join(map(repr, options))}")
+    return list(options).index(value)
+
+
+# What each row asks ---------------------------------------------------------------------------------
+
+
+def _rte(row: Row) -> Iterator[ChoiceExample]:
+    prompt = f'{row["premise"]}\nDoes it follow that "{row["hypothesis"]}"? Yes or no?\nAnswer:'
+    label = _index(("entailment", "not_entailment"), row["label"])
+    yield ChoiceExample(prompt=prompt, options=_YES_NO, label=label)
+
+
+def _cb(row: Row) -> Iterator[ChoiceExample]:
+    prompt = f'{row["premise"]}\nDoes it follow that "{row["hypothesis"]}"? Yes, no, or maybe?\nAnswer:'
+    label = _index(("entailment", "contradiction", "neutral"), row["label"])
+    yield ChoiceExample(prompt=prompt, options=(" Yes", " No", " Maybe"), label=label)
+
+
+def _boolq(row: Row) -> Iterator[ChoiceExample]:
+    prompt = f"{row['passage']}\nQuestion: {row['question']}? Yes or no?\nAnswer:"
+    yield ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((True, False), row["label"]))
+
+
+def _wsc(row: Row) -> Iterator[ChoiceExample]:
+    target = row["target"]
+    prompt = (
+        f'{row["text"]}\nDoes "{target["span2_text"]}" stand for "{target["span1_text"]}" there? Yes or no?\n'
+        "Answer:"
+    )
+    yield ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((True, False), row["label"]))
+
+
+def _wic(row: Row) -> Iterator[ChoiceExample]:
+    question = f'Does "{row["word"]}" mean the same in both sentences? Yes or no?'
+    prompt = f"{row['sentence1']}\n{row['sentence2']}\n{question}\nAnswer:"
+    yield ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((True, False), row["label"]))
+
+
+def _multirc(row: Row) -> Iterator[ChoiceExample]:
+    passage = row["passage"]
+    for question in passage["questions"]:
+        for answer in question["answers"]:
+            asked = f'{question["question"]}\nIs "{answer["text"]}" a right answer? Yes or no?'
+            prompt = f"{passage['text']}\nQuestion: {asked}\nAnswer:"
+            yield ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((1, 0), answer["label"]))
+
+
+def _copa(row: Row) -> Iterator[ChoiceExample]:
+    joint = {"cause": "because", "effect": "so"}[row["question"]]
+    options = tuple(f" {_continued(row[name])}" for name in ("choice1", "choice2"))
+    prompt = f"{row['premise'].rstrip('.')} {joint}"
+    yield ChoiceExample(prompt=prompt, options=options, label=_index((0, 1), row["label"]))
+
+
+def _continued(sentence: str) -> str:
+    """A sentence as the second half of one: "I" stays, other first letters become small."""
+    first, _, rest = sentence.partition(" ")
+    return f"{first if first == 'I' else first[:1].lower() + first[1:]} {rest}".strip()
+
+
+def _sst2(row: Row) -> Iterator[ChoiceExample]:
+    prompt = f"Review: {row['sentence'].strip()}\nIt was"
+    yield ChoiceExample(prompt=prompt, options=(" terrible", " great"), label=_index((0, 1), row["label"]))
+
+
+def _superglue(label: str, examples: Callable[[Row], Iterator[ChoiceExample]]) -> NamedTask:
+    folders = ("", f"{label}/", f"superglue/{label}/")
+    return NamedTask(
+        label=label,
+        examples=examples,
+        train=tuple(f"{folder}train.jsonl" for folder in folders),
+        validation=tuple(f"{folder}val.jsonl" for folder in folders),
+    )
+
+
+TASKS: dict[str, NamedTask] = {
+    "rte": _superglue("RTE", _rte),
+    "boolq": _superglue("BoolQ", _boolq),
+    "wsc": _superglue("WSC", _wsc),
+    "wic": _superglue("WiC", _wic),
+    "multirc": _superglue("MultiRC", _multirc),
+    "copa": _superglue("COPA", _copa),
+    "cb": _superglue("CB", _cb),
+    "sst2": NamedTask(
+        label="SST-2",
+        examples=_sst2,
+        train=("train.jsonl", "train_10k.jsonl", "sst2/train.jsonl", "sst2/train_10k.jsonl"),
+        validation=("validation.jsonl", "val.jsonl", "dev.jsonl", "sst2/validation.jsonl"),
+    ),
+}

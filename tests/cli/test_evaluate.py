@@ -1,0 +1,67 @@
+"""``lomo-ds evaluate``: one line for a mistake, and a score that plain transformers confirms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lomo_ds.cli.evaluate import main
+from lomo_ds.tasks.named import named_task
+from tests.tasks.test_named import ROWS, write
+from tests.tiny import tiny_tokenizer, write_tiny_folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_tiny_folder(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def likeliest(model: torch.nn.Module, prompt: str, options: tuple[str, ...]) -> int:
+    """The option with the highest log-likelihood, one token after the other."""
+    tokenizer = tiny_tokenizer()
+    begin = len(tokenizer(prompt).input_ids)
+    scores = []
+    for option in options:
+        ids = torch.tensor([tokenizer(prompt + option).input_ids])
+        log_probs = model(ids).logits.log_softmax(-1)
+        scores.append(sum(log_probs[0, at - 1, ids[0, at]].item() for at in range(begin, ids.shape[1])))
+    return max(range(len(options)), key=scores.__getitem__)
+
+
+def test_the_score_is_that_of_plain_transformers(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    rows = [ROWS["copa"][0] | {"premise": premise, "label": n % 2} for n, premise in enumerate("abcdefg")]
+    data = write(tmp_path / "COPA" / "val.jsonl", *rows)
+    result = tmp_path / "result.json"
+    arguments = ["--task", "copa", "--data", str(tmp_path), "--num-examples", "6", "--batch-size", "2"]
+    assert main([str(model), *arguments, "--json", str(result)]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(model).eval()
+    questions = named_task("copa").read(data)[:6]
+    with torch.no_grad():
+        right = [likeliest(plain, one.prompt, one.options) == one.label for one in questions]
+    found = json.loads(result.read_text())
+    assert found["accuracy"] == pytest.approx(sum(right) / 6) and found["num_examples"] == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"--task": "rtx"}, "did you mean 'rte'"),
+        ({"--data": "nowhere"}, "holds none of COPA's files"),
+        ({"--batch-size": "0"}, "--batch-size has to be at least 1"),
+        ({"--max-sequence-length": "3"}, "max_sequence_length 3 leaves no room"),
+    ],
+)
+def test_mistakes_are_one_line(
+    change: dict[str, str], part: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write(tmp_path / "COPA" / "val.jsonl", ROWS["copa"][0])
+    arguments = {"--task": "copa", "--data": str(tmp_path)} | change
+    assert main([str(model), *(text for pair in arguments.items() for text in pair)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and part in told

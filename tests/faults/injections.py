@@ -1,0 +1,295 @@
+"""What can go wrong with a run, done on purpose: each injection ends a job or damages what it left.
+
+An injection takes a run's inputs, a folder of its own and a random generator. When it returns, everything
+that it promises of the fault itself has been checked; the caller then lets the run go on to its end.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lomo_ds.training.interruption import INTERRUPTED
+from tests.faults.job import NUM_STEPS, Job, checkpoints, copy_run, same_run, write_inputs
+
+_SMALL_DISK_BYTES = 400_000
+"""Room for two checkpoints of the tiny model and not for three."""
+_LITTLE_ROOM_BYTES = 250_000
+"""What two checkpoints leave of this is less than the tensors of a third."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What all injections start from.
+
+    Attributes:
+        recipe: path.
+        reference: output of a run that nothing happened to.
+        halfway: output of a run that was killed halfway, with two checkpoints.
+    """
+
+    recipe: Path
+    reference: Path
+    halfway: Path
+
+
+def prepare(folder: Path) -> Inputs:
+    """Make the inputs, train once without and once with a fault, and see that they are sound."""
+    from tests.faults.job import run_to_end
+
+    recipe = write_inputs(folder / "inputs")
+    run_to_end(recipe, folder / "reference")
+    job = Job(recipe, folder / "halfway")
+    job.wait_for(lambda: job.num_steps_made() >= NUM_STEPS // 2 + 1)
+    job.kill()
+    job.end()
+    assert len(checkpoints(folder / "halfway")) == 2
+    return Inputs(recipe=recipe, reference=folder / "reference", halfway=folder / "halfway")
+
+
+# A job that ends ---------------------------------------------------------------------------------
+
+
+def kill_in_training(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """kill -9 of all ranks at a random moment of training."""
+    job = _started(inputs, output, dice)
+    job.kill()
+    job.end()
+
+
+def kill_in_saving(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """kill -9 of all ranks while a checkpoint is being written."""
+    job = Job(inputs.recipe, output)
+    first = dice.randrange(NUM_STEPS - 2)
+    job.wait_for(lambda: job.num_steps_made() >= first and job.is_saving())
+    time.sleep(dice.uniform(0, 0.08))
+    job.kill()
+    job.end()
+
+
+def kill_one_rank(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """kill -9 of one rank: the others end by themselves, before the deadline."""
+    job = _started(inputs, output, dice)
+    job.kill([dice.randrange(2)])
+    answers, _ = job.end()
+    assert all(answer.traceback_text for answer in answers)
+
+
+def terminate(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """SIGTERM or SIGUSR1 at a random moment: the step is finished, saved, and the exit code says so."""
+    job = _started(inputs, output, dice)
+    job.kill(number=dice.choice([signal.SIGTERM, signal.SIGUSR1]))
+    answers, text = job.end()
+    assert {answer.value for answer in answers} == {INTERRUPTED}, text
+    newest = next(iter(checkpoints(output)))
+    assert newest == f"global_step{job.num_steps_made()}", "the last step made was not saved"
+
+
+def terminate_one_rank(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """SIGTERM to a single rank: all of them save and end together."""
+    job = _started(inputs, output, dice)
+    job.kill([dice.randrange(2)], signal.SIGTERM)
+    answers, text = job.end()
+    assert {answer.value for answer in answers} == {INTERRUPTED}, text
+
+
+def not_a_number(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """A batch whose loss is not a number: all ranks end with a message, and no such step is saved."""
+    job = Job(inputs.recipe, output, sabotage=spoil_a_batch)
+    answers, _ = job.end()
+    assert all("is not a number" in answer.traceback_text for answer in answers)
+
+
+def spoil_a_batch() -> None:
+    """Let rank 1's loss of the sixth step be NaN."""
+    import torch.distributed as dist
+
+    from lomo_ds.training import loop
+
+    honest, num_calls = loop.token_loss_sum, [0]
+
+    def spoiled(*arguments):
+        num_calls[0] += 1
+        loss = honest(*arguments)
+        return loss * float("nan") if num_calls[0] == 6 and dist.get_rank() == 1 else loss
+
+    loop.token_loss_sum = spoiled
+
+
+def _started(inputs: Inputs, output: Path, dice: random.Random) -> Job:
+    """A job at a random moment between its first step and its last."""
+    job = Job(inputs.recipe, output)
+    step = dice.randrange(1, NUM_STEPS - 1)
+    job.wait_for(lambda: job.num_steps_made() >= step)
+    time.sleep(dice.uniform(0, 0.03))
+    return job
+
+
+# Damaged files ------------------------------------------------------------------------------------
+
+
+def truncate_a_file(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """A file of the newest checkpoint loses its end."""
+    path = _random_file(inputs, output, dice)
+    content = path.read_bytes()
+    path.write_bytes(content[: dice.randrange(len(content))])
+    _goes_on_after_a_warning(inputs, output, path)
+
+
+def flip_a_bit(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """One bit of the newest checkpoint is another."""
+    path = _random_file(inputs, output, dice)
+    content = bytearray(path.read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    path.write_bytes(content)
+    _goes_on_after_a_warning(inputs, output, path)
+
+
+def remove_a_file(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """A file of the newest checkpoint is gone."""
+    path = _random_file(inputs, output, dice)
+    path.unlink()
+    _goes_on_after_a_warning(inputs, output, path)
+
+
+def damage_latest(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """The file ``latest`` is empty, or names something that is not there or elsewhere."""
+    copy_run(inputs.halfway, output)
+    (output / "checkpoints" / "latest").write_text(dice.choice(["", "global_step77", "../evil", "\0\n"]))
+
+
+def damage_both(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """No checkpoint is whole: the run begins anew."""
+    copy_run(inputs.halfway, output)
+    for folder in checkpoints(output).values():
+        dice.choice(_files(folder)).unlink()
+
+
+def _random_file(inputs: Inputs, output: Path, dice: random.Random) -> Path:
+    copy_run(inputs.halfway, output)
+    return dice.choice(_files(next(iter(checkpoints(output).values()))))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _goes_on_after_a_warning(inputs: Inputs, output: Path, path: Path) -> None:
+    from tests.faults.job import run_to_end
+
+    text = run_to_end(inputs.recipe, output)
+    tag = path.relative_to(output / "checkpoints").parts[0]
+    assert f"checkpoint {tag} is skipped: {path}" in text, text
+    assert same_run(output, inputs.reference)
+
+
+# Storage that refuses ------------------------------------------------------------------------------
+
+
+def full_disk(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """A disk without room for the next checkpoint: a clear error, and the one before is whole."""
+    from lomo_ds.checkpoint.writer import SPARE_BYTES
+
+    _with_small_disk(inputs, output, SPARE_BYTES + _LITTLE_ROOM_BYTES, "a checkpoint takes", None)
+
+
+def disk_that_fills_up(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """A disk that is full in the middle of writing, though there seemed to be room."""
+    _with_small_disk(inputs, output, _SMALL_DISK_BYTES, "No space left", claim_room)
+
+
+def claim_room() -> None:
+    """Let every disk seem to have room."""
+    import types
+
+    from lomo_ds.checkpoint import writer
+
+    writer.shutil = types.SimpleNamespace(disk_usage=lambda path: types.SimpleNamespace(free=1 << 40))
+
+
+def _with_small_disk(
+    inputs: Inputs, output: Path, num_bytes: int, message: str, sabotage: Callable[[], None] | None
+) -> None:
+    folder = output / "checkpoints"
+    folder.mkdir(parents=True)
+    with _mounted(folder, f"size={num_bytes}"):
+        answers, _ = Job(inputs.recipe, output, ["overwrite=true"], sabotage=sabotage).end()
+        assert all(answer.traceback_text for answer in answers)
+        assert any(message in answer.traceback_text for answer in answers), answers
+        assert not any(folder.glob(".*")), "something was left behind"
+        assert checkpoints(output), "nothing was saved while there was room"
+        saved = output.with_name(f"{output.name}-saved")
+        copy_run(folder, saved)
+    shutil.rmtree(folder)
+    saved.rename(folder)
+
+
+def read_only_folder(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """A checkpoint folder that cannot be written to: a clear error, and what was there is whole."""
+    copy_run(inputs.halfway, output)
+    folder = output / "checkpoints"
+    with _mounted(folder, "size=64m", content=folder):
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        answers, _ = Job(inputs.recipe, output).end()
+        assert all(answer.traceback_text for answer in answers)
+        assert any("Read-only file system" in answer.traceback_text for answer in answers), answers
+
+
+class _mounted:
+    """A small disk in memory at ``folder`` for a while, holding a copy of ``content``."""
+
+    def __init__(self, folder: Path, options: str, content: Path | None = None) -> None:
+        self._folder, self._options, self._content = folder, options, content
+
+    def __enter__(self) -> None:
+        kept = self._folder.with_name(f"{self._folder.name}-kept")
+        if self._content is not None:
+            shutil.copytree(self._content, kept)
+        mount = ["mount", "-t", "tmpfs", "-o", self._options, "tmpfs", str(self._folder)]
+        subprocess.run(mount, check=True)
+        if self._content is not None:
+            shutil.copytree(kept, self._folder, dirs_exist_ok=True)
+            shutil.rmtree(kept)
+
+    def __exit__(self, *details: object) -> None:
+        subprocess.run(["umount", "-l", str(self._folder)], check=True)
+
+
+Injection = Callable[[Inputs, Path, random.Random], None]
+
+INJECTIONS: dict[str, Injection] = {
+    injection.__name__: injection
+    for injection in (
+        kill_in_training,
+        kill_in_saving,
+        kill_one_rank,
+        terminate,
+        terminate_one_rank,
+        not_a_number,
+        truncate_a_file,
+        flip_a_bit,
+        remove_a_file,
+        damage_latest,
+        damage_both,
+        full_disk,
+        disk_that_fills_up,
+        read_only_folder,
+    )
+}
+NEED_MOUNT = ("full_disk", "disk_that_fills_up", "read_only_folder")
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount a disk in memory."""
+    folder.mkdir()
+    try:
+        with _mounted(folder, "size=64k"):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
