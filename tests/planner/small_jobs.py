@@ -78,7 +78,6 @@ def truth_jobs() -> dict[str, Job]:
         "Lomo, 1 rank": small_job(1),
         "Lomo, 2 ranks": small_job(2),
         "Lomo, 3 ranks": small_job(3),
-        "Lomo, immediate, 2 ranks": small_job(2, at_once),
         "Lomo, 2 ranks, no checkpointing": small_job(2, checkpointing="none"),
         "Lomo, 2 ranks, vocabulary in tiles": small_job(2, tiled),
         "AdaLomo, 2 ranks": small_job(2, optimizer="AdaLomo"),
@@ -87,7 +86,6 @@ def truth_jobs() -> dict[str, Job]:
         ),
         "SGD, 1 rank, no checkpointing": small_job(1, optimizer="SGD", checkpointing="none"),
         "SGD, 2 ranks": small_job(2, optimizer="SGD"),
-        "AdamW, 2 ranks": small_job(2, optimizer="AdamW"),
     }
 
 
@@ -113,8 +111,6 @@ def gpu_jobs() -> dict[str, Job]:
         "tiles": gpu_job(),
         "offloaded": gpu_job(top=offloaded),
         "whole vocabulary": gpu_job(top=whole),
-        "whole vocabulary, many tokens": gpu_job(top=whole, micro_batch=8),
-        "many layers and tokens": gpu_job({"num_hidden_layers": 8}, micro_batch=8),
         "no checkpointing": gpu_job(checkpointing="none", micro_batch=8),
         "tied": gpu_job({"tie_word_embeddings": True}),
         "large vocabulary": gpu_job({"vocab_size": 50_000}, top=whole),
