@@ -105,11 +105,11 @@ def _job(arguments: argparse.Namespace) -> Any:
         "micro_batch": arguments.micro_batch,
         "checkpointing": arguments.checkpointing.replace("-", "_"),
     }
-    ds_json = read_planned_json(arguments.config) if arguments.config else default_ds_json()
+    model = model_config(arguments.model)
+    default = default_ds_json(family=model.model_type)
+    ds_json = read_planned_json(arguments.config) if arguments.config else default
     named = (ds_json.get("optimizer") or {}).get("type", "Lomo")
-    return Job(
-        model=model_config(arguments.model), ds_json=ds_json, optimizer=arguments.optimizer or named, **given
-    )
+    return Job(model=model, ds_json=ds_json, optimizer=arguments.optimizer or named, **given)
 
 
 if __name__ == "__main__":

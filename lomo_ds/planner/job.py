@@ -99,7 +99,7 @@ def read_planned_json(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON; "auto" values, which a recipe would fill, are left out.
 
     Raises:
-        ValueError: no such file, not a JSON object, or a key that the engine refuses.
+        ValueError: no such file, not a JSON object, or another stage than 3.
     """
     try:
         ds_json = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -107,6 +107,8 @@ def read_planned_json(path: str) -> dict[str, Any]:
         raise ValueError(f"config: {path} is not a DeepSpeed JSON: {error}") from None
     if not isinstance(ds_json, dict):
         raise ValueError(f"config: {path} has to be a JSON object")
+    if (ds_json.get("zero_optimization") or {}).get("stage") != 3:
+        raise ValueError(f'config: {path} has to set "zero_optimization.stage" to 3')
     return _without_auto(ds_json)
 
 
@@ -118,14 +120,22 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def default_ds_json(optimizer: str = "Lomo") -> dict[str, Any]:
-    """Settings for little memory: bf16, exact clipping, low limits on what stands gathered, the vocabulary in
-    tiles."""
+PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose vocabulary is known to train in tiles."""
+
+
+def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str, Any]:
+    """Settings for little memory: bf16, exact clipping, low limits on what stands gathered.
+
+    Args:
+        optimizer: of the JSON.
+        family: transformers' name of it; the vocabulary is in tiles for ``PLAIN_HEADS``.
+    """
     return {
         "optimizer": {"type": optimizer, "params": {"lr": 0.03 if optimizer == "Lomo" else 1e-3}},
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
-        "tiled_vocabulary": {"enabled": True},
+        "tiled_vocabulary": {"enabled": family in PLAIN_HEADS},
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": True,
