@@ -14,6 +14,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import Dataset
 
+from lomo_ds.config import from_mapping
 from lomo_ds.optimizers import OPTIMIZERS, ShardedOptimizer, optimizer_from_json
 from lomo_ds.versions import require_supported_versions
 
@@ -32,6 +33,8 @@ from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
 from lomo_ds.zero3.nvme import NvmeSettings  # noqa: E402
 from lomo_ds.zero3.policy import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
+from lomo_ds.zero3.tiled_vocabulary import KEY as TILING_KEY  # noqa: E402
+from lomo_ds.zero3.tiled_vocabulary import TiledVocabularyConfig, refuse_other_heads  # noqa: E402
 
 
 def initialize(
@@ -73,14 +76,13 @@ def initialize(
         RuntimeError: another rank failed, or unsupported versions.
     """
     with _checked_by_all_ranks(distributed_port, dist_init_required):
-        _require(mpu is None, "mpu: only data parallelism is supported, leave it out")
-        _require(mesh_param is None, "mesh_param: only data parallelism is supported, leave it out")
+        for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
+            _require(value is None, f"{name}: only data parallelism is supported, leave it out")
         ds_json = _read_json(args, config if config is not None else config_params)
-        _require(isinstance(model, torch.nn.Module), f"model has to be a torch module, not {type(model)}")
+        tiling = _checked_model(model, ds_json)
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
         nvme = NvmeSettings.of(optimizer.park_to, ds_json.get("aio")) if optimizer.park_to else None
-    ranks = dist.get_world_size()
-    check_ranks(ds_json, ranks)
+    check_ranks(ds_json, ranks := dist.get_world_size())
     ds_config = DeepSpeedConfig(ds_json)
     with init_context_suspended():
         engine = ResumableEngine(
@@ -95,6 +97,7 @@ def initialize(
             config=ds_json,
             config_class=ds_config,
         )
+    engine.tile_vocabulary(tiling)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
@@ -143,6 +146,15 @@ def _read_json(args: Any, config: str | Mapping[str, Any] | None) -> dict[str, A
     refuse_unsupported(ds_json)
     refuse_unreadable(ds_json)
     return ds_json
+
+
+def _checked_model(model: Any, ds_json: Mapping[str, Any]) -> TiledVocabularyConfig:
+    """The JSON's "tiled_vocabulary" section, held against the model."""
+    _require(isinstance(model, torch.nn.Module), f"model has to be a torch module, not {type(model)}")
+    tiling = from_mapping(TiledVocabularyConfig, ds_json.get("tiled_vocabulary") or {}, TILING_KEY)
+    if tiling.enabled:
+        refuse_other_heads(model)
+    return tiling
 
 
 def _make_optimizer(

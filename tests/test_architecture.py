@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zero3": ENGINE,
     "initialization": ENGINE | {"checkpoint"},
     "checkpoint": {"zero3", "shards", "config"},
-    "planner": ENGINE | {"initialization"},
+    "planner": ENGINE | {"initialization", "checkpoint"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "recipe"},
     "tasks": {"config"},
     "recipe": {"config"},

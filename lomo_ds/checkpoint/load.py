@@ -59,8 +59,8 @@ def load_pretrained(
     with failing_together():
         source = read_folder(path) if weights is None else read_universal(Path(weights))
         config = _read_config(path, trust_remote_code)
-    config.dtype = model_dtype(ds_json)
-    model = _construct(path, config, ds_json, trust_remote_code)
+    with plain_refusals(path):
+        model = build_sharded(config, ds_json, trust_remote_code)
     load_shards(model, source)
     if weights is not None:
         _load_remaining_buffers(model, source, path)
@@ -79,11 +79,20 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _construct(path: Path, config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool) -> Module:
-    """The model without its weights, cut over the ranks."""
+def build_sharded(config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool = False) -> Module:
+    """A causal language model of a config, cut over the ranks as it is made, without values. Collective.
+
+    Args:
+        config: of transformers; its dtype is set.
+        ds_json: DeepSpeed JSON with ZeRO stage 3; its bf16 and fp16 sections give the dtype.
+        trust_remote_code: allow a model that brings its own code.
+
+    Cost: on the device the rank's shard and one whole parameter.
+    """
     from transformers import AutoModelForCausalLM
 
-    with plain_refusals(path), _sharded_construction(ds_json):
+    config.dtype = model_dtype(ds_json)
+    with _sharded_construction(ds_json):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model

@@ -26,6 +26,9 @@ COMMANDS = {
     "train": Command(
         "lomo_ds.cli.train", "fine-tune a model as a recipe says, and measure it before and after"
     ),
+    "plan": Command(
+        "lomo_ds.cli.plan", "say before it is started whether a training fits, and what it takes"
+    ),
     "evaluate": Command("lomo_ds.cli.evaluate", "score a model folder on SST-2 or a task of SuperGLUE"),
     "export": Command("lomo_ds.cli.export", "write a checkpoint's model as a folder that transformers loads"),
     "doctor": Command(

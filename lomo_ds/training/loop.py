@@ -110,4 +110,19 @@ def token_loss_sum(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
     DeepSpeed averages over ranks and micro batches. Scaled by ranks * micro batches / answer tokens of the
     global batch, the sums become the mean over that batch, however its tokens fall on the ranks.
     """
+    if getattr(model, "tiles_vocabulary", False):
+        return _token_loss_sum_in_tiles(model, batch)
     return -target_log_likelihood(answer_logits(model, batch), batch.targets).sum()
+
+
+def _token_loss_sum_in_tiles(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
+    """The same from an engine that takes the head and its loss together and returns no logits."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        logits_to_keep=batch.kept,
+        use_cache=False,
+        labels=batch.targets,
+        shift_labels=batch.targets,
+        num_items_in_batch=1,
+    ).loss

@@ -8,11 +8,13 @@ installed DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from math import prod
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from deepspeed import comm as dist
@@ -20,12 +22,18 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero import (
+    parameter_offload,
+    partition_parameters,
+    partitioned_param_coordinator,
+    stage3,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.shards import ShardSpec
+from lomo_ds.zero3.piecewise import defragment_in_pieces
 from lomo_ds.zero3.private_names import CONTRACT, SCALER_STATE, STAGE3_ARGUMENTS, check_contract
 
 __all__ = [
@@ -35,13 +43,17 @@ __all__ = [
     "Stage3Seam",
     "accumulation_dtype",
     "check_contract",
+    "forget_module_state",
     "full_numel",
     "init_context_suspended",
     "is_sharded",
     "load_ds_config",
     "local_shard",
     "process_group",
+    "ranks_not_compared",
     "shard_spec",
+    "standing_buffers",
+    "stored_shard",
 ]
 
 
@@ -66,6 +78,11 @@ def shard_spec(param: Parameter) -> ShardSpec:
 def local_shard(param: Parameter) -> Tensor:
     """This rank's real elements of ``param``: a 1-D view, shape (shard_numel,), without the padding."""
     return param.ds_tensor.view(-1).narrow(0, 0, shard_spec(param).shard_numel)
+
+
+def stored_shard(param: Parameter) -> Tensor:
+    """What this rank stores of ``param``: 1-D, shape (partition_numel,), padding included."""
+    return param.ds_tensor
 
 
 def process_group(param: Parameter) -> Any:
@@ -95,6 +112,46 @@ def init_context_suspended():
         yield
     finally:
         partition_parameters.restore_init_context()
+
+
+# For runs without other ranks ---------------------------------------------------------------------
+
+
+@contextmanager
+def ranks_not_compared() -> Iterator[None]:
+    """Leave out DeepSpeed's checks that all ranks hold the same numbers: there are no other ranks."""
+    with ExitStack() as stack:
+        for module in (stage3, partition_parameters, partitioned_param_coordinator):
+            stack.enter_context(
+                mock.patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None)
+            )
+        yield
+
+
+def forget_module_state() -> None:
+    """Let a next engine in this process find DeepSpeed's modules as they were imported."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+    partition_parameters.Init.param_id = 0
+    partition_parameters.Init.num_persisted_parameters = 0
+    partition_parameters.Init.num_persisted_elements = 0
+    while partition_parameters.zero_init_context > 0:
+        partition_parameters.shutdown_init_context()
+
+
+def standing_buffers(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tensor) of what stage 3 keeps beside the shards.
+
+    "bucket" for the reduce buckets, "gradient" for the flat gradient buffer and "state" for fp32 copies
+    and the states of a torch optimizer; the last two only in DeepSpeed's own.
+    """
+    yield from (
+        ("bucket", bucket.buffer) for bucket in optimizer.ipg_buckets.values() if bucket.buffer is not None
+    )
+    if getattr(optimizer, "grad_partitions_flat_buffer", None) is not None:
+        yield "gradient", optimizer.grad_partitions_flat_buffer
+    yield from (("state", group) for group in optimizer.fp32_partitioned_groups_flat)
+    for state in optimizer.optimizer.state.values():
+        yield from (("state", value) for value in state.values() if isinstance(value, Tensor))
 
 
 # The seams --------------------------------------------------------------------------------------
@@ -166,6 +223,47 @@ class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
         if not get_accelerator().resolves_data_dependency():
             self.reduce_and_partition_stream.synchronize()
         self._epilogue_ran_this_backward = True
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self, params_to_reduce: list[Parameter], communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        """Reduce a gradient that comes alone in its own memory; else as DeepSpeed does.
+
+        The same sums; DeepSpeed also cuts each gradient into a view for every rank, which takes long where
+        there are many.
+        """
+        param = params_to_reduce[0]
+        if len(params_to_reduce) > 1 or not self.can_reduce_in_place(param, communication_data_type):
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+                params_to_reduce, communication_data_type
+            )
+        group = process_group(param)
+        flat = param.grad.view(-1).div_(dist.get_world_size(group))
+        own = flat.narrow(0, dist.get_rank(group) * param.ds_tensor.ds_numel, param.ds_tensor.ds_numel)
+        dist.reduce_scatter_fn(own, flat, group=group)
+        return [own.to(self.gradient_accumulation_dtype)]
+
+    def can_reduce_in_place(self, param: Parameter, communication_data_type: torch.dtype) -> bool:
+        world_size = dist.get_world_size(process_group(param))
+        plain = (
+            communication_data_type == self.dtype == param.grad.dtype and self.all2all_process_group is None
+        )
+        predivides = self.postscale_gradients and self.gradient_predivide_factor != 1.0
+        averages = self._gradient_averaging_world_size([param], world_size) == world_size
+        return plain and not predivides and averages and param.grad.numel() % world_size == 0
+
+    def _create_fp16_partitions_with_defragmentation(self, fp16_param_groups: list[dict]) -> None:
+        in_pieces = partial(defragment_in_pieces, stage3.defragment)
+        with mock.patch.object(stage3, "defragment", in_pieces):
+            super()._create_fp16_partitions_with_defragmentation(fp16_param_groups)
+
+    def _set_fp16_partitioned_groups_flat(self) -> None:
+        self.fp16_partitioned_groups_flat = [self.lp_param_buffer for _ in self.fp16_groups]
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "offload_states: there are no optimizer states here, and the shards stay on the device"
+        )
 
     def trainable_params(self) -> list[Parameter]:
         """The parameters that are trained, in the order in which ZeRO-3 keeps them."""
@@ -258,6 +356,10 @@ class EngineSeam(DeepSpeedEngine):
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Seam:
         raise NotImplementedError
+
+    def offloads_checkpoints(self) -> bool:
+        """Whether "activation_checkpointing.cpu_checkpointing" of the JSON is set."""
+        return bool(self._config.activation_checkpointing_config.cpu_checkpointing)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         return "zero_optimization"  # DeepSpeed's own check would call our optimizer untested

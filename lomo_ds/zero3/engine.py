@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,12 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from lomo_ds.zero3._internals import EngineSeam
+from lomo_ds.zero3.checkpoint_offload import checkpoints_on_host
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
 from lomo_ds.zero3.passes import backward_twice
 from lomo_ds.zero3.policy import Choice
+from lomo_ds.zero3.tiled_vocabulary import TiledVocabularyConfig
+from lomo_ds.zero3.vocabulary_modules import TiledVocabulary
 
 
 class LomoEngine(EngineSeam):
@@ -21,7 +25,12 @@ class LomoEngine(EngineSeam):
     Args:
         choice: when gradient shards are applied.
         engine_arguments: of DeepSpeed's engine, by name.
+
+    Attributes:
+        tiles_vocabulary: whether a forward with labels returns a loss and no logits.
     """
+
+    tiles_vocabulary = False
 
     def __init__(self, choice: Choice, **engine_arguments: Any) -> None:
         self._choice = choice
@@ -30,11 +39,23 @@ class LomoEngine(EngineSeam):
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> LomoZeroOptimizer:
         return LomoZeroOptimizer(self._choice, **stage3_arguments)
 
+    def tile_vocabulary(self, config: TiledVocabularyConfig) -> None:
+        """Train with the head and the embedding in tiles, where the JSON asks for it."""
+        self.tiles_vocabulary = config.enabled
+        if config.enabled:
+            TiledVocabulary(self.module, self.optimizer, config)
+
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""
         self.optimizer.refresh_gathered_params()
-        with self.optimizer.accepting_gradients():
+        with self.optimizer.accepting_gradients(), self._saving_activations():
             return super().forward(*inputs, **kwargs)
+
+    def _saving_activations(self) -> AbstractContextManager:
+        """Where activation checkpoints are kept: on the device, or on its host where the JSON says so."""
+        if self.offloads_checkpoints() and self.device.type != "cpu" and torch.is_grad_enabled():
+            return checkpoints_on_host(self.device)
+        return nullcontext()
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Run backward and apply or park every gradient shard. Collective.

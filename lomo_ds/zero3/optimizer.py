@@ -146,6 +146,19 @@ class LomoZeroOptimizer(Stage3Seam):
                 self._begin_update(param, grad_shard.clone() if self._needs_sums(param) else grad_shard)
         self.updater.advance()
 
+    def take_reduced(self, param: Parameter, grad_shard: Tensor) -> None:
+        """Take a gradient shard that was averaged over the ranks elsewhere, not by ZeRO-3. Collective."""
+        if not self.accepts_gradients():
+            self.refuse(param)
+            return
+        self.take([ReducedGradient(param, grad_shard)])
+        self.updater.finish()
+
+    @property
+    def reduced_dtype(self) -> torch.dtype:
+        """Of the gradients that ``take`` gets: DeepSpeed's ``data_types.grad_accum_dtype``."""
+        return self.gradient_accumulation_dtype
+
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()
         self.updater.finish()

@@ -39,6 +39,8 @@ _STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _BASE = "deepspeed.runtime.base_optimizer:ZeROOptimizer"
 _PARAMS = "deepspeed.runtime.zero.partition_parameters"
+_OFFLOAD = "deepspeed.runtime.zero.parameter_offload"
+_COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
 
 
 def _methods(owner: str, used_for: str, **signatures: tuple[str, ...]) -> list[PrivateName]:
@@ -61,6 +63,25 @@ CONTRACT: tuple[PrivateName, ...] = (
         reduce_ready_partitions_and_remove_grads=("self", "param"),
         independent_gradient_partition_epilogue=("self",),
         _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads=("self", "communication_data_type"),
+        _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads=(
+            "self",
+            "params_to_reduce",
+            "communication_data_type",
+        ),
+        _gradient_averaging_world_size=("self", "params", "partition_world_size"),
+    ),
+    *_methods(
+        _STAGE3,
+        "starting without the whole model in host memory",
+        _create_fp16_partitions_with_defragmentation=("self", "fp16_param_groups"),
+        _set_fp16_partitioned_groups_flat=("self",),
+        offload_states=(
+            "self",
+            "include",
+            "device",
+            "pin_memory",
+            "non_blocking",
+        ),
     ),
     *_methods(
         _STAGE3,
@@ -119,7 +140,7 @@ CONTRACT: tuple[PrivateName, ...] = (
         "param_names",
     ),
     *_attributes(
-        "deepspeed.runtime.zero.parameter_offload",
+        _OFFLOAD,
         "running backward twice through one graph",
         "applied_pre_backward_ref_cnt",
         "ds_grads_remaining",
@@ -135,6 +156,24 @@ CONTRACT: tuple[PrivateName, ...] = (
         "shutdown_init_context",
         "restore_init_context",
     ),
+    *_attributes(
+        "deepspeed.runtime.zero.stage3",
+        "planning: one rank without the others, and what it keeps",
+        "assert_ints_same_as_other_ranks",
+        "grad_partitions_flat_buffer",
+        "fp32_partitioned_groups_flat",
+    ),
+    *_attributes(
+        _PARAMS,
+        "planning: one rank without the others",
+        "assert_ints_same_as_other_ranks",
+        "zero_init_context",
+        "num_persisted_parameters",
+        "num_persisted_elements",
+        "param_id",
+    ),
+    *_attributes(_COORDINATOR, "planning: one rank without the others", "assert_ints_same_as_other_ranks"),
+    *_attributes(_OFFLOAD, "planning: one engine after another", "FWD_MODULE_STACK"),
 )
 
 

@@ -29,7 +29,7 @@ def training_set(micro_batch_size: int) -> TrainingSet:
     )
 
 
-def train_tiny(micro_batch_size: int, num_micro: int) -> list[StepMetrics]:
+def train_tiny(micro_batch_size: int, num_micro: int, tiled: bool = False) -> list[StepMetrics]:
     import lomo_ds
     from lomo_ds.training.interruption import StopFlag
     from lomo_ds.training.loop import train
@@ -41,6 +41,7 @@ def train_tiny(micro_batch_size: int, num_micro: int) -> list[StepMetrics]:
         "gradient_clipping": 1.0,
         "optimizer": {"type": "Lomo", "params": {"lr": LR}},
         "zero_optimization": {"stage": 3},
+        "tiled_vocabulary": {"enabled": tiled, "tile_numel": 500},
     }
 
     def schedule(optimizer):
@@ -91,3 +92,10 @@ def test_steps_equal_plain_torch(world_size: int, micro: int, num_micro: int):
 def test_a_seed_gives_the_same_losses_twice():
     first, second = (run_ranks(2, train_tiny, 6, 1)[0] for _ in range(2))
     assert [metrics.loss for metrics in first] == [metrics.loss for metrics in second]
+
+
+def test_the_vocabulary_in_tiles_changes_rounding_only():
+    whole, tiled = (run_ranks(2, train_tiny, 3, 2, tiled)[0] for tiled in (False, True))
+    for ours, expected in zip(tiled, whole, strict=True):
+        assert ours.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)

@@ -1,0 +1,181 @@
+"""Write the tables of docs/memory.md: the paper's Table 1, what large models take, and the truth of dry runs.
+
+Run from the repository's root: ``python benchmarks/plan_tables.py [floor] [table1] [models] [truth]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+for variable in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+    os.environ.setdefault(variable, "262144")  # else glibc keeps what is freed
+
+from benchmarks.plan_truth_job import observe_resident  # noqa: E402
+from lomo_ds.planner.child import in_child  # noqa: E402
+from lomo_ds.planner.closed_form import Shape, closed_form  # noqa: E402
+from lomo_ds.planner.dry_run import DryRun, dry_run  # noqa: E402
+from lomo_ds.planner.job import GIB, Job, default_ds_json, read_planned_json  # noqa: E402
+from lomo_ds.planner.observe import foreseen  # noqa: E402
+from lomo_ds.planner.presets import model_config  # noqa: E402
+
+PAGE = ROOT / "docs" / "memory.md"
+LOW_MEMORY = ROOT / "ds_configs" / "lomo_bf16_low_memory.json"
+PAPER = {
+    "AdamW": (12.55, 12.55, 75.31, 1.79, 102.20),
+    "SGD": (12.55, 12.55, 25.10, 1.79, 51.99),
+    "Lomo": (12.55, 0.24, 0.0, 1.79, 14.58),
+}
+"""LOMO (arXiv 2306.09782), Table 1: parameters, gradients, optimizer, activations, total; GiB."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    tables = {"floor": floor, "table1": table1, "models": models, "truth": truth}
+    parser.add_argument("tables", nargs="*", default=list(tables))
+    for table in parser.parse_args().tables:
+        lines = tables[table]()
+        put(table, "\n".join(lines))
+
+
+def put(name: str, content: str) -> None:
+    """Replace what stands between a table's two marks in the page."""
+    begin, end = f"<!-- {name}: written by benchmarks/plan_tables.py -->", f"<!-- end of {name} -->"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
+
+
+# The paper's Table 1 ----------------------------------------------------------------------------
+
+
+def table1() -> Iterator[str]:
+    """LLaMA-7B, sequence 512, batch 8, one card with everything on it."""
+    cases = [("AdamW", True), ("SGD", True), ("Lomo", True), ("Lomo", False)]
+    jobs = [_table1_job(optimizer, tiled) for optimizer, tiled in cases]
+    yield "| | parameters | gradients | optimizer | activations | total at the peak |"
+    yield "|---|---|---|---|---|---|"
+    for (optimizer, tiled), run in zip(cases, in_child(dry_run, jobs), strict=True):
+        if tiled or optimizer != "Lomo":
+            yield f"| {optimizer}, paper | {' | '.join(f'{value:.2f}' for value in PAPER[optimizer])} |"
+        name = f"{optimizer}{', whole vocabulary' if optimizer == 'Lomo' and not tiled else ''}"
+        yield f"| {name}, dry run | {' | '.join(f'{value:.2f}' for value in _columns(run))} |"
+
+
+def _table1_job(optimizer: str, tiled: bool) -> Job:
+    ds_json = default_ds_json() | {"tiled_vocabulary": {"enabled": tiled}, "gradient_clipping": 0.0}
+    settings = {"num_gpus": 1, "seq_len": 512, "micro_batch": 8, "gpu_memory_bytes": 160 * GIB}
+    return Job(model=model_config("llama-7b"), ds_json=ds_json, optimizer=optimizer, **settings)
+
+
+def _columns(run: DryRun) -> tuple[float, ...]:
+    """Standing gradients, or the most that were in flight; activations at the peak of backward."""
+    roles = run.tops["step 2: backward"]["device"].by_role()
+    gradients = run.standing["gradients"] or run.most_gradient_bytes
+    activations = roles["activations"] + roles["checkpoints"]
+    parts = (run.standing["parameters"], gradients, run.standing["rule state"], activations)
+    return tuple(value / GIB for value in (*parts, run.device.num_bytes))
+
+
+# The floor --------------------------------------------------------------------------------------
+
+
+def floor() -> Iterator[str]:
+    """What stands in the backward of an MLP's last matrix, by formula."""
+    names = ("llama-65b", "llama-3-70b", "qwen2.5-72b")
+    columns = [_floor_parts(_large_job(name, False, 8)) for name in names]
+    yield f"| what stands | bytes | {' | '.join(f'{name}, GiB' for name in names)} |"
+    yield "|---|---|---|---|---|"
+    for row, formula in FLOOR_FORMULAS.items():
+        yield f"| {row} | {formula} | {' | '.join(f'{parts[row] / GIB:.3f}' for parts in columns)} |"
+    yield f"| all | | {' | '.join(f'{sum(parts.values()) / GIB:.3f}' for parts in columns)} |"
+
+
+FLOOR_FORMULAS = {
+    "**shards** (floor)": "2 x parameters / n",
+    "**checkpoints** (floor, or on the host)": "2 x layers x T x H",
+    "small parameters, which stay gathered, and the bucket": "by the JSON's limits",
+    "the matrix's gathered weight": "2 x H x I",
+    "its gradient": "2 x H x I",
+    "activations: both norms, q, k, v, attention, states and gradients": "2 x T x (10 H + 2 Q + 2 K)",
+    "activations: the MLP's": "2 x T x 4 I",
+    "the gradient's shard on its way to the host, or one more MLP activation": "2 x max(H x I / n, T x I)",
+}
+
+
+def _floor_parts(job: Job) -> dict[str, int]:
+    shape, tokens = Shape.of(job.model), job.micro_batch * job.seq_len
+    formula = closed_form(job)
+    matrix = 2 * shape.hidden * shape.intermediate
+    shards = 2 * sum(-(-size // job.num_gpus) for size in shape.all_sizes())
+    widths = 10 * shape.hidden + 2 * shape.query + 2 * shape.key_value
+    last = max(matrix // job.num_gpus, 2 * tokens * shape.intermediate)
+    sizes = (shards, formula.checkpoints, formula.standing - shards, matrix, matrix)
+    return dict(
+        zip(
+            FLOOR_FORMULAS,
+            (*sizes, 2 * tokens * widths, 8 * tokens * shape.intermediate, last),
+            strict=True,
+        )
+    )
+
+
+# Large models -----------------------------------------------------------------------------------
+
+LARGE = [
+    ("llama-65b", False, 8),
+    ("llama-65b", True, 8),
+    ("llama-65b", False, 1024),
+    ("llama-3-70b", False, 8),
+    ("llama-3-70b", True, 8),
+    ("qwen2.5-72b", False, 8),
+]
+
+
+def models() -> Iterator[str]:
+    """Sequence 1024, micro-batch 1, bf16, clipping at 1.0."""
+    jobs = [_large_job(*case) for case in LARGE]
+    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | parked on the host per node | most on the host per node | planning, processor s |"  # noqa: E501
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for (name, offloaded, count), job, run in zip(LARGE, jobs, in_child(dry_run, jobs), strict=True):
+        loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
+        cells = (run.device.num_bytes, closed_form(job).peak_bytes, loading)
+        host = (run.parked_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
+        numbers = " | ".join(f"{value / GIB:.2f}" for value in (*cells, *host))
+        place = "host" if offloaded else "device"
+        yield f"| {name} | {count} | {place} | {numbers} | {run.cpu_s:.0f} |"
+
+
+def _large_job(name: str, offloaded: bool, num_gpus: int) -> Job:
+    ds_json = read_planned_json(str(LOW_MEMORY)) if offloaded else default_ds_json()
+    return Job(model=model_config(name), ds_json=ds_json, num_gpus=num_gpus)
+
+
+# The truth --------------------------------------------------------------------------------------
+
+
+def truth() -> Iterator[str]:
+    """Dry runs beside the same steps with data, on CPU ranks."""
+    from tests.harness import run_ranks
+    from tests.planner.small_jobs import medium_jobs
+
+    jobs = medium_jobs()
+    runs = in_child(dry_run, jobs.values())
+    yield "| job | dry run, MB | with data, MB | difference | growth of resident memory, MB |"
+    yield "|---|---|---|---|---|"
+    for (name, job), run in zip(jobs.items(), runs, strict=True):
+        peak, growth = run_ranks(job.num_gpus, observe_resident, job, fresh=True)[0]
+        expected = foreseen(run).num_bytes
+        change = expected / peak - 1
+        dry, real, resident = (value / 1e6 for value in (expected, peak, growth))
+        yield f"| {name} | {dry:.1f} | {real:.1f} | {change:+.2%} | {resident:.1f} |"
+
+
+if __name__ == "__main__":
+    main()

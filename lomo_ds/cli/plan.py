@@ -1,0 +1,116 @@
+"""``lomo-ds plan``: will it fit, and where does the memory go? Needs no GPU and no weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lomo_ds.cli.main import USAGE_ERROR
+
+_DESCRIPTION = (
+    "Run the real engine without a GPU and without weights, as one rank of many, and say what memory it "
+    "takes. docs/memory.md explains the output."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments after ``lomo-ds plan``; None takes them from the command line.
+
+    Returns:
+        0 where the job fits, 1 where it does not, 2 after one line on standard error that says what is wrong.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        return _plan(_parser().parse_args(argv))
+    except ValueError as error:
+        if os.environ.get("LOMO_DS_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lomo-ds plan", description=_DESCRIPTION)
+    add = parser.add_argument
+    add("--model", required=True, help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
+        "a model folder or a config.json")  # fmt: skip
+    add("--num-gpus", type=int, default=8, help="over all nodes (default 8)")
+    add("--gpus-per-node", type=int, default=8, help="default 8")
+    add("--gpu-memory", default="24GiB", help="of each card (default 24GiB)")
+    add("--reserve", default="2GiB", help="of it, for what no tensor holds: CUDA's context, NCCL, kernels' "
+        "workspaces, the allocator's losses (default 2GiB)")  # fmt: skip
+    add("--host-memory", help="of a node; default: as much as is needed")
+    add("--seq-len", type=int, default=1024, help="tokens of a sequence (default 1024)")
+    add("--micro-batch", type=int, default=1, help="sequences of a rank's forward (default 1)")
+    add("--config", metavar="DS.JSON", help="DeepSpeed JSON; default: bf16, clipping, low limits")
+    add("--optimizer", help="Lomo, AdaLomo, SGD or AdamW; default: the JSON's, or Lomo")
+    add("--checkpointing", default="reentrant", choices=["reentrant", "non-reentrant", "none"])
+    add("--search", choices=["micro-batch", "seq-len", "gpus"], help="find the largest micro-batch or "
+        "sequence, or the fewest GPUs, that fit, and tune the limits on gathered weights")  # fmt: skip
+    add("--write-config", metavar="DS.JSON", help="write the DeepSpeed JSON of the plan")
+    add("--hardware", help="estimate the time: 3090, 4090, a100, h100 or a YAML file")
+    add("--json", metavar="FILE", help="write the plan as JSON")
+    add("--plot", metavar="FILE.png", help="draw memory over the run")
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lomo_ds.planner.plan import make_plan
+    from lomo_ds.planner.report import print_plan
+    from lomo_ds.planner.timeline import plot_timeline
+
+    job = _job(arguments)
+    plan = make_plan(job, arguments.model, arguments.hardware, arguments.search)
+    print_plan(plan, Console(width=max(120, Console().width)))
+    for path, content in ((arguments.json, plan.as_json), (arguments.write_config, plan.job.full_ds_json)):
+        if path:
+            Path(path).write_text(json.dumps(content(), indent=2) + "\n", encoding="utf-8")
+    if arguments.plot:
+        plot_timeline(plan, arguments.plot)
+    return 0 if plan.fits else 1
+
+
+def _job(arguments: argparse.Namespace) -> Any:
+    """What was asked, checked before anything heavy is imported."""
+    from lomo_ds.planner.job import Job, default_ds_json, read_planned_json
+    from lomo_ds.planner.presets import model_config
+    from lomo_ds.planner.sizes import parse_bytes
+
+    host = arguments.host_memory
+    given = {
+        "num_gpus": arguments.num_gpus,
+        "gpus_per_node": arguments.gpus_per_node,
+        "gpu_memory_bytes": parse_bytes(arguments.gpu_memory, "--gpu-memory"),
+        "reserve_bytes": parse_bytes(arguments.reserve, "--reserve"),
+        "host_memory_bytes": None if host is None else parse_bytes(host, "--host-memory"),
+        "seq_len": arguments.seq_len,
+        "micro_batch": arguments.micro_batch,
+        "checkpointing": arguments.checkpointing.replace("-", "_"),
+    }
+    model = model_config(arguments.model)
+    default = default_ds_json(family=model.model_type)
+    ds_json = read_planned_json(arguments.config) if arguments.config else default
+    named = (ds_json.get("optimizer") or {}).get("type", "Lomo")
+    return Job(model=model, ds_json=ds_json, optimizer=arguments.optimizer or named, **given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""An accelerator that is only imagined: DeepSpeed and torch see a device, and nothing is ever stored on it.
+
+torch takes it as a backend written in Python; all its tensors are fake, so that no kernel is needed.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+DeviceKind = Literal["gpu", "cpu"]
+"""What is imagined: an accelerator beside its host, or a CPU rank, whose only memory is the host's."""
+
+
+class _DeviceModule:
+    """What torch asks a backend for (``torch.gpu``)."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        return
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        return
+
+
+def register_gpu() -> None:
+    """Make torch know a device type ``gpu``; for the rest of this process.
+
+    Raises:
+        RuntimeError: a torch that takes no backends in Python.
+    """
+    if hasattr(torch, "gpu"):
+        return
+    from torch.utils import backend_registration
+
+    register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if register is None:
+        raise RuntimeError(
+            "planning needs a torch that takes backends in Python (2.10 or later), "
+            f"this is {torch.__version__}"
+        )
+    register("gpu", backend_module=_DeviceModule())
+    for name in _whole_on_real_devices():
+        _KERNELS.impl(name, _no_kernel)
+
+
+_KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")
+
+
+def _whole_on_real_devices() -> list[str]:
+    """Operations that real devices run as one and that torch would take apart on an unknown device.
+
+    A kernel in their place, never run under fake tensors, keeps them whole (the backward of SiLU is one).
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+    taken_apart = [name for name in names if has(name, "CompositeImplicitAutograd") and has(name, "CPU")]
+    return [name.removeprefix("aten::") for name in taken_apart]
+
+
+def _no_kernel(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("the imagined device holds no data: nothing runs on it")
+
+
+class _Stream:
+    """A stream or an event; every operation has ended as soon as it is called."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_stream(self, stream: Any) -> None:
+        return
+
+    def wait_event(self, event: Any) -> None:
+        return
+
+    def record_event(self, event: Any = None) -> _Stream:
+        return self
+
+    def record(self, stream: Any = None) -> None:
+        return
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class ImaginedAccelerator(CPU_Accelerator):
+    """An accelerator with streams beside its host, so that DeepSpeed takes the ways it takes on a GPU.
+
+    Args:
+        num_local: accelerators of a node.
+        memory_bytes: of each.
+    """
+
+    Stream = _Stream
+    Event = _Stream
+
+    def __init__(self, num_local: int, memory_bytes: int) -> None:
+        super().__init__()
+        self._name = "gpu"
+        self._num_local = num_local
+        self._memory_bytes = memory_bytes
+
+    def is_synchronized_device(self) -> bool:
+        return False
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return "gpu" if device_index is None else f"gpu:{device_index}"
+
+    def device(self, device_index: int | None = None) -> torch.device:
+        return torch.device("gpu", device_index or 0)
+
+    def current_device(self) -> int:
+        return 0
+
+    def current_device_name(self) -> str:
+        return "gpu:0"
+
+    def device_count(self) -> int:
+        return self._num_local
+
+    def stream(self, stream: Any) -> AbstractContextManager:
+        return nullcontext()
+
+    def current_stream(self, device_index: int | None = None) -> _Stream:
+        return _Stream()
+
+    def default_stream(self, device_index: int | None = None) -> _Stream:
+        return _Stream()
+
+    def on_accelerator(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "gpu"
+
+    def pin_memory(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.empty_like(tensor, pin_memory=True)
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return False
+
+    def is_bf16_supported(self) -> bool:
+        return True
+
+    def is_fp16_supported(self) -> bool:
+        return True
+
+    def total_memory(self, device_index: int | None = None) -> int:
+        return self._memory_bytes
+
+    def available_memory(self, device_index: int | None = None) -> int:
+        return self._memory_bytes
+
+    def memory_allocated(self, device_index: int | None = None) -> int:
+        return 0
+
+    def communication_backend_name(self) -> str:
+        return "fake"
+
+    def create_op_builder(self, class_name: str) -> None:
+        return None
+
+    def get_op_builder(self, class_name: str) -> None:
+        return None
+
+
+class ImaginedCpuRank(CPU_Accelerator):
+    """A CPU rank among others that are only imagined."""
+
+    def __init__(self, num_local: int) -> None:
+        super().__init__()
+        self._num_local = num_local
+
+    def device_count(self) -> int:
+        return self._num_local
+
+    def communication_backend_name(self) -> str:
+        return "fake"
+
+    def create_op_builder(self, class_name: str) -> None:
+        return None

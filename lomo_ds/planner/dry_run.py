@@ -1,0 +1,253 @@
+"""The real engine on tensors without data: what stands where, what is sent and what is computed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+
+from lomo_ds.checkpoint.load import build_sharded, load_shards
+from lomo_ds.initialization import initialize
+from lomo_ds.planner.fake_rank import fake_rank
+from lomo_ds.planner.job import Job
+from lomo_ds.planner.ledger import Ledger, Peak, Place, bytes_by_role
+from lomo_ds.planner.memory_roles import Role
+from lomo_ds.planner.traffic import Traffic, answers
+from lomo_ds.planner.weights import imagined_folder
+from lomo_ds.zero3._internals import full_numel, standing_buffers, stored_shard
+
+_UNBOUNDED_BYTES = 1 << 60
+NUM_STEPS = 2
+"""The first step records which layer follows which; ZeRO-3 prefetches from the second on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What one rank went through.
+
+    Attributes:
+        tops: phase -> by place ("device", "host"), the moment at which most stood in it; this rank's part.
+        standing: role -> bytes on the device after the last step.
+        most_gradient_bytes: whole gradients that were in flight at a time.
+        parked_host_bytes: of this rank's parked gradients.
+        num_params: of the whole model.
+        sent_bytes, calls: of the last step, by collective.
+        flops: of the last step on this rank.
+        host_traffic_bytes: between device and host in the last step.
+        timeline: the device's bytes after each operation; ``host_timeline`` this rank's on the host.
+        phase_starts: (index in the timeline, phase).
+        policy: when shards are applied, and why; empty for DeepSpeed's own engine.
+        duration_s, cpu_s: of the dry run itself, by the clock and of the processor.
+    """
+
+    tops: dict[str, dict[Place, Peak]]
+    standing: dict[str, int]
+    most_gradient_bytes: int
+    parked_host_bytes: int
+    num_params: int
+    sent_bytes: dict[str, int]
+    calls: dict[str, int]
+    flops: int
+    host_traffic_bytes: int
+    timeline: list[int] = field(repr=False)
+    host_timeline: list[int] = field(repr=False)
+    phase_starts: list[tuple[int, str]] = field(repr=False)
+    policy: str
+    duration_s: float
+    cpu_s: float
+
+    @property
+    def device(self) -> Peak:
+        """The moment at which most stood on the device."""
+        return max((tops["device"] for tops in self.tops.values()), key=lambda peak: peak.num_bytes)
+
+    @property
+    def host(self) -> Peak:
+        """The moment at which most stood on the host, for this rank."""
+        return max((tops["host"] for tops in self.tops.values()), key=lambda peak: peak.num_bytes)
+
+    @property
+    def phase_peaks(self) -> dict[str, tuple[int, int]]:
+        """Phase -> (device, host) most bytes in it."""
+        return {
+            phase: (tops["device"].num_bytes, tops["host"].num_bytes) for phase, tops in self.tops.items()
+        }
+
+    @property
+    def at_rest_bytes(self) -> int:
+        """On the device after the last step."""
+        return sum(self.standing.values())
+
+
+def dry_run(job: Job) -> DryRun:
+    """Load, initialize and step twice, as one rank of the job. Needs a process without a process group.
+
+    Raises:
+        ValueError: what the real run would refuse, too.
+        RuntimeError: this process is a rank, or torch is too old.
+
+    Cost: no data; seconds to two minutes of one core, by the number of layers.
+    """
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    host_bytes = job.host_memory_bytes
+    room = _UNBOUNDED_BYTES if host_bytes is None else host_bytes // job.num_local
+    traffic = Traffic(job.num_gpus)
+    ledger = Ledger(answers=answers(room))
+    ledger.watchers.append(traffic.count)
+    with _quiet(), _rank(job), ledger:
+        engine = build_engine(job, ledger)
+        namer = _Namer(engine.module, ledger)
+        ledger.watchers.append(namer)
+        for step in range(NUM_STEPS):
+            traffic.clear()
+            run_step(engine, job, ledger, f"step {step + 1}")
+            _claim_standing(engine, ledger)
+        num_params = sum(full_numel(param) for param in engine.module.parameters())
+        policy = str(getattr(engine.optimizer, "choice", ""))
+        parked = getattr(engine.optimizer, "parked_host_bytes", 0)
+        standing = bytes_by_role(ledger.live_blocks("device"))
+        del engine
+    return DryRun(
+        tops=ledger.tops,
+        standing=standing,
+        most_gradient_bytes=namer.most_gradient_bytes,
+        parked_host_bytes=parked,
+        num_params=num_params,
+        sent_bytes=dict(traffic.sent_bytes),
+        calls=dict(traffic.calls),
+        flops=traffic.flops,
+        host_traffic_bytes=traffic.host_bytes,
+        timeline=list(ledger.timeline),
+        host_timeline=list(ledger.host_timeline),
+        phase_starts=ledger.phase_starts,
+        policy=policy,
+        duration_s=time.perf_counter() - start_s,
+        cpu_s=time.process_time() - start_cpu_s,
+    )
+
+
+def _rank(job: Job) -> AbstractContextManager:
+    return fake_rank(
+        world_size=job.num_gpus,
+        num_local=job.num_local,
+        device=job.device,
+        memory_bytes=job.gpu_memory_bytes,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed logs what it does; a plan has its own report."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+def build_engine(job: Job, ledger: Ledger) -> Any:
+    """The engine, by the ways of a real run: cut at birth, loaded shard by shard, initialized."""
+    ds_json = job.full_ds_json()
+    config = copy.deepcopy(job.model)
+    config._attn_implementation = job.attention
+    with ledger.phase("loading"):
+        model = build_sharded(config, ds_json)
+        for name, param in model.named_parameters():
+            ledger.claim(stored_shard(param), Role.PARAMETERS, name)
+        load_shards(model, imagined_folder(model))
+    if job.checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": job.checkpointing == "reentrant"})
+    with ledger.phase("initialization"):
+        engine = initialize_engine(job, model, ds_json)
+        _claim_standing(engine, ledger)
+    claim_checkpoints(model, ledger)
+    return engine
+
+
+def initialize_engine(job: Job, model: torch.nn.Module, ds_json: dict[str, Any]) -> Any:
+    """lomo_ds's engine, or DeepSpeed's own with one of torch's optimizers."""
+    if job.is_own:
+        return initialize(model=model, config=ds_json)[0]
+    cls = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[job.optimizer]
+    return deepspeed.initialize(model=model, optimizer=cls(model.parameters(), lr=1e-3), config=ds_json)[0]
+
+
+def _claim_standing(engine: Any, ledger: Ledger) -> None:
+    """Say what stands for good: shards, buckets, states."""
+    for name, param in engine.module.named_parameters():
+        if param.numel():
+            ledger.claim(param, Role.GATHERED, name)
+    for name, param in engine.module.named_parameters():  # after the others: on one rank they are the same
+        ledger.claim(stored_shard(param), Role.PARAMETERS, name)
+    roles = {"bucket": Role.BUCKETS, "gradient": Role.GRADIENTS, "state": Role.RULE_STATE}
+    for kind, tensor in standing_buffers(engine.optimizer):
+        ledger.claim(tensor, roles[kind])
+    if hasattr(engine.optimizer, "updater"):
+        for entry in engine.optimizer.updater.entries.values():
+            for tensor in (*entry.state.values(), *([entry.error] if entry.error is not None else [])):
+                ledger.claim(tensor, Role.RULE_STATE)
+
+
+class _Namer:
+    """Says at each collective which parameter a gradient or a gathered copy belongs to."""
+
+    def __init__(self, model: torch.nn.Module, ledger: Ledger) -> None:
+        self._params = list(model.named_parameters())
+        self._ledger = ledger
+        self.most_gradient_bytes = 0
+
+    def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace != "c10d":
+            return
+        in_flight = 0
+        for name, param in self._params:
+            if param.grad is not None:
+                self._claim(param.grad, Role.GRADIENTS, name)
+                in_flight += param.grad.numel() * param.grad.element_size()
+            if param.numel():
+                self._claim(param, Role.GATHERED, name)
+        self.most_gradient_bytes = max(self.most_gradient_bytes, in_flight)
+
+    def _claim(self, tensor: torch.Tensor, role: Role, name: str) -> None:
+        block = self._ledger.block_of(tensor)
+        if block is not None and not block.name and block.role not in (Role.BUCKETS, Role.PARAMETERS):
+            block.role, block.name = role, name
+
+
+def claim_checkpoints(model: torch.nn.Module, ledger: Ledger) -> None:
+    """Book what goes into each checkpointed layer as a checkpoint."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def claim(layer: torch.nn.Module, args: tuple) -> None:
+        if layer.gradient_checkpointing and layer.training and args and torch.is_tensor(args[0]):
+            ledger.claim(args[0], Role.CHECKPOINTS)
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.register_forward_pre_hook(claim)
+
+
+def run_step(engine: Any, job: Job, ledger: Ledger, step: str) -> None:
+    """One step of a user's loop, in three phases."""
+    shape = (job.micro_batch, job.seq_len)
+    for _ in range(engine.gradient_accumulation_steps()):
+        with ledger.phase(f"{step}: forward"):
+            ids = torch.zeros(shape, dtype=torch.long, device=engine.device)
+            loss = engine(input_ids=ids, labels=ids).loss
+        with ledger.phase(f"{step}: backward"):
+            engine.backward(loss)
+        del loss, ids
+        with ledger.phase(f"{step}: update"):
+            engine.step()

@@ -1,0 +1,98 @@
+"""What a machine is capable of, for estimates: a few named ones, or the user's own from a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lomo_ds.config import did_you_mean, from_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A card and its links. Rates are per card, in units per second.
+
+    Attributes:
+        name: of it.
+        dense_bf16_flops: peak rate of bf16 matrix products without sparsity, from the maker's data sheet.
+        link_bytes_s: what one card sends to its peers within a node, all links together, one direction.
+        node_link_bytes_s: what one card sends beyond its node.
+        host_link_bytes_s: between a card and its host, one direction.
+        flops_share, link_share: how much of these is assumed to be reached.
+        collective_latency_s: added for each collective.
+    """
+
+    name: str
+    dense_bf16_flops: float
+    link_bytes_s: float
+    node_link_bytes_s: float
+    host_link_bytes_s: float
+    flops_share: float = 0.5
+    link_share: float = 0.7
+    collective_latency_s: float = 50e-6
+
+    def __post_init__(self) -> None:
+        for field in ("dense_bf16_flops", "link_bytes_s", "node_link_bytes_s", "host_link_bytes_s"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} has to be more than 0, not {getattr(self, field)}")
+        for field in ("flops_share", "link_share"):
+            if not 0 < getattr(self, field) <= 1:
+                raise ValueError(f"{field} has to be in (0, 1], not {getattr(self, field)}")
+
+
+_PCIE3_X16, _PCIE4_X16, _PCIE5_X16 = 15.75e9, 31.5e9, 63e9
+
+HARDWARE: dict[str, Hardware] = {
+    "3090": Hardware(
+        name="RTX 3090, PCIe 3.0",
+        dense_bf16_flops=71e12,
+        link_bytes_s=_PCIE3_X16,
+        node_link_bytes_s=1.25e9,
+        host_link_bytes_s=_PCIE3_X16,
+    ),
+    "4090": Hardware(
+        name="RTX 4090, PCIe 4.0",
+        dense_bf16_flops=165e12,
+        link_bytes_s=_PCIE4_X16,
+        node_link_bytes_s=1.25e9,
+        host_link_bytes_s=_PCIE4_X16,
+    ),
+    "a100": Hardware(
+        name="A100 SXM, NVLink 3",
+        dense_bf16_flops=312e12,
+        link_bytes_s=300e9,
+        node_link_bytes_s=25e9,
+        host_link_bytes_s=_PCIE4_X16,
+    ),
+    "h100": Hardware(
+        name="H100 SXM, NVLink 4",
+        dense_bf16_flops=989e12,
+        link_bytes_s=450e9,
+        node_link_bytes_s=50e9,
+        host_link_bytes_s=_PCIE5_X16,
+    ),
+}
+"""Makers' data sheets for the cards; 10 Gbit/s Ethernet for a node of consumer cards, 200 and 400 Gbit/s
+InfiniBand per card for A100 and H100 nodes. Cards on a PCIe switch share its link: lower ``link_share``."""
+
+
+def find_hardware(name: str) -> Hardware:
+    """A named profile, or one from a YAML file with the fields of ``Hardware``.
+
+    Raises:
+        ValueError: neither; or a file with wrong keys or values.
+    """
+    if name.lower() in HARDWARE:
+        return HARDWARE[name.lower()]
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"hardware {name!r} is neither a YAML file nor a profile; " + did_you_mean(name, HARDWARE)
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"hardware: {path} is not YAML: {error}") from None
+    return from_mapping(Hardware, content, str(path))

@@ -1,0 +1,208 @@
+"""Who holds memory: a book of all storages, by operation, role and phase, while a program runs."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lomo_ds.planner.memory_roles import Role, role_of_origin
+
+Place = Literal["device", "host"]
+_HERE = ("lomo_ds/planner/ledger.py", "lomo_ds/planner/fake_rank.py", "unittest/mock.py", "/contextlib.py")
+_DEVICE_OF = torch.ops.prim.device.default
+
+
+@dataclass(kw_only=True)
+class Block:
+    """A storage.
+
+    Attributes:
+        num_bytes: of it.
+        place: where it stands.
+        operation: what made it.
+        origin: the innermost line outside torch that asked for it; "autograd" where none did.
+        phase: of the run in which it was made.
+        role: what it is for.
+        name: of the parameter that it belongs to, where known.
+        shape: of the first tensor in it.
+    """
+
+    num_bytes: int
+    place: Place
+    operation: str
+    origin: str
+    phase: str
+    role: Role
+    name: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass
+class Peak:
+    """The moment at which most stood in a place.
+
+    Attributes:
+        num_bytes: in all.
+        phase: of the run.
+        operation: after which.
+        index: number of operations before it.
+        blocks: what stood.
+    """
+
+    num_bytes: int = 0
+    phase: str = ""
+    operation: str = ""
+    index: int = 0
+    blocks: list[Block] = field(default_factory=list)
+
+    def by_role(self) -> dict[str, int]:
+        """Bytes of each role, zeros included."""
+        return bytes_by_role(self.blocks)
+
+
+def bytes_by_role(blocks: Iterable[Block]) -> dict[str, int]:
+    """Bytes of each role, zeros included."""
+    sums = {role.value: 0 for role in Role}
+    for block in blocks:
+        sums[block.role.value] += block.num_bytes
+    return sums
+
+
+class Ledger(TorchDispatchMode):
+    """Books storages as operations make them and as they are freed.
+
+    Enter it after the FakeTensorMode, so that it sees operations first; it also runs without one, on real
+    tensors. Storages older than the ledger are booked when an operation first uses them.
+
+    Args:
+        answers: operation -> a function that takes the operation's place.
+
+    Attributes:
+        watchers: called with (operation, arguments, keyword arguments, result) after each operation.
+        live_bytes: by place.
+        tops: phase -> by place, the moment at which most stood in it.
+        timeline: for each operation the device's bytes after it; ``host_timeline`` the host's.
+        phase_starts: (number of operations before it, phase).
+    """
+
+    def __init__(self, answers: dict[Any, Callable[..., Any]] | None = None) -> None:
+        super().__init__()
+        self.watchers: list[Callable[..., None]] = []
+        self._answers = answers or {}
+        self._live: dict[int, tuple[Any, Block]] = {}
+        self.live_bytes: dict[Place, int] = {"device": 0, "host": 0}
+        self.tops: dict[str, dict[Place, Peak]] = {}
+        self.timeline, self.host_timeline = array("q"), array("q")
+        self.phase_starts: list[tuple[int, str]] = []
+        self._phase = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Book what the block makes as made in ``name``."""
+        before, self._phase = self._phase, name
+        self.phase_starts.append((len(self.timeline), name))
+        for place in self.live_bytes:
+            self._look_for_a_peak(place, "")
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF:
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            self._book(tree_leaves(args), f"{func} (argument)")
+        answer = self._answers.get(func)
+        result = answer(*args, **kwargs) if answer else func(*args, **kwargs)
+        self._book(tree_leaves(result), str(func))
+        for watcher in self.watchers:
+            watcher(func, args, kwargs, result)
+        self.timeline.append(self.live_bytes["device"])
+        self.host_timeline.append(self.live_bytes["host"])
+        return result
+
+    def block_of(self, tensor: Tensor) -> Block | None:
+        """The entry of a tensor's storage, to be changed where more is known of it."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return entry[1] if entry else None
+
+    def claim(self, tensor: Tensor, role: Role, name: str = "") -> None:
+        """Say what a tensor's storage is for; booked now where it is not known yet."""
+        self._book([tensor], "(before)")
+        block = self.block_of(tensor)
+        if block is not None:
+            block.role, block.name = role, name or block.name
+
+    def _book(self, values: list[Any], operation: str) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self._live and storage.nbytes():
+                    self._open(value, storage, operation)
+
+    def _open(self, tensor: Tensor, storage: Any, operation: str) -> None:
+        key = storage._cdata
+        device = tensor.fake_device if hasattr(tensor, "fake_device") else tensor.device
+        file, line = _origin(sys._getframe(3))
+        block = Block(
+            num_bytes=storage.nbytes(),
+            place="host" if device.type == "cpu" else "device",
+            operation=operation,
+            origin=line,
+            phase=self._phase,
+            role=role_of_origin(file, self._phase),
+            shape=tuple(tensor.shape),
+        )
+        self._live[key] = (weakref.ref(storage, lambda _: self._close(key)), block)
+        self._add(block)
+
+    def _add(self, block: Block) -> None:
+        self.live_bytes[block.place] += block.num_bytes
+        self._look_for_a_peak(block.place, block.operation)
+
+    def _look_for_a_peak(self, place: Place, operation: str) -> None:
+        total = self.live_bytes[place]
+        tops = self.tops.setdefault(self._phase, {"device": Peak(), "host": Peak()})
+        if total > tops[place].num_bytes:
+            tops[place] = Peak(
+                num_bytes=total,
+                phase=self._phase,
+                operation=operation,
+                index=len(self.timeline),
+                blocks=self.live_blocks(place),
+            )
+
+    def live_blocks(self, place: Place) -> list[Block]:
+        """What stands in a place now."""
+        return [entry[1] for entry in self._live.values() if entry[1].place == place]
+
+    def _close(self, key: int) -> None:
+        _, block = self._live.pop(key)
+        self.live_bytes[block.place] -= block.num_bytes
+
+
+def _origin(frame: FrameType | None) -> tuple[str, str]:
+    """(file, "file:line function") of the innermost frame outside torch, but for torch's optimizers."""
+    while frame is not None:
+        file = frame.f_code.co_filename.replace("\\", "/")
+        ours = "/torch/" not in file or "/torch/optim/" in file
+        if ours and not any(part in file for part in _HERE):
+            short = "/".join(file.split("/")[-2:])
+            return file, f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
+        if file.endswith("torch/autograd/graph.py"):
+            return "", "autograd"
+        frame = frame.f_back
+    return "", ""

@@ -1,0 +1,52 @@
+"""What memory is for: the categories of a plan, and how a storage comes into one."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Role(str, Enum):
+    """A category of memory."""
+
+    PARAMETERS = "parameters"
+    GATHERED = "gathered parameters"
+    GRADIENTS = "gradients"
+    RULE_STATE = "rule state"
+    ACTIVATIONS = "activations"
+    CHECKPOINTS = "checkpoints"
+    BUCKETS = "buckets"
+    PARKED = "parked gradients"
+    OTHER = "other"
+
+
+_BY_FILE = (
+    ("deepspeed/runtime/zero/partition_parameters.py", Role.GATHERED),
+    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", Role.GATHERED),
+    ("deepspeed/runtime/zero/linear.py", Role.ACTIVATIONS),
+    ("deepspeed/runtime/zero/stage3.py", Role.BUCKETS),
+    ("deepspeed/runtime/comm/coalesced_collectives.py", Role.BUCKETS),
+    ("lomo_ds/zero3/parking.py", Role.PARKED),
+    ("lomo_ds/zero3/nvme_parking.py", Role.PARKED),
+    ("lomo_ds/zero3/checkpoint_offload.py", Role.CHECKPOINTS),
+    ("lomo_ds/zero3/row_tiles.py", Role.GATHERED),
+    ("lomo_ds/zero3/tiled_vocabulary.py", Role.ACTIVATIONS),
+    ("torch/optim/", Role.OTHER),
+)
+"""Where the innermost line that asked for memory stands -> what it is for."""
+
+_OTHER_FILES = ("lomo_ds/rules/", "lomo_ds/zero3/", "lomo_ds/planner/", "lomo_ds/checkpoint/", "deepspeed/")
+
+
+def role_of_origin(file: str, phase: str) -> Role:
+    """The role of a storage that nothing has claimed yet.
+
+    Args:
+        file: of the innermost line outside torch that asked for it; empty inside autograd.
+        phase: of the run.
+    """
+    for part, role in _BY_FILE:
+        if part in file:
+            return role
+    if any(part in file for part in _OTHER_FILES) or not phase.endswith(("forward", "backward")):
+        return Role.OTHER
+    return Role.ACTIVATIONS

@@ -1,0 +1,52 @@
+"""The same steps with data: what a dry run is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from lomo_ds.planner.dry_run import NUM_STEPS, DryRun, build_engine, run_step
+from lomo_ds.planner.job import Job
+from lomo_ds.planner.ledger import Ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Most bytes in live tensors of one rank, host and device together, and where.
+
+    Attributes:
+        num_bytes: over all phases.
+        by_phase: phase -> most bytes in it.
+    """
+
+    num_bytes: int
+    by_phase: dict[str, int]
+
+
+def observe(job: Job) -> Peaks:
+    """Load, initialize and step as a dry run does, on this rank of a real group of CPU ranks. Collective.
+
+    Args:
+        job: of CPU ranks, as many as the group has.
+
+    Raises:
+        ValueError: the job is for other ranks.
+    """
+    if job.device != "cpu" or job.num_gpus != dist.get_world_size():
+        raise ValueError("observe runs a job of CPU ranks on a group of as many")
+    ledger = Ledger()
+    with ledger:
+        engine = build_engine(job, ledger)
+        for step in range(NUM_STEPS):
+            run_step(engine, job, ledger, f"step {step + 1}")
+        del engine
+    by_phase = {phase: tops["host"].num_bytes for phase, tops in ledger.tops.items()}
+    return Peaks(num_bytes=max(by_phase.values()), by_phase=by_phase)
+
+
+def foreseen(run: DryRun) -> Peaks:
+    """The same of a dry run."""
+    return Peaks(
+        num_bytes=run.host.num_bytes, by_phase={phase: host for phase, (_, host) in run.phase_peaks.items()}
+    )

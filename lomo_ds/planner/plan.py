@@ -1,0 +1,143 @@
+"""A plan: what a dry run means for the cards that were asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lomo_ds.planner.dry_run import DryRun, dry_run
+from lomo_ds.planner.hardware import find_hardware
+from lomo_ds.planner.job import GIB, Job
+from lomo_ds.planner.search import Goal, search
+from lomo_ds.planner.time_estimate import TimeEstimate, estimate_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A job, its dry run and the verdict.
+
+    Attributes:
+        job: what was asked.
+        model_name: as the user gave it.
+        run: what the dry run booked.
+        time: an estimate of the step's time; None where no hardware was named.
+    """
+
+    job: Job
+    model_name: str
+    run: DryRun
+    time: TimeEstimate | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the card's reserve free, and the host has room where its size is given."""
+        host = self.job.host_memory_bytes
+        return self.missing_bytes <= 0 and (host is None or self.host_peak_bytes_per_node <= host)
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the peak and the reserve lack on the card; negative for what is free."""
+        return self.run.device.num_bytes - self.job.usable_bytes
+
+    @property
+    def parked_host_bytes_per_node(self) -> int:
+        """Gradients that wait on the host, of all ranks of a node."""
+        return self.run.parked_host_bytes * self.job.num_local
+
+    @property
+    def host_peak_bytes_per_node(self) -> int:
+        """Most that stands on the host in tensors, if all ranks of a node have their peaks together."""
+        return self.run.host.num_bytes * self.job.num_local
+
+    @property
+    def remedy(self) -> str:
+        """The key to change first where the job does not fit; empty where it does."""
+        return "" if self.fits else _remedy(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers and texts."""
+        run, job = self.run, self.job
+        return {
+            "model": self.model_name,
+            "num_params": run.num_params,
+            "num_gpus": job.num_gpus,
+            "gpu_memory_bytes": job.gpu_memory_bytes,
+            "reserve_bytes": job.reserve_bytes,
+            "seq_len": job.seq_len,
+            "micro_batch": job.micro_batch,
+            "optimizer": job.optimizer,
+            "checkpointing": job.checkpointing,
+            "policy": run.policy,
+            "peak_device_bytes": run.device.num_bytes,
+            "peak_phase": run.device.phase,
+            "peak_operation": run.device.operation,
+            "device_breakdown": run.device.by_role(),
+            "at_rest_device_bytes": run.at_rest_bytes,
+            "phase_peak_device_bytes": {phase: peaks[0] for phase, peaks in run.phase_peaks.items()},
+            "parked_host_bytes_per_node": self.parked_host_bytes_per_node,
+            "peak_host_bytes_per_node": self.host_peak_bytes_per_node,
+            "peak_host_phase": run.host.phase,
+            "host_breakdown": run.host.by_role(),
+            "wire_bytes_per_step": run.sent_bytes,
+            "collectives_per_step": run.calls,
+            "flops_per_step": run.flops,
+            "fits": self.fits,
+            "missing_bytes": max(0, self.missing_bytes),
+            "remedy": self.remedy,
+            "time_estimate": self.time.as_json() if self.time else None,
+            "planning_s": run.duration_s,
+            "planning_cpu_s": run.cpu_s,
+            "ds_json": job.full_ds_json(),
+        }
+
+
+def make_plan(job: Job, model_name: str, hardware: str | None = None, goal: Goal | None = None) -> Plan:
+    """Dry-run a job and judge it. Needs a process without a process group.
+
+    Args:
+        job: what is asked.
+        model_name: for the report.
+        hardware: a profile or a YAML file, for an estimate of the time.
+        goal: what to search for; the plan is then of the job that was found.
+
+    Raises:
+        ValueError: a setting that the engine refuses, unknown hardware, or a search that found nothing.
+    """
+    profile = find_hardware(hardware) if hardware else None
+    job, run = search(job, goal) if goal else (job, dry_run(job))
+    time = estimate_time(job, run, profile) if profile else None
+    return Plan(job=job, model_name=model_name, run=run, time=time)
+
+
+def _remedy(plan: Plan) -> str:
+    """What to change, for the largest part of the peak that a key governs."""
+    job, roles = plan.job, plan.run.device.by_role()
+    missing = plan.missing_bytes
+    if missing <= 0:
+        return 'the host has too little room: set "optimizer.params.apply" to "two_pass"'
+    zero = job.ds_json.get("zero_optimization", {})
+    standing = roles["parameters"] + roles["rule state"]
+    if not job.is_own and standing + roles["gradients"] > job.gpu_memory_bytes / 2:
+        return f'set "optimizer.type" to "Lomo": {job.optimizer} keeps gradients and states'
+    if standing + job.reserve_bytes > job.gpu_memory_bytes:
+        fewest = -(-standing * job.num_gpus // max(1, job.gpu_memory_bytes - job.reserve_bytes))
+        return f"more GPUs: the shards alone need at least {fewest} of them (--num-gpus)"
+    if job.checkpointing == "none":
+        return "turn activation checkpointing on (--checkpointing reentrant)"
+    if roles["gathered parameters"] >= missing and zero.get("stage3_max_live_parameters", 1e9) > 1e8:
+        return 'lower "zero_optimization.stage3_max_live_parameters" (and "stage3_prefetch_bucket_size")'
+    if roles["checkpoints"] >= missing:
+        return 'set "activation_checkpointing.cpu_checkpointing" to true: checkpoints then wait on the host'
+    if _stands_at_head(plan):
+        return 'set "tiled_vocabulary.enabled" to true: the head and the embedding then come in pieces'
+    if job.micro_batch > 1:
+        return "lower --micro-batch"
+    return f"lower --seq-len below {job.seq_len}, or more GPUs: {missing / GIB:.2f} GiB are missing"
+
+
+def _stands_at_head(plan: Plan) -> bool:
+    """Whether the peak has the head's or the embedding's weight or gradient in it."""
+    vocabulary = plan.job.model.vocab_size
+    return any(
+        vocabulary in block.shape and block.role.value != "parameters" for block in plan.run.device.blocks
+    )

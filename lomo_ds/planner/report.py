@@ -1,0 +1,115 @@
+"""A plan as a person reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from lomo_ds.planner.ledger import Block, Peak
+from lomo_ds.planner.plan import Plan
+from lomo_ds.planner.sizes import gib
+
+_NUM_ROWS = 12
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Verdict first, then where the memory is, what is sent and computed, and the estimate of time."""
+    for line in (_headline(plan), _verdict(plan), ""):
+        console.print(line, highlight=False)
+    console.print(_roles_table(plan))
+    console.print(_peak_table(plan.run.device))
+    for line in (*_host_lines(plan), *_traffic_lines(plan), *_time_lines(plan)):
+        console.print(line, highlight=False)
+
+
+def _headline(plan: Plan) -> str:
+    job, run = plan.job, plan.run
+    return (
+        f"{plan.model_name}: {run.num_params / 1e9:.2f}e9 parameters, {job.optimizer} on {job.num_gpus} GPUs "
+        f"of {gib(job.gpu_memory_bytes)} GiB, {job.micro_batch} x {job.seq_len} tokens each, "
+        f"checkpointing: {job.checkpointing.replace('_', '-')}"
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    peak = plan.run.device
+    where = (
+        f"peak {gib(peak.num_bytes)} GiB in {peak.phase}, with {gib(plan.job.reserve_bytes)} GiB in reserve"
+    )
+    if plan.fits:
+        return f"fits: {where}, {gib(-plan.missing_bytes)} GiB are left"
+    if plan.missing_bytes > 0:
+        return f"does not fit: {where}, {gib(plan.missing_bytes)} GiB are missing; {plan.remedy}"
+    return f"does not fit: {gib(plan.host_peak_bytes_per_node)} GiB of host memory per node; {plan.remedy}"
+
+
+def _roles_table(plan: Plan) -> Table:
+    table = Table(title="device memory at the peak", title_justify="left")
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    for role, num_bytes in plan.run.device.by_role().items():
+        table.add_row(role, gib(num_bytes))
+    table.add_row("all", gib(plan.run.device.num_bytes), style="bold")
+    return table
+
+
+def _peak_table(peak: Peak) -> Table:
+    table = Table(title=f"what stands at the peak, after {peak.operation}", title_justify="left")
+    for column, justify in (("GiB", "right"), ("what", "left"), ("shape", "left"), ("made by", "left")):
+        table.add_column(column, justify=justify)
+    for row in largest_blocks(peak, _NUM_ROWS):
+        table.add_row(*row)
+    return table
+
+
+def largest_blocks(peak: Peak, num_rows: int) -> Iterator[tuple[str, str, str, str]]:
+    """(GiB, what, shape, made by) of what stands at a peak, equal ones together, largest first."""
+    sums: Counter[tuple[str, str, str]] = Counter()
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for block in peak.blocks:
+        key = _key(block)
+        sums[key] += block.num_bytes
+        counts[key] += 1
+    for key, num_bytes in sums.most_common(num_rows):
+        what, shape, made_by = key
+        times = f"{counts[key]} x " if counts[key] > 1 else ""
+        yield f"{num_bytes / (1 << 30):.3f}", f"{times}{what}", shape, made_by
+
+
+def _key(block: Block) -> tuple[str, str, str]:
+    if block.role.value == "parameters":
+        return "parameters (shards)", "", ""
+    what = f"{block.role.value} {block.name}".strip()
+    return what, str(tuple(block.shape)), f"{block.operation.partition('.')[2]} {block.origin}"
+
+
+def _host_lines(plan: Plan) -> Iterator[str]:
+    yield (
+        f"host, per node of {plan.job.num_local}: {gib(plan.parked_host_bytes_per_node)} GiB of parked "
+        f"gradients; at most {gib(plan.host_peak_bytes_per_node)} GiB in {plan.run.host.phase}"
+    )
+    if plan.run.policy:
+        yield plan.run.policy
+
+
+def _traffic_lines(plan: Plan) -> Iterator[str]:
+    sent = plan.run.sent_bytes
+    parts = ", ".join(f"{kind} {gib(sent[kind])} ({plan.run.calls[kind]} calls)" for kind in sorted(sent))
+    yield f"sent by each rank in a step, GiB: {parts or 'nothing'}; all {gib(sum(sent.values()))}"
+    yield f"arithmetic of each rank in a step: {plan.run.flops:.3e} FLOP"
+
+
+def _time_lines(plan: Plan) -> Iterator[str]:
+    time = plan.time
+    if time is None:
+        return
+    low, high = time.tokens / time.slowest_s, time.tokens / time.fastest_s
+    yield (
+        f"estimate, not a measurement: a step in {time.fastest_s:.2f} to {time.slowest_s:.2f} s "
+        f"({low:.1f} to {high:.1f} tokens per GPU and second): arithmetic {time.compute_s:.2f}, wire "
+        f"{time.wire_s:.2f}, host {time.host_s:.2f} s"
+    )
+    yield from (f"  assumed: {assumption}" for assumption in time.assumptions)

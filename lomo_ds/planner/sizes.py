@@ -1,0 +1,36 @@
+"""Amounts of memory as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS[f"{_letter}b"] = 1000**_power
+    _UNITS[f"{_letter}ib"] = 1024**_power
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """``24GiB`` -> bytes; GiB is 1024^3, GB is 1000^3.
+
+    Args:
+        text: a number and a unit.
+        what: how the user knows this amount; begins an error.
+
+    Raises:
+        ValueError: no number, no unit, an unknown unit, or nothing at all.
+    """
+    match = _PATTERN.fullmatch(text)
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in _UNITS:
+        raise ValueError(f"{what}: {text!r} is not an amount of memory: write a number and GiB, GB or MiB")
+    num_bytes = int(float(match.group(1)) * _UNITS[unit])
+    if num_bytes < 1:
+        raise ValueError(f"{what} has to be more than nothing, not {text!r}")
+    return num_bytes
+
+
+def gib(num_bytes: float) -> str:
+    """``1.25`` for 1.25 * 1024^3."""
+    return f"{num_bytes / (1 << 30):.2f}"

@@ -1,0 +1,45 @@
+"""Shards side by side in memory, without sending all of them through the host at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_PIECE_BYTES = 1 << 28
+
+
+def defragment_in_pieces(defragment: Callable[[list[Tensor]], Tensor], shards: Sequence[Tensor]) -> Tensor:
+    """Lay shards side by side, some at a time, so that what was freed between them is of use again.
+
+    DeepSpeed moves all of a rank's shards through host memory at once: for the ranks of a node together,
+    the whole model.
+
+    Args:
+        defragment: DeepSpeed's, which moves a list of tensors into one buffer.
+        shards: of one dtype and device.
+
+    Returns:
+        An empty tensor in place of DeepSpeed's one buffer.
+
+    Cost: host memory of 256 MiB, or of the largest shard.
+    """
+    for piece in pieces_of(shards, _PIECE_BYTES):
+        defragment(piece)
+    return torch.empty(0, dtype=shards[0].dtype, device=shards[0].device)
+
+
+def pieces_of(shards: Sequence[Tensor], max_bytes: int) -> Iterator[list[Tensor]]:
+    """Cut a list into runs of at most ``max_bytes``; a larger tensor stands alone."""
+    piece: list[Tensor] = []
+    total = 0
+    for shard in shards:
+        num_bytes = shard.numel() * shard.element_size()
+        if piece and total + num_bytes > max_bytes:
+            yield piece
+            piece, total = [], 0
+        piece.append(shard)
+        total += num_bytes
+    if piece:
+        yield piece

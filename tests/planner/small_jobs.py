@@ -1,0 +1,122 @@
+"""Small jobs that run with data in a second and dry in another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lomo_ds.planner.job import Job, default_ds_json
+
+
+def small_llama(**changes: Any) -> Any:
+    """A config of a few hundred thousand weights."""
+    from transformers import LlamaConfig
+
+    dimensions = {
+        "vocab_size": 1000,
+        "hidden_size": 96,
+        "intermediate_size": 258,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    return LlamaConfig(**{**dimensions, **changes})
+
+
+def small_json(**top: Any) -> dict[str, Any]:
+    """bf16, limits that suit the small model, and a bound on the norm that every step exceeds."""
+    zero = {
+        "stage": 3,
+        "reduce_bucket_size": 20_000,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_max_live_parameters": 60_000,
+        "stage3_max_reuse_distance": 60_000,
+        "stage3_param_persistence_threshold": 100,
+    }
+    return {"bf16": {"enabled": True}, "gradient_clipping": 1e-6, "zero_optimization": zero} | top
+
+
+def small_job(num_ranks: int = 2, ds_json: dict[str, Any] | None = None, **settings: Any) -> Job:
+    """A job of CPU ranks."""
+    given = {"device": "cpu", "seq_len": 48, "micro_batch": 2, "attention": "eager"} | settings
+    model = given.pop("model", None) or small_llama()
+    return Job(model=model, ds_json=ds_json or small_json(), num_gpus=num_ranks, **given)
+
+
+def medium_llama() -> Any:
+    """A config of 13 million weights, for figures in which tensors outweigh everything else."""
+    return small_llama(
+        vocab_size=8000, hidden_size=384, intermediate_size=1032, num_hidden_layers=4, num_attention_heads=6
+    )
+
+
+def medium_jobs() -> dict[str, Job]:
+    """The small jobs with a larger model and more tokens."""
+    zero = small_json()["zero_optimization"] | {
+        "stage3_prefetch_bucket_size": 300_000,
+        "stage3_max_live_parameters": 1_000_000,
+        "stage3_max_reuse_distance": 1_000_000,
+    }
+    return {
+        name: replace(
+            job,
+            model=medium_llama(),
+            seq_len=128,
+            micro_batch=4,
+            ds_json={**job.ds_json, "zero_optimization": zero},
+        )
+        for name, job in truth_jobs().items()
+    }
+
+
+def truth_jobs() -> dict[str, Job]:
+    """Name -> a job to be run dry and with data."""
+    at_once = small_json(gradient_clipping=0.0)
+    tiled = small_json(tiled_vocabulary={"enabled": True, "tile_numel": 9600})
+    return {
+        "Lomo, 1 rank": small_job(1),
+        "Lomo, 2 ranks": small_job(2),
+        "Lomo, 3 ranks": small_job(3),
+        "Lomo, 2 ranks, no checkpointing": small_job(2, checkpointing="none"),
+        "Lomo, 2 ranks, vocabulary in tiles": small_job(2, tiled),
+        "AdaLomo, 2 ranks": small_job(2, optimizer="AdaLomo"),
+        "AdaLomo, immediate, 3 ranks, no checkpointing": small_job(
+            3, at_once, optimizer="AdaLomo", checkpointing="none"
+        ),
+        "SGD, 1 rank, no checkpointing": small_job(1, optimizer="SGD", checkpointing="none"),
+        "SGD, 2 ranks": small_job(2, optimizer="SGD"),
+    }
+
+
+def gpu_job(model: dict | None = None, top: dict | None = None, **settings: Any) -> Job:
+    """A job of accelerators: a model of a few million weights, with limits that suit it."""
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "vocab_size": 8000}
+    ds_json = default_ds_json() | (top or {})
+    ds_json["zero_optimization"] = ds_json["zero_optimization"] | {
+        "reduce_bucket_size": 10_000,
+        "stage3_prefetch_bucket_size": 10_000,
+        "stage3_max_live_parameters": 100_000,
+        "stage3_max_reuse_distance": 100_000,
+        "stage3_param_persistence_threshold": 1_000,
+    }
+    return Job(model=small_llama(**shape | (model or {})), ds_json=ds_json, **({"seq_len": 128} | settings))
+
+
+def gpu_jobs() -> dict[str, Job]:
+    """Name -> a job whose peak is at another moment, or made of something else."""
+    whole = {"tiled_vocabulary": {"enabled": False}}
+    offloaded = {"activation_checkpointing": {"cpu_checkpointing": True}}
+    return {
+        "tiles": gpu_job(),
+        "offloaded": gpu_job(top=offloaded),
+        "whole vocabulary": gpu_job(top=whole),
+        "no checkpointing": gpu_job(checkpointing="none", micro_batch=8),
+        "tied": gpu_job({"tie_word_embeddings": True}),
+        "large vocabulary": gpu_job({"vocab_size": 50_000}, top=whole),
+        "one GPU": gpu_job(num_gpus=1),
+        "1,024 GPUs": gpu_job(num_gpus=1024),
+        "AdaLomo": gpu_job(optimizer="AdaLomo", micro_batch=4),
+        "SGD": gpu_job(optimizer="SGD", micro_batch=4),
+        "AdamW": gpu_job(optimizer="AdamW"),
+    }

@@ -1,0 +1,121 @@
+"""What a dry run books: every byte once, in its place, for what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lomo_ds.planner.dry_run import DryRun
+from lomo_ds.planner.hardware import Hardware, find_hardware
+from lomo_ds.planner.ledger import Ledger
+from lomo_ds.planner.plan import Plan
+from lomo_ds.planner.time_estimate import estimate_time
+from tests.planner.small_jobs import gpu_jobs
+
+JOBS = gpu_jobs()
+
+
+@pytest.mark.parametrize("name", ["tiles", "one GPU", "1,024 GPUs", "AdaLomo", "SGD", "AdamW"])
+def test_shards_are_the_models_part(dry_runs: dict[str, DryRun], name: str) -> None:
+    run, num_gpus = dry_runs[name], JOBS[name].num_gpus
+    padding = 2 * 40  # one element for each parameter at most
+    assert run.standing["parameters"] == pytest.approx(2 * run.num_params / num_gpus, abs=padding)
+    assert run.device.by_role()["parameters"] == run.standing["parameters"]
+
+
+@pytest.mark.parametrize(("name", "bytes_per_param"), [("SGD", 4), ("AdamW", 12), ("tiles", 0)])
+def test_states(dry_runs: dict[str, DryRun], name: str, bytes_per_param: int) -> None:
+    run = dry_runs[name]
+    assert run.standing["rule state"] == pytest.approx(
+        bytes_per_param * run.num_params / 8, rel=1e-3, abs=100
+    )
+
+
+def test_lomo_never_holds_the_gradient(dry_runs: dict[str, DryRun]) -> None:
+    run = dry_runs["whole vocabulary"]
+    assert run.standing["gradients"] == 0
+    assert run.most_gradient_bytes == pytest.approx(2 * 8000 * 512, rel=0.01)
+    assert dry_runs["SGD"].standing["gradients"] == pytest.approx(2 * run.num_params / 8, rel=1e-3)
+
+
+def test_tiles_hold_no_table(dry_runs: dict[str, DryRun]) -> None:
+    tables = [block for block in dry_runs["1,024 GPUs"].device.blocks if block.role.value == "gradients"]
+    assert not [block for block in tables if 8000 in block.shape]
+
+
+def test_host_holds_what_is_parked_and_little_else(dry_runs: dict[str, DryRun]) -> None:
+    run = dry_runs["tiles"]
+    assert run.parked_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
+    assert run.tops["step 2: backward"]["host"].num_bytes == run.parked_host_bytes
+    offloaded = dry_runs["offloaded"].tops["step 2: backward"]["host"].by_role()
+    assert offloaded["checkpoints"] >= 3 * 2 * 128 * 512
+    assert offloaded["parked gradients"] == run.parked_host_bytes
+
+
+def test_traffic_and_arithmetic(dry_runs: dict[str, DryRun]) -> None:
+    run = dry_runs["whole vocabulary"]
+    whole = 2 * run.num_params * 7 / 8
+    assert run.sent_bytes["reduce_scatter"] == pytest.approx(whole, rel=0.01)
+    assert 2 * whole < run.sent_bytes["all_gather"] < 3.2 * whole
+    matrices = run.num_params - 8000 * 512
+    assert run.flops == pytest.approx(8 * matrices * 128, rel=0.15)
+    assert dry_runs["one GPU"].sent_bytes == {}
+    assert run.host_traffic_bytes == pytest.approx(2 * run.parked_host_bytes, rel=0.01)
+
+
+def test_the_peak_is_that_of_the_timeline(dry_runs: dict[str, DryRun]) -> None:
+    run = dry_runs["tiles"]
+    assert max(run.timeline) == run.device.num_bytes
+    assert [phase for _, phase in run.phase_starts][:2] == ["loading", "initialization"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu_memory", "words"),
+    [
+        ("tiles", 4 << 20, "more GPUs"),
+        ("AdamW", 40 << 20, "optimizer.type"),
+        ("whole vocabulary", 20 << 20, "tiled_vocabulary"),
+        ("no checkpointing", 40 << 20, "checkpointing"),
+        ("tiles", 1 << 30, ""),
+    ],
+)
+def test_the_verdict_names_a_key(dry_runs: dict[str, DryRun], name: str, gpu_memory: int, words: str) -> None:
+    from dataclasses import replace
+
+    job = replace(JOBS[name], gpu_memory_bytes=gpu_memory, reserve_bytes=1)
+    plan = Plan(job=job, model_name=name, run=dry_runs[name])
+    assert plan.fits == (words == "")
+    assert words in plan.remedy
+
+
+def test_an_estimate_is_bracketed_and_labelled(dry_runs: dict[str, DryRun]) -> None:
+    run = dry_runs["tiles"]
+    time = estimate_time(JOBS["tiles"], run, find_hardware("3090"))
+    assert time.compute_s == pytest.approx(run.flops / (71e12 * 0.5))
+    assert time.fastest_s <= time.slowest_s == time.compute_s + time.wire_s + time.host_s
+    assert "not a measurement" in time.as_json()["label"]
+
+
+def test_own_hardware(tmp_path) -> None:
+    path = tmp_path / "cards.yaml"
+    names = ("dense_bf16_flops", "link_bytes_s", "node_link_bytes_s", "host_link_bytes_s")
+    rates = "".join(f"{name}: 1.0e+9\n" for name in names)
+    path.write_text("name: mine\n" + rates)
+    assert isinstance(find_hardware(str(path)), Hardware)
+    path.write_text("name: mine\nlink: 3\n" + rates)
+    with pytest.raises(ValueError, match="link"):
+        find_hardware(str(path))
+
+
+def test_a_ledger_of_real_tensors_follows_their_lives() -> None:
+    ledger = Ledger()
+    with ledger, ledger.phase("step: forward"):
+        first = torch.ones(1000)
+        second = first * 2
+        assert ledger.live_bytes["host"] == 8000
+        view = second[:10]
+        del first, second
+        assert ledger.live_bytes["host"] == 4000
+        del view
+    assert ledger.live_bytes["host"] == 0
+    assert ledger.tops["step: forward"]["host"].num_bytes == 8000

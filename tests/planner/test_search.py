@@ -1,0 +1,79 @@
+"""The search finds the edge of what fits, and proves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from lomo_ds.planner.closed_form import closed_form
+from lomo_ds.planner.job import GIB, Job, default_ds_json
+from lomo_ds.planner.presets import model_config
+from lomo_ds.planner.search import last_that_fits, search, with_limits
+
+
+@dataclass
+class Device:
+    num_bytes: int
+
+
+@dataclass
+class Run:
+    """Stands in for a dry run: as the formula, and more by ``surplus``."""
+
+    device: Device
+
+
+def by_formula(surplus: int = 0):
+    def run(job: Job) -> Run:
+        gathered = 2 * job.ds_json["zero_optimization"]["stage3_max_live_parameters"]
+        return Run(Device(closed_form(job).peak_bytes + gathered + surplus))
+
+    return run
+
+
+def llama_7b(**settings: object) -> Job:
+    return Job(model=model_config("llama-7b"), ds_json=default_ds_json(), **settings)
+
+
+@pytest.mark.parametrize("num_fitting", [0, 1, 5, 6])
+def test_bisection(num_fitting: int) -> None:
+    jobs = list(range(6))
+    assert last_that_fits(jobs, lambda one: one < num_fitting) == num_fitting - 1
+
+
+EDGES = [("micro-batch", {"seq_len": 512}, "micro_batch", 1), ("seq-len", {"micro_batch": 8}, "seq_len", 64)]
+
+
+@pytest.mark.parametrize(("goal", "given", "name", "step"), EDGES)
+def test_one_more_would_not_fit(goal: str, given: dict, name: str, step: int) -> None:
+    card = {"num_gpus": 2, "gpu_memory_bytes": 11 * GIB} | given
+    job, result = search(llama_7b(**card), goal, by_formula())
+    assert result.device.num_bytes <= job.usable_bytes
+    more = llama_7b(**card | {name: getattr(job, name) + step})
+    assert by_formula()(more).device.num_bytes > job.usable_bytes
+
+
+def test_fewest_gpus() -> None:
+    job, _ = search(llama_7b(gpu_memory_bytes=8 * GIB, seq_len=128), "gpus", by_formula())
+    assert job.num_gpus == 4
+
+
+def test_a_dry_run_that_takes_more_steps_back() -> None:
+    plain, _ = search(llama_7b(seq_len=512), "micro-batch", by_formula())
+    careful, _ = search(llama_7b(seq_len=512), "micro-batch", by_formula(surplus=GIB))
+    assert 0 < careful.micro_batch < plain.micro_batch
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(ValueError, match="nothing fits"):
+        search(llama_7b(num_gpus=1, gpu_memory_bytes=12 * GIB), "micro-batch", by_formula())
+
+
+def test_limits_rise_and_nothing_else_changes() -> None:
+    before = default_ds_json()
+    after = with_limits(before, free_numel=10_000_000)["zero_optimization"]
+    assert after["stage3_max_live_parameters"] == 40_000_000
+    assert after["stage3_prefetch_bucket_size"] == 5_000_000
+    unchanged = {key for key in after if after[key] == before["zero_optimization"][key]}
+    assert {"stage", "reduce_bucket_size", "stage3_param_persistence_threshold"} <= unchanged
