@@ -170,7 +170,7 @@ def truth() -> Iterator[str]:
     yield "| job | dry run, MB | with data, MB | difference | growth of resident memory, MB |"
     yield "|---|---|---|---|---|"
     for (name, job), run in zip(jobs.items(), runs, strict=True):
-        peak, growth = run_ranks(job.num_gpus, observe_resident, job, fresh=True)[0]
+        peak, growth = run_ranks(job.num_gpus, observe_resident, job, fresh=True, deadline_s=600)[0]
         expected = foreseen(run).num_bytes
         change = expected / peak - 1
         dry, real, resident = (value / 1e6 for value in (expected, peak, growth))
