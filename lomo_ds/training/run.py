@@ -74,8 +74,8 @@ def run(recipe: Recipe) -> None:
     deepspeed.init_distributed()
     try:
         job = _set_up(recipe, start_s)
-        accuracies = _train_and_evaluate(job)
-        _write_results(job, accuracies)
+        held_out = _train_and_evaluate(job)
+        _write_results(job, held_out)
     finally:
         dist.destroy_process_group()
 
@@ -161,7 +161,7 @@ def _train_and_evaluate(job: _Job) -> dict[str, float | None]:
     job.lap("training_s")
     after = _evaluate(job, evaluation, "after")
     job.lap("evaluation_after_s")
-    return {"accuracy_before": before, "accuracy_after": after}
+    return before | after
 
 
 def _pad_token_id(tokenizer: Any) -> int:
@@ -193,16 +193,17 @@ def _evaluation(job: _Job) -> ChoiceEvaluation | None:
     )
 
 
-def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> float | None:
+def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> dict[str, float | None]:
+    """The summary's figures of the held-out examples."""
     if evaluation is None:
-        return None
+        return {f"accuracy_{when}": None, f"loss_{when}": None}
     job.progress.say(f"scoring {len(evaluation.labels)} held-out examples {when} training")
-    result = evaluation.accuracy(job.engine)
-    job.progress.say(f"accuracy {when} training: {result:.3f}")
-    return result
+    found = evaluation.evaluate(job.engine)
+    job.progress.say(f"accuracy {when} training: {found.accuracy:.3f}, loss {found.loss:.4f}")
+    return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
 
 
-def _write_results(job: _Job, accuracies: dict[str, float | None]) -> None:
+def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
     """Model, plot and, last, the summary."""
     if job.plan.recipe.save_model:
         job.progress.say("writing the model")
@@ -218,7 +219,7 @@ def _write_results(job: _Job, accuracies: dict[str, float | None]) -> None:
         if job.is_first:
             title = plot_title(job.plan.recipe, dist.get_world_size())
             plot_loss_and_memory(job.history, title, job.output.plot)
-            summary = accuracies | _figures(job, int(peaks[0]), int(parked))
+            summary = held_out | _figures(job, int(peaks[0]), int(parked))
             job.output.end(summary)
             _report(job, summary)
 
