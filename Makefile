@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: test-nvme help venv test lint format quickstart bench-step bench-adapters clean
+.PHONY: test-nvme help venv test lint format quickstart bench-step bench-adapters bench-rounding clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ bench-step: $(STAMP)  ## memory and step time beside ZeRO-3 with SGD and AdamW
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) benchmarks/adapters.py
+
+bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest rounding, 200 steps
+	$(RUN) recipes/prepare_quickstart.py
+	$(RUN) benchmarks/rounding.py --fp32-seeds 1
 
 clean:  ## remove caches and build outputs; .venv, runs and downloads stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
