@@ -61,12 +61,14 @@ def test_losses_stand_beside_the_fp32_run_of_their_seed(benchmark_module, tmp_pa
     assert nearest["last_loss"] == {"ratio": pytest.approx(1.125), "within": False}
     assert summary["rows"][1]["last_loss_error"] == pytest.approx(0.01 / 7 / 0.4)  # +-0.01 over 49 degrees
     assert summary["rows"][2]["last_loss_error"] == pytest.approx(0.0)
+    assert summary["rows"][2]["stretches"] == pytest.approx([1.125])
     assert summary["fp32_spread"]["loss_after"] == pytest.approx([0.05])
     report.write_report(tmp_path, results(report, cells))
     page = (tmp_path / "rounding.md").read_text()
     assert "| bf16, nearest | 0 | 0.4500 | 1.1250 \u00b1 0.0000 | 3.0000 | 0.5000 | 1.2500 | 0.8000 |" in page
     assert "| bf16, stochastic | yes (+0.00%) | yes (+0.50%) |" in page
     assert "| bf16, nearest | **no** (+12.50%) | **no** (+25.00%) |" in page and "by +5.00%" in page
+    assert "- bf16, nearest, seed 0: +12.50%" in page
     assert json.loads((tmp_path / "rounding.json").read_text())["summary"]["rows"][0]["ratios"] == {}
     assert (tmp_path / "rounding.png").read_bytes().startswith(b"\x89PNG")
 
