@@ -117,6 +117,7 @@ def markdown(results: dict[str, Any]) -> str:
         "## Settings\n",
         "All cells: `recipes/quickstart.yaml`" + listed(run["common_overrides"]) + ".\n",
         *(f"- {METHODS[method].label}{listed(overrides)}" for method, overrides in run["overrides"].items()),
+        _SETTINGS_NOTE,
     ]
     return "\n".join(parts) + "\n"
 
@@ -128,6 +129,12 @@ the training examples and the adapters' initial values. Means over the seeds, wi
 deviation in brackets. "Training loss" is the mean over the last {last_steps} steps. "Peak" is the larger
 rank's resident memory, libraries and parked gradients included (glibc keeps freed memory of up to
 {threshold} bytes); "parked" the gradients on the host, all ranks together. 1 GB = 1e9 bytes.
+"""
+
+_SETTINGS_NOTE = """
+The adapters' settings are those of the LOMO paper and were not searched. LOMO's learning rate and the
+number of steps are the recipe's, which were chosen on the same held-out examples, for LOMO: LoRA alone may
+gain from a search of its own.\
 """
 
 
