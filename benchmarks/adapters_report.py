@@ -102,7 +102,7 @@ def markdown(results: dict[str, Any]) -> str:
     run, summary, cells = results["run"], results["summary"], results["cells"]
     seeds = sorted({cell["seed"] for cell in cells})
     parts = [
-        "# Adapters: LoRA alone, LOMO + LoRA, LOMO alone\n",
+        "# Adapters: " + ", ".join(METHODS[method].label for method in summary["methods"]) + "\n",
         _INTRODUCTION.format(
             **cells[0],
             seeds=", ".join(map(str, seeds)),
