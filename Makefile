@@ -52,7 +52,7 @@ bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quick
 
 bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest rounding, 200 steps
 	$(RUN) recipes/prepare_quickstart.py
-	$(RUN) benchmarks/rounding.py --fp32-seeds 1
+	$(RUN) benchmarks/rounding.py
 
 clean:  ## remove caches and build outputs; .venv, runs and downloads stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -218,8 +218,9 @@ def _plot_losses(axes: Any, cells: Cells) -> None:
         method, losses = METHODS[cell["method"]], cell["losses"]
         width = min(LAST_STEPS // 2, len(losses))
         smooth = [mean(losses[stop - width : stop]) for stop in range(width, len(losses) + 1)]
-        axes.plot(range(width, len(losses) + 1), smooth, color=method.color, label=method.label)
-    axes.set(title=f"training loss (mean of {width} steps)", xlabel="step")
+        under = {"linewidth": 4, "alpha": 0.5} if cell["method"] == "fp32" else {}
+        axes.plot(range(width, len(losses) + 1), smooth, color=method.color, label=method.label, **under)
+    axes.set(title=f"training loss (mean of {width} steps)", xlabel="step", yscale="log")
     axes.legend(frameon=False)
 
 
