@@ -10,7 +10,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: test-nvme test-faults help venv test lint format quickstart bench-step bench-checkpoint bench-adapters clean
+.PHONY: test-nvme test-faults help venv test lint format quickstart bench-step bench-checkpoint bench-adapters \
+	bench-rounding clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +57,10 @@ bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, beside ZeRO
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) benchmarks/adapters.py
+
+bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest rounding, 200 steps
+	$(RUN) recipes/prepare_quickstart.py
+	$(RUN) benchmarks/rounding.py
 
 clean:  ## remove caches and build outputs; .venv, runs and downloads stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -125,6 +125,25 @@ def accuracy(scores: Tensor, labels: Sequence[int]) -> float:
     return (scores.argmax(dim=1) == torch.tensor(labels)).double().mean().item()
 
 
+def answer_loss(scores: Tensor, labels: Sequence[int], num_tokens: int) -> float:
+    """Negative log-likelihood of the right options, mean over their ``num_tokens`` tokens; as in training."""
+    rows = torch.arange(len(labels))
+    return -scores[rows, torch.tensor(labels)].sum().item() / num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation found.
+
+    Attributes:
+        accuracy: part of the examples whose likeliest option is the right one.
+        loss: negative log-likelihood of the right options, mean over their tokens.
+    """
+
+    accuracy: float
+    loss: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChoiceEvaluation:
     """A held-out set, tokenized once and scored as often as wanted.
@@ -143,8 +162,8 @@ class ChoiceEvaluation:
     batch_size: int
     pad_token_id: int
 
-    def accuracy(self, engine: Any) -> float:
-        """Score all examples, split over the ranks; every rank returns the same figure. Collective.
+    def evaluate(self, engine: Any) -> Evaluated:
+        """Score all examples, split over the ranks; every rank returns the same figures. Collective.
 
         The engine is left in the mode in which it was found.
         """
@@ -159,4 +178,13 @@ class ChoiceEvaluation:
         ).to(engine.device)
         engine.train(was_training)
         dist.all_reduce(scores, dist.ReduceOp.MAX)
-        return accuracy(scores.cpu(), self.labels)
+        scores = scores.cpu()
+        return Evaluated(
+            accuracy=accuracy(scores, self.labels),
+            loss=answer_loss(scores, self.labels, self._num_right_tokens()),
+        )
+
+    def _num_right_tokens(self) -> int:
+        """Tokens of the right options of all examples."""
+        readings = (reading for query in self.queries for reading in query.readings)
+        return sum(len(ids) for example, option, ids in readings if option == self.labels[example])

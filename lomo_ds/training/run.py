@@ -47,7 +47,7 @@ class _Job:
 
     Attributes:
         history: a line for each step made, by this process or an earlier one.
-        accuracy_before: of the untouched model; None where nothing is evaluated.
+        before: the summary's figures of the held-out examples, from the untouched model.
         seconds: that each phase took in this process.
     """
 
@@ -60,7 +60,7 @@ class _Job:
     start_s: float
     stop: StopFlag = field(default_factory=StopFlag)
     history: list[StepMetrics] = field(default_factory=list)
-    accuracy_before: float | None = None
+    before: dict[str, float | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def record(self, metrics: StepMetrics) -> None:
@@ -80,7 +80,7 @@ class _Job:
         settings = self.plan.recipe.checkpoint
         self.engine.save_checkpoint(
             self.output.checkpoints,
-            client_state={"run": identity(self.plan), "accuracy_before": self.accuracy_before},
+            client_state={"run": identity(self.plan), "before": self.before},
             tokenizer=self.tokenizer,
             keep_last=settings.keep_last,
             asynchronous=settings.asynchronous,
@@ -194,7 +194,7 @@ def _resume(job: _Job, checkpoint: Path) -> None:
     num_steps = job.engine.global_steps
     with failing_together():
         require_same_run(client_state.get("run", {}), identity(job.plan), checkpoint)
-        job.accuracy_before = client_state["accuracy_before"]
+        job.before = client_state["before"]
         job.history = read_history(job.output.metrics, num_steps)
         if job.is_first:
             job.output.path.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def _train_and_evaluate(job: _Job) -> bool:
     """Everything after loading; False where the run was told to stop before its last step."""
     evaluation = _evaluation(job)
     if job.engine.global_steps == 0:
-        job.accuracy_before = _evaluate(job, evaluation, "before")
+        job.before = _evaluate(job, evaluation, "before")
     job.lap("evaluation_before_s")
     with job.progress, job.stop.listening():
         ended = _train(job)
@@ -246,7 +246,7 @@ def _train_and_evaluate(job: _Job) -> bool:
         return False
     after = _evaluate(job, evaluation, "after")
     job.lap("evaluation_after_s")
-    _write_results(job, {"accuracy_before": job.accuracy_before, "accuracy_after": after})
+    _write_results(job, job.before | after)
     return True
 
 
@@ -293,16 +293,17 @@ def _evaluation(job: _Job) -> ChoiceEvaluation | None:
     )
 
 
-def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> float | None:
+def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> dict[str, float | None]:
+    """The summary's figures of the held-out examples."""
     if evaluation is None:
-        return None
+        return {f"accuracy_{when}": None, f"loss_{when}": None}
     job.progress.say(f"scoring {len(evaluation.labels)} held-out examples {when} training")
-    result = evaluation.accuracy(job.engine)
-    job.progress.say(f"accuracy {when} training: {result:.3f}")
-    return result
+    found = evaluation.evaluate(job.engine)
+    job.progress.say(f"accuracy {when} training: {found.accuracy:.3f}, loss {found.loss:.4f}")
+    return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
 
 
-def _write_results(job: _Job, accuracies: dict[str, float | None]) -> None:
+def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
     """Model, plot and, last, the summary."""
     if job.plan.recipe.save_model:
         job.progress.say("writing the model")
@@ -318,7 +319,7 @@ def _write_results(job: _Job, accuracies: dict[str, float | None]) -> None:
         if job.is_first:
             title = plot_title(job.plan.recipe, dist.get_world_size())
             plot_loss_and_memory(job.history, title, job.output.plot)
-            summary = accuracies | _figures(job, int(peaks[0]), int(parked))
+            summary = held_out | _figures(job, int(peaks[0]), int(parked))
             job.output.end(summary)
             _report(job, summary)
 

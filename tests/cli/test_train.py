@@ -131,6 +131,7 @@ def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
     assert all(set(line) == keys and min(line.values()) > 0 for line in lines)
     summary = json.loads((out / "summary.json").read_text())
     assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
+    assert summary["loss_before"] > 0 and summary["loss_after"] > 0
     assert summary["num_eval_examples"] == 7 and summary["num_ranks"] == 2
     assert summary["peak_device_bytes"] >= lines[-1]["peak_memory_bytes"]
     assert summary["parked_host_bytes"] > 0 and summary["wall_s"] > summary["training_s"] > 0

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lomo_ds.tasks.prompts import ChoiceExample
-from lomo_ds.tasks.scoring import ChoiceEvaluation, accuracy, option_scores, queries_for, rank_batches
+from lomo_ds.tasks.scoring import (
+    ChoiceEvaluation,
+    Evaluated,
+    accuracy,
+    option_scores,
+    queries_for,
+    rank_batches,
+)
 from tests.harness import run_ranks
 from tests.tiny import SENTENCES, tiny_llama, tiny_tokenizer
 
@@ -65,7 +72,7 @@ def test_accuracy_counts_the_likeliest_option():
     assert accuracy(scores, [0, 1, 1]) == pytest.approx(2 / 3)
 
 
-def evaluate_on_ranks(kind: str) -> tuple[float, bool]:
+def evaluate_on_ranks(kind: str) -> tuple[Evaluated, bool]:
     import deepspeed
 
     model, items = tiny_llama(), examples(kind)
@@ -83,13 +90,20 @@ def evaluate_on_ranks(kind: str) -> tuple[float, bool]:
         batch_size=2,
         pad_token_id=1,
     )
-    return evaluation.accuracy(engine), engine.training
+    return evaluation.evaluate(engine), engine.training
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_agree_on_the_oracles_accuracy(world_size: int):
-    items = examples("several")
-    expected = accuracy(oracle(tiny_llama(), items), [item.label for item in items])
+def test_ranks_agree_on_the_oracles_accuracy_and_loss(world_size: int):
+    items, tokenizer = examples("several"), tiny_tokenizer()
+    scores, labels = oracle(tiny_llama(), items), [item.label for item in items]
+    right = sum(float(scores[row, label]) for row, label in enumerate(labels))
+    texts = [(item.prompt, item.prompt + item.answer) for item in items]
+    num_tokens = [
+        len(tokenizer(whole)["input_ids"]) - len(tokenizer(start)["input_ids"]) for start, whole in texts
+    ]
+    assert len(set(num_tokens)) > 1, "else a mean over examples would do, too"
     for result, still_training in run_ranks(world_size, evaluate_on_ranks, "several"):
-        assert result == pytest.approx(expected)
+        assert result.accuracy == pytest.approx(accuracy(scores, labels))
+        assert result.loss == pytest.approx(-right / sum(num_tokens), rel=1e-5)
         assert still_training

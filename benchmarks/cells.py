@@ -1,0 +1,152 @@
+"""Cells of a benchmark: one `lomo-ds train` each, not run again when done, and the figures they leave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from step_report import describe_machine, describe_versions
+
+from lomo_ds.cli.train import launch_environment
+from lomo_ds.training.recipe_file import parse_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        method: what is compared, as the tables' key.
+        label: the same for people.
+        seed: of the run.
+        recipe: YAML file.
+        overrides: what makes the recipe into this cell's, ``output`` included.
+    """
+
+    method: str
+    label: str
+    seed: int
+    recipe: Path
+    overrides: tuple[str, ...]
+
+
+def argument_parser(description: str, runs: str, seeds: Sequence[int]) -> argparse.ArgumentParser:
+    """The options that every benchmark of cells has; ``runs`` names its folder under runs/."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for every cell")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "quickstart.yaml")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / runs, help="one folder a cell")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    return parser
+
+
+def common_overrides(output: Path, seed: int) -> tuple[str, ...]:
+    """What every cell changes in the recipe."""
+    return (f"seed={seed}", f"output={output.resolve()}", "save_model=false", "overwrite=true")
+
+
+def run_cells(cells: Sequence[Cell], num_ranks: int, console: Console) -> list[dict[str, Any]]:
+    """Run what is not done, in order; a line per cell.
+
+    Returns:
+        Each run's ``summary.json`` with its ``method``, ``seed`` and the ``losses`` of its steps.
+    """
+    found = []
+    for cell in cells:
+        with console.status(f"seed {cell.seed}: {cell.label}"):
+            _run_cell(cell, num_ranks)
+        found.append(_read_cell(cell))
+        console.print(_one_line(cell.label, found[-1]), highlight=False, soft_wrap=True)
+    return found
+
+
+def finished(cell: Cell) -> bool:
+    """Whether the cell's folder holds the results of exactly its recipe."""
+    recipe = parse_recipe(cell.recipe, cell.overrides)
+    output = Path(recipe.output)
+    if not (output / "summary.json").is_file():
+        return False
+    return yaml.safe_load((output / "recipe.yaml").read_text()) == json.loads(json.dumps(asdict(recipe)))
+
+
+def _output(cell: Cell) -> Path:
+    return Path(parse_recipe(cell.recipe, cell.overrides).output)
+
+
+def _run_cell(cell: Cell, num_ranks: int) -> None:
+    """Train in processes of their own, unless it is done; their output goes to ``train.log``."""
+    if finished(cell):
+        return
+    output = _output(cell)
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "lomo_ds.cli.main", "train", str(cell.recipe), *cell.overrides]
+    command += ["--num-ranks", str(num_ranks)]
+    with (output / "train.log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)} failed; its output is in {output / 'train.log'}")
+
+
+def _read_cell(cell: Cell) -> dict[str, Any]:
+    """The figures that a run left."""
+    output = _output(cell)
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return {
+        "method": cell.method,
+        "seed": cell.seed,
+        "losses": [json.loads(line)["loss"] for line in lines],
+        **json.loads((output / "summary.json").read_text()),
+    }
+
+
+def _one_line(label: str, found: dict[str, Any]) -> str:
+    return (
+        f"seed {found['seed']}  {label:24}"
+        f" accuracy {found['accuracy_before']:.3f} before, {found['accuracy_after']:.3f} after"
+        f"  held-out loss {found['loss_after']:.4f}  peak {found['peak_device_bytes'] / 1e9:.3f} GB"
+        f"  {found['wall_s']:.0f} s"
+    )
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """What has to be known to repeat a run of cells: a report's ``run``, ``machine`` and ``versions``."""
+    environment = launch_environment(os.environ, 0)
+    thresholds = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    run = {
+        "command": shlex.join(["python", *sys.argv]),
+        "common_overrides": args.overrides,
+        "num_ranks": args.ranks,
+        "environment": {name: environment[name] for name in thresholds},
+    }
+    return {"run": run, "machine": describe_machine(), "versions": describe_versions()}
+
+
+def written_by(results: dict[str, Any]) -> str:
+    """A report's sentence on command, machine and versions."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return (
+        f"Written by `{results['run']['command']}` on {machine['cores']} cores of {machine['cpu']},\n"
+        f"{machine['memory']}, with {versions}.\n"
+    )
+
+
+def listed(overrides: Sequence[str]) -> str:
+    """Overrides as the end of a sentence; nothing where there are none."""
+    return ": " + ", ".join(f"`{override}`" for override in overrides) if overrides else ""
