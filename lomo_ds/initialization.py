@@ -82,6 +82,7 @@ def initialize(
         tiling = _checked_model(model, ds_json)
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
         nvme = NvmeSettings.of(optimizer.park_to, ds_json.get("aio")) if optimizer.park_to else None
+        refuse_unreadable(ds_json)
     check_ranks(ds_json, ranks := dist.get_world_size())
     ds_config = DeepSpeedConfig(ds_json)
     with init_context_suspended():
@@ -144,7 +145,6 @@ def _read_json(args: Any, config: str | Mapping[str, Any] | None) -> dict[str, A
     read = load_ds_config(config if isinstance(config, dict) else os.fspath(config))
     ds_json = {key: value for key, value in read.items() if value is not None}
     refuse_unsupported(ds_json)
-    refuse_unreadable(ds_json)
     return ds_json
 
 

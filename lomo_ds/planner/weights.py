@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
-from lomo_ds.checkpoint.folder import ModelFolder
+from lomo_ds.checkpoint.folder import SINGLE_FILE, ModelFolder
+from lomo_ds.checkpoint.tensor_file import PIECE_BYTES, TensorFile, TensorRecord
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 
-_FILE = "model.safetensors"
+_DTYPE = torch.bfloat16
 _VALUE = 0.01
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """What ``safetensors`` gives for a tensor: rows are made when they are asked for."""
+class _ImaginedFile(TensorFile):
+    """A file whose pieces are made when they are asked for, as large as those of a real one."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def __getitem__(self, rows: slice) -> torch.Tensor:
-        first, last, _ = rows.indices(self.shape[0])
-        return torch.full((last - first, *self.shape[1:]), _VALUE, dtype=self.dtype, device="cpu")
-
-
-class _ImaginedFolder(ModelFolder):
-    """A folder whose one file holds everything in one dtype."""
-
-    dtype = torch.bfloat16
-
-    @contextmanager
-    def open(self, file: str) -> Iterator[Any]:
-        yield self
-
-    def get_slice(self, name: str) -> _Slice:
-        return _Slice(self.shapes[name], self.dtype)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return torch.full(self.shapes[name], _VALUE, dtype=self.dtype, device="cpu")
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        stop = self.tensors[name].numel if stop is None else stop
+        step = PIECE_BYTES // _DTYPE.itemsize
+        for first in range(start, stop, step):
+            yield torch.full((min(step, stop - first),), _VALUE, dtype=_DTYPE, device="cpu")
 
 
 def imagined_folder(model: Module) -> ModelFolder:
@@ -59,4 +37,7 @@ def imagined_folder(model: Module) -> ModelFolder:
         name for name, _ in model.named_parameters(remove_duplicate=False)
     }
     shapes |= {name: tuple(model.get_buffer(name).shape) for name in others}
-    return _ImaginedFolder(path=Path("(imagined)"), files=dict.fromkeys(shapes, _FILE), shapes=shapes)
+    tensors = {name: TensorRecord(dtype=_DTYPE, shape=shape) for name, shape in shapes.items()}
+    path = Path("(imagined)")
+    file = _ImaginedFile(path=path / SINGLE_FILE, tensors=tensors, metadata={})
+    return ModelFolder(path=path, files=dict.fromkeys(shapes, file))
