@@ -67,7 +67,8 @@ class ResumableEngine(LomoEngine):
                 earlier checkpoints and ``latest`` are as before.
 
         Cost: on disk 2 bytes a parameter in bf16 and the rule's state; each byte is written and read once.
-            Host memory of 1 GiB, or of the rank's shards where ``asynchronous``.
+            Host memory of about 200 MiB, or three times the largest shard; where ``asynchronous`` also
+            that of the rank's shards.
         """
         with failing_together():
             if keep_last is not None and keep_last < 1:

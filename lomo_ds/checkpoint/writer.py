@@ -28,8 +28,10 @@ from lomo_ds.checkpoint.tensors import stored_tensors
 from lomo_ds.zero3.agreement import failing_together
 
 CLIENT_FILE = "client_state.pt"
-_MAX_FILE_BYTES = 1 << 30
-"""Of one rank's safetensors files, and so the host memory that writing takes beside the shard."""
+_MAX_FILE_BYTES = 1 << 26
+"""Of one rank's safetensors files, but for a larger shard; writing takes three times as much host memory."""
+_NUM_SYNCING = 4
+"""Files that a rank waits for at once, while their checksums are taken."""
 SPARE_BYTES = 16 << 20
 """Disk that a checkpoint's small files may take."""
 
@@ -151,6 +153,7 @@ def _write_tensors(snapshot: Snapshot, scratch: Path, group: dist.ProcessGroup) 
         fqn_to_index_mapping=_file_of(snapshot, dist.get_world_size(group)),
         save_distributed=True,
     )
+    writer.sync_files = False  # ``_finish_files`` waits for all files together
     with plain_errors():
         dcp.save(tensors, storage_writer=writer, process_group=group)
 
@@ -193,9 +196,12 @@ def _finish_files(job: SaveJob, scratch: Path, rank: int) -> dict[str, FileRecor
         (scratch / CLIENT_FILE).write_bytes(job.snapshot.client)
         own.append(scratch / CLIENT_FILE)
         own += [path for path in (scratch / MODEL_FOLDER).rglob("*") if path.is_file()]
-    for path in own:
-        sync(path)
-    return {path.relative_to(scratch).as_posix(): record_of(path) for path in own}
+    with ThreadPoolExecutor(_NUM_SYNCING) as threads:
+        on_disk = [threads.submit(sync, path) for path in own]
+        records = {path.relative_to(scratch).as_posix(): record_of(path) for path in own}
+        for waiting in on_disk:
+            waiting.result()
+    return records
 
 
 def _publish(job: SaveJob, scratch: Path, records: Mapping[str, FileRecord]) -> None:
