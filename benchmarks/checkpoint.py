@@ -86,7 +86,7 @@ def table(rounds: list[Round]) -> str:
     for variant, label in LABELS.items():
         cells = [_cell(spread(rounds, variant, key), scale, 2) for key, _, scale in columns]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    cells = [_cell(ratios(rounds, key), 1, 2) for key, _, _ in columns]
+    cells = [_cell(ratios(rounds, key), 1, 2) if key != "memory_bytes" else "" for key, _, _ in columns]
     lines.append(f"| **ratio** | {' | '.join(cells)} |")
     met = {key: statistics.median(ratios(rounds, key)) <= limit for key, limit in LIMITS.items()}
     limits = [
