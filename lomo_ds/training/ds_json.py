@@ -82,8 +82,8 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
     for key, value in known.items():
         if params.get(key) == _AUTO:
             params[key] = value
-    leaves = _leaves({key: value for key, value in ds_json.items() if key != "optimizer"})
-    remaining = [key for key, value in leaves if value == _AUTO]
+    others = {key: value for key, value in ds_json.items() if key != "optimizer"}
+    remaining = [key for key, value in leaves(others) if value == _AUTO]
     if remaining:
         raise ValueError(f'deepspeed: "{remaining[0]}" is "auto", and the recipe has no value for it')
 
@@ -124,9 +124,10 @@ def _take_over_scheduler(ds_json: dict[str, Any], recipe: Recipe) -> None:
         raise ValueError(f"schedule.params belong to DeepSpeed's schedulers, not to {schedule.type}")
 
 
-def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested sections."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

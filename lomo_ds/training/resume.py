@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from lomo_ds.training.ds_json import leaves
 from lomo_ds.training.metrics import StepMetrics
 from lomo_ds.training.plan import RunPlan
 
@@ -33,15 +34,7 @@ def identity(plan: RunPlan) -> dict[str, Any]:
     of_recipe = {key: recipe[key] for key in _OF_THE_RECIPE}
     of_json = {f"deepspeed.{key}": ds_json[key] for key in _OF_THE_JSON if key in ds_json}
     examples = hashlib.sha256(repr(plan.train_examples).encode()).hexdigest()
-    return json.loads(json.dumps(dict(_flat(of_recipe | of_json)) | {"data.train": f"sha256 {examples}"}))
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return json.loads(json.dumps(dict(leaves(of_recipe | of_json)) | {"data.train": f"sha256 {examples}"}))
 
 
 def require_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
