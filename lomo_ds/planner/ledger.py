@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -87,6 +88,8 @@ class Ledger(TorchDispatchMode):
 
     Args:
         answers: operation -> a function that takes the operation's place.
+        patience_s: how long to wait, before a peak is booked, for what a backend's threads still hold of
+            finished collectives; 0 where nothing is sent.
 
     Attributes:
         watchers: called with (operation, arguments, keyword arguments, result) after each operation.
@@ -96,8 +99,9 @@ class Ledger(TorchDispatchMode):
         phase_starts: (number of operations before it, phase).
     """
 
-    def __init__(self, answers: dict[Any, Callable[..., Any]] | None = None) -> None:
+    def __init__(self, answers: dict[Any, Callable[..., Any]] | None = None, patience_s: float = 0.0) -> None:
         super().__init__()
+        self._patience_s, self._has_sent = patience_s, False
         self.watchers: list[Callable[..., None]] = []
         self._answers = answers or {}
         self._live: dict[int, tuple[Any, Block]] = {}
@@ -125,6 +129,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             self._book(tree_leaves(args), f"{func} (argument)")
+            self._has_sent = True
         answer = self._answers.get(func)
         result = answer(*args, **kwargs) if answer else func(*args, **kwargs)
         self._book(tree_leaves(result), str(func))
@@ -174,11 +179,13 @@ class Ledger(TorchDispatchMode):
         self._look_for_a_peak(block.place, block.operation)
 
     def _look_for_a_peak(self, place: Place, operation: str) -> None:
-        total = self.live_bytes[place]
         tops = self.tops.setdefault(self._phase, {"device": Peak(), "host": Peak()})
-        if total > tops[place].num_bytes:
+        if self.live_bytes[place] > tops[place].num_bytes and self._has_sent and self._patience_s:
+            self._has_sent = False
+            time.sleep(self._patience_s)
+        if self.live_bytes[place] > tops[place].num_bytes:
             tops[place] = Peak(
-                num_bytes=total,
+                num_bytes=self.live_bytes[place],
                 phase=self._phase,
                 operation=operation,
                 index=len(self.timeline),
@@ -187,7 +194,7 @@ class Ledger(TorchDispatchMode):
 
     def live_blocks(self, place: Place) -> list[Block]:
         """What stands in a place now."""
-        return [entry[1] for entry in self._live.values() if entry[1].place == place]
+        return [block for _, block in list(self._live.values()) if block.place == place]
 
     def _close(self, key: int) -> None:
         _, block = self._live.pop(key)

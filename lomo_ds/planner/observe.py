@@ -10,6 +10,9 @@ from lomo_ds.planner.dry_run import NUM_STEPS, DryRun, build_engine, run_step
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger
 
+_PATIENCE_S = 0.02
+"""Gloo's threads hold a collective's tensors until they run again, on a busy machine for milliseconds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
@@ -35,7 +38,7 @@ def observe(job: Job) -> Peaks:
     """
     if job.device != "cpu" or job.num_gpus != dist.get_world_size():
         raise ValueError("observe runs a job of CPU ranks on a group of as many")
-    ledger = Ledger()
+    ledger = Ledger(patience_s=_PATIENCE_S)
     with ledger:
         engine = build_engine(job, ledger)
         for step in range(NUM_STEPS):
