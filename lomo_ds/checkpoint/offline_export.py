@@ -23,7 +23,14 @@ from lomo_ds.checkpoint.folder import (
     write_index,
 )
 from lomo_ds.checkpoint.json_file import read_json, write_json
-from lomo_ds.checkpoint.manifest import MANIFEST_FILE, Manifest, find_damage, read_manifest, unlisted_files
+from lomo_ds.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    find_damage,
+    read_manifest,
+    sync,
+    unlisted_files,
+)
 from lomo_ds.checkpoint.root import CheckpointRoot
 from lomo_ds.checkpoint.stored_model import StoredModel, read_stored_model
 from lomo_ds.checkpoint.tensor_file import write_tensor_file
@@ -190,6 +197,7 @@ def _write_weights(scratch: Path, model: StoredModel, max_file_bytes: int, repor
     for file, names in plan.items():
         records = {name: tensors[name] for name in names}
         write_tensor_file(scratch / file, records, counted.pieces, {"format": "pt"})
+        sync(scratch / file)
 
 
 @dataclass(kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch.nn import Parameter
 from lomo_ds.checkpoint.description import Description, ParamRecord, read_description
 from lomo_ds.checkpoint.json_file import read_json
 from lomo_ds.checkpoint.newest import damage_of
+from lomo_ds.checkpoint.planners import PieceLoadPlanner
 from lomo_ds.checkpoint.random_state import RandomState, reseed
 from lomo_ds.checkpoint.shard_files import ShardFiles
 from lomo_ds.checkpoint.snapshot import named_params, param_record
-from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces, stored_tensors
+from lomo_ds.checkpoint.storage import ShardReader
+from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces
 from lomo_ds.checkpoint.writer import CLIENT_FILE, plain_errors, random_file
 from lomo_ds.config import from_mapping
 from lomo_ds.zero3.agreement import failing_together
@@ -61,9 +64,11 @@ def restore(engine: Any, folder: Path, options: LoadOptions) -> dict[str, Any]:
         params = _match(engine, description, options)
         client = _read_client(folder)
         random_state = _read_random_state(folder, description)
-        if dist.get_rank() == 0:
-            _require_tensors(folder, _pieces(engine, params, description, options))
-    _load_tensors(engine, folder, params, description, options)
+        pieces = partial(_pieces, engine, params, description, options)
+        reader = _find_tensors(folder, pieces())
+    _load_tensors(engine, reader, pieces, options)
+    if options.with_optimizer:
+        _restore_counts(engine, params, description)
     if not options.module_only:
         _restore_progress(engine, description, client, options)
         if options.with_optimizer:
@@ -151,36 +156,36 @@ def _pieces(
     )
 
 
-def _require_tensors(folder: Path, pieces: Mapping[str, Piece]) -> None:
+def _find_tensors(folder: Path, pieces: Mapping[str, Piece]) -> ShardReader:
     """Find every piece in the headers of the checkpoint's files, so that loading cannot fail half-way.
 
     Raises:
         ValueError: a file is broken, or a tensor is not there or not whole.
     """
     files = ShardFiles(sorted(folder.glob("*.safetensors")))
-    for key, piece in pieces.items():
-        files.record(key, tuple(piece.local.shape) if piece.numel is None else (piece.numel,))
+    shapes = {key: piece.stored_shape for key, piece in pieces.items()}
+    for key, shape in shapes.items():
+        files.record(key, shape)
+    return ShardReader(files, shapes)
 
 
 def _load_tensors(
-    engine: Any,
-    folder: Path,
-    params: Mapping[str, Parameter],
-    description: Description,
-    options: LoadOptions,
+    engine: Any, reader: ShardReader, pieces: Callable[[], dict[str, Piece]], options: LoadOptions
 ) -> None:
-    updater = engine.optimizer.updater
-    engine.empty_partition_cache()  # a forward may have left the next one's parameters in flight
-    with engine.optimizer.replacing_shards(), torch.no_grad():
-        tensors = stored_tensors(_pieces(engine, params, description, options), dist.group.WORLD)
+    optimizer = engine.optimizer
+    optimizer.empty_partition_cache()  # a forward may have left the next one's parameters in flight
+    with optimizer.replacing_shards(), torch.no_grad():
         with plain_errors():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            dcp.load(pieces(), storage_reader=reader, planner=PieceLoadPlanner())
         if not options.with_optimizer:
-            updater.reset()
-    if options.with_optimizer:
-        for name, param in params.items():
-            if param in updater.entries:
-                updater.entries[param].num_updates = description.params[name].num_updates
+            optimizer.updater.reset()
+
+
+def _restore_counts(engine: Any, params: Mapping[str, Parameter], description: Description) -> None:
+    entries = engine.optimizer.updater.entries
+    for name, param in params.items():
+        if param in entries:
+            entries[param].num_updates = description.params[name].num_updates
 
 
 def _restore_progress(

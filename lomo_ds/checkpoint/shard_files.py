@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lomo_ds.checkpoint.tensor_file import TensorFile, TensorRecord, read_tensor_file
 
-_SHARDING_KEY = "DCP_SHARDING_INFO"
-"""Where torch.distributed.checkpoint notes in a file's header at which element its parts begin."""
+SHARDING_KEY = "DCP_SHARDING_INFO"
+"""Where torch's own reader of such files, too, finds in the header at which element their parts begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +79,30 @@ class ShardFiles:
         for part in self._parts[name]:
             yield from part.file.pieces(name)
 
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor on.
+
+        Raises:
+            ValueError: a file has become too short.
+            OSError: a file cannot be read.
+        """
+        stop = start + out.numel()
+        for part in self._parts[name]:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                part.file.read_into(name, first - part.start, out[first - start : last - start])
+
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor in host memory."""
-        record, done = self.record(name, shape), 0
+        record = self.record(name, shape)
         tensor = torch.empty(record.numel, dtype=record.dtype)
-        for piece in self.pieces(name):
-            tensor[done : done + piece.numel()].copy_(piece)
-            done += piece.numel()
+        self.read_into(name, 0, tensor)
         return tensor.view(shape)
 
 
 def _offsets_of(file: TensorFile) -> dict[str, list[int]]:
     try:
-        offsets = json.loads(file.metadata[_SHARDING_KEY])
+        offsets = json.loads(file.metadata[SHARDING_KEY])
         return {name: list(entry["saved_offsets"]) for name, entry in offsets.items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{file.path}: does not say where its tensors begin") from None

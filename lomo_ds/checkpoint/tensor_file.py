@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lomo_ds.checkpoint.manifest import FileRecord, RecordingWriter
+
 METADATA_KEY = "__metadata__"
 PIECE_BYTES = 16 << 20
 """Host memory that reading and writing take."""
@@ -109,10 +111,18 @@ class TensorFile:
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor on."""
+        if out.device.type == "cpu" and out.dtype == self.tensors[name].dtype and out.is_contiguous():
+            self._read_straight(name, start, out)
+            return
         done = 0
         for piece in self.pieces(name, start, start + out.numel()):
             out[done : done + piece.numel()].copy_(piece)
             done += piece.numel()
+
+    def _read_straight(self, name: str, start: int, out: Tensor) -> None:
+        record = self.tensors[name]
+        with self.path.open("rb", buffering=0) as stream:
+            self._read(stream, record.start + start * record.dtype.itemsize, out)
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -160,8 +170,8 @@ def write_tensor_file(
     tensors: Mapping[str, TensorRecord],
     pieces_of: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file and wait until it is on the disk.
+) -> FileRecord:
+    """Write a safetensors file; it is not waited for until it is on the disk.
 
     Args:
         path: of the new file.
@@ -170,6 +180,9 @@ def write_tensor_file(
             for each tensor, in the file's order; each piece is written before the next is asked for.
         metadata: texts for the header; ``{"format": "pt"}`` for transformers.
 
+    Returns:
+        Size and checksum of what was handed to the file system.
+
     Raises:
         OSError: the file cannot be written.
 
@@ -177,14 +190,15 @@ def write_tensor_file(
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     with path.open("xb") as stream:
-        stream.write(_header({name: tensors[name] for name in order}, metadata))
+        writer = RecordingWriter(stream)
+        writer.write(memoryview(_header({name: tensors[name] for name in order}, metadata)))
         for name in order:
-            num_bytes = 0
+            before = writer.num_bytes
             for piece in pieces_of(name):
-                num_bytes += stream.write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+                writer.write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+            num_bytes = writer.num_bytes - before
             assert num_bytes == tensors[name].num_bytes, f"{name}: {num_bytes} bytes"
-        stream.flush()
-        os.fsync(stream.fileno())
+    return writer.record
 
 
 def _header(tensors: Mapping[str, TensorRecord], metadata: Mapping[str, str]) -> bytes:

@@ -1,16 +1,12 @@
-"""The tensors of an engine as torch.distributed.checkpoint stores and cuts them."""
+"""The tensors of an engine as a checkpoint stores and cuts them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Module, Parameter
 
 from lomo_ds.zero3._internals import local_shard, shard_spec
@@ -23,10 +19,17 @@ class Piece:
     Attributes:
         local: this rank's real elements, 1-D; or the whole tensor.
         numel: of the tensor that is cut; None where every rank holds the whole.
+        start: of this rank's elements in the tensor that is cut, row-major.
     """
 
     local: Tensor
     numel: int | None = None
+    start: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the whole tensor in the checkpoint: flat where it is cut."""
+        return tuple(self.local.shape) if self.numel is None else (self.numel,)
 
     @property
     def num_bytes(self) -> int:
@@ -35,25 +38,7 @@ class Piece:
 
     def on_host(self) -> Piece:
         """A copy in host memory, which training does not change."""
-        return Piece(local=self.local.detach().to("cpu", copy=True), numel=self.numel)
-
-    def stored(self, mesh: DeviceMesh) -> Tensor:
-        """The tensor as torch.distributed.checkpoint takes it, without a copy.
-
-        A cut one is a 1-D DTensor whose chunks of ceil(numel / ranks) are ZeRO-3's.
-        """
-        local = self.local.detach()
-        if self.numel is None:
-            return local
-        shape = torch.Size((self.numel,))
-        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
-
-
-def stored_tensors(pieces: Mapping[str, Piece], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """Every piece as torch.distributed.checkpoint takes it, cut over ``group``."""
-    device_type = next(iter(pieces.values())).local.device.type
-    mesh = DeviceMesh.from_group(group, device_type)
-    return {key: piece.stored(mesh) for key, piece in pieces.items()}
+        return replace(self, local=self.local.detach().to("cpu", copy=True))
 
 
 def weight_key(name: str) -> str:
@@ -97,4 +82,5 @@ def persistent_buffers(model: Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shard(param: Parameter, local: Tensor) -> Piece:
-    return Piece(local=local, numel=shard_spec(param).numel)
+    spec = shard_spec(param)
+    return Piece(local=local, numel=spec.numel, start=spec.start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,16 +21,13 @@ from lomo_ds.checkpoint.export import write_model_files
 from lomo_ds.checkpoint.folder import MODEL_FOLDER
 from lomo_ds.checkpoint.json_file import write_json
 from lomo_ds.checkpoint.manifest import FileRecord, record_of, sync, write_manifest
+from lomo_ds.checkpoint.planners import PieceSavePlanner
 from lomo_ds.checkpoint.root import CheckpointRoot
 from lomo_ds.checkpoint.snapshot import Snapshot
-from lomo_ds.checkpoint.tensors import stored_tensors
+from lomo_ds.checkpoint.storage import ShardWriter
 from lomo_ds.zero3.agreement import failing_together
 
 CLIENT_FILE = "client_state.pt"
-_MAX_FILE_BYTES = 1 << 26
-"""Of one rank's safetensors files, but for a larger shard; writing takes three times as much host memory."""
-_NUM_SYNCING = 4
-"""Files that a rank waits for at once, while their checksums are taken."""
 SPARE_BYTES = 16 << 20
 """Disk that a checkpoint's small files may take."""
 
@@ -132,9 +128,9 @@ def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
     """The part that may run beside training. Collective over ``group``."""
     rank, scratch = dist.get_rank(group), job.root.scratch(job.tag)
     try:
-        _write_tensors(job.snapshot, scratch, group)
+        records = _write_tensors(job.snapshot, scratch, group)
         with failing_together(group):
-            records = _finish_files(job, scratch, rank)
+            records |= _write_small_files(job, scratch, rank)
         everyones: list[dict[str, FileRecord]] = [{}] * dist.get_world_size(group)
         dist.all_gather_object(everyones, records, group=group)
         with failing_together(group):
@@ -146,28 +142,12 @@ def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
         raise
 
 
-def _write_tensors(snapshot: Snapshot, scratch: Path, group: dist.ProcessGroup) -> None:
-    tensors = stored_tensors(snapshot.pieces, group)
-    writer = dcp.HuggingFaceStorageWriter(
-        str(scratch),
-        fqn_to_index_mapping=_file_of(snapshot, dist.get_world_size(group)),
-        save_distributed=True,
-    )
-    writer.sync_files = False  # ``_finish_files`` waits for all files together
+def _write_tensors(snapshot: Snapshot, scratch: Path, group: dist.ProcessGroup) -> dict[str, FileRecord]:
+    """Returns a record of each of this rank's files; they are on the disk."""
+    writer = ShardWriter(scratch, dist.get_rank(group))
     with plain_errors():
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-
-
-def _file_of(snapshot: Snapshot, world_size: int) -> dict[str, int]:
-    """Stored name -> number of the file, from 1, so that no rank's file grows over the bound."""
-    numbers, number, size = {}, 1, 0
-    for key, piece in snapshot.pieces.items():
-        share = math.ceil(piece.num_bytes / (1 if piece.numel is None else world_size))
-        if size and size + share > _MAX_FILE_BYTES:
-            number, size = number + 1, 0
-        numbers[key] = number
-        size += share
-    return numbers
+        dcp.save(snapshot.pieces, storage_writer=writer, planner=PieceSavePlanner(), process_group=group)
+    return writer.records
 
 
 @contextmanager
@@ -187,21 +167,17 @@ def plain_errors():
         raise RuntimeError(f"rank {rank}: {type(error).__name__}: {error}") from error
 
 
-def _finish_files(job: SaveJob, scratch: Path, rank: int) -> dict[str, FileRecord]:
-    """Write this rank's small files; returns a record of every file that is this rank's, all on the disk."""
-    own = list(scratch.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-    own.append(write_json(scratch / random_file(rank), asdict(job.snapshot.random_state)))
+def _write_small_files(job: SaveJob, scratch: Path, rank: int) -> dict[str, FileRecord]:
+    """Returns a record of every file that is this rank's but for the tensors; they are on the disk."""
+    own = [write_json(scratch / random_file(rank), asdict(job.snapshot.random_state))]
     if rank == 0:
         own.append(write_description(scratch, job.snapshot.description))
         (scratch / CLIENT_FILE).write_bytes(job.snapshot.client)
         own.append(scratch / CLIENT_FILE)
         own += [path for path in (scratch / MODEL_FOLDER).rglob("*") if path.is_file()]
-    with ThreadPoolExecutor(_NUM_SYNCING) as threads:
-        on_disk = [threads.submit(sync, path) for path in own]
-        records = {path.relative_to(scratch).as_posix(): record_of(path) for path in own}
-        for waiting in on_disk:
-            waiting.result()
-    return records
+    for path in own:
+        sync(path)
+    return {path.relative_to(scratch).as_posix(): record_of(path) for path in own}
 
 
 def _publish(job: SaveJob, scratch: Path, records: Mapping[str, FileRecord]) -> None:

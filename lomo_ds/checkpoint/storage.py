@@ -1,0 +1,169 @@
+"""A checkpoint's tensors on the disk: safetensors files, streamed from the shards and into them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from lomo_ds.checkpoint.manifest import FileRecord, sync
+from lomo_ds.checkpoint.shard_files import SHARDING_KEY, ShardFiles
+from lomo_ds.checkpoint.tensor_file import PIECE_BYTES, TensorRecord, write_tensor_file
+
+_MAX_FILE_BYTES = 1 << 27
+"""Of a safetensors file, but for a larger shard: one goes to the disk while the next is written."""
+_NUM_SYNCING = 4
+"""Files that a rank waits for at once."""
+
+
+class ShardWriter(StorageWriter):
+    """Writes one rank's part, and waits until it is on the disk.
+
+    torch's own writer of this format copies each file's tensors twice before it writes them.
+
+    Args:
+        folder: that is there.
+        rank: this one; names the files.
+
+    Attributes:
+        records: file's name -> what was written.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.records: dict[str, FileRecord] = {}
+        self._folder, self._rank = folder, rank
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with ThreadPoolExecutor(_NUM_SYNCING) as threads:
+            on_disk = []
+            for number, items in enumerate(_by_file(plan.items), start=1):
+                path = self._folder / f"shard-{self._rank + 1:05d}-{number:05d}.safetensors"
+                self.records[path.name] = _write_file(path, items, planner)
+                on_disk.append(threads.submit(sync, path))
+            for waiting in on_disk:
+                waiting.result()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        self.records = {}
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Nothing is left to write: each file says itself what it holds."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+class ShardReader(StorageReader):
+    """Reads from a checkpoint's files into this rank's shards.
+
+    Args:
+        files: of the checkpoint.
+        shapes: name of each tensor that is read -> shape of the whole in the checkpoint.
+    """
+
+    def __init__(self, files: ShardFiles, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._files, self._shapes = files, shapes
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Every tensor as one chunk: ``ShardFiles`` knows where its parts are."""
+        return Metadata({name: self._metadata_of(name, shape) for name, shape in self._shapes.items()})
+
+    def _metadata_of(self, name: str, shape: tuple[int, ...]) -> TensorStorageMetadata:
+        dtype, size = self._files.record(name, shape).dtype, torch.Size(shape)
+        whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=size)
+        return TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=[whole])
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            start = item.storage_offsets[0] if len(item.storage_offsets) == 1 else 0
+            target = planner.resolve_tensor(item)
+            flat = target.view(-1) if target.is_contiguous() else torch.empty_like(target).view(-1)
+            self._files.read_into(item.storage_index.fqn, start, flat)
+            if flat.data_ptr() != target.data_ptr():
+                target.copy_(flat.view(target.shape))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """Cut a plan into files of at most _MAX_FILE_BYTES, but for a larger shard."""
+    file: list[WriteItem] = []
+    size = 0
+    for item in items:
+        num_bytes = _record(item).num_bytes
+        if file and size + num_bytes > _MAX_FILE_BYTES:
+            yield file
+            file, size = [], 0
+        file.append(item)
+        size += num_bytes
+    if file:
+        yield file
+
+
+def _record(item: WriteItem) -> TensorRecord:
+    data = item.tensor_data
+    return TensorRecord(dtype=data.properties.dtype, shape=tuple(data.chunk.sizes))
+
+
+def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> FileRecord:
+    by_name = {item.index.fqn: item for item in items}
+    offsets = {name: {"saved_offsets": list(item.index.offset)} for name, item in by_name.items()}
+
+    def pieces_of(name: str) -> Iterator[Tensor]:
+        flat = planner.resolve_data(by_name[name]).reshape(-1)
+        for piece in flat.split(PIECE_BYTES // flat.element_size()):
+            yield piece.cpu()
+
+    return write_tensor_file(
+        path,
+        {name: _record(item) for name, item in by_name.items()},
+        pieces_of,
+        {"format": "pt", SHARDING_KEY: json.dumps(offsets)},
+    )
