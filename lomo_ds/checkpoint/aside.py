@@ -1,12 +1,41 @@
-"""Folders that are written aside and get their name when they are whole."""
+"""Folders that are written where there is room, aside, and get their name when they are whole."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+SPARE_BYTES = 16 << 20
+"""Disk that the small files beside the weights may take."""
+
+
+def require_room(path: Path, num_bytes: int, what: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        path: of a folder that may not be there yet.
+        num_bytes: of the weights; SPARE_BYTES are added.
+        what: is to be written, for the message.
+
+    Raises:
+        OSError: ENOSPC.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = free_bytes(existing)
+    if free < num_bytes + SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} takes {num_bytes / 1e9:.3g} GB and {existing} has {free / 1e9:.3g} GB left",
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk under a folder has left."""
+    return shutil.disk_usage(folder).free
 
 
 def make_aside(path: Path) -> Path:

@@ -43,8 +43,8 @@ class ResumableEngine(LomoEngine):
     ) -> bool:
         """Save everything that the next step depends on. Collective.
 
-        The checkpoint gets its name, and ``latest`` points to it, when all of it is on the disk and has been
-        read back. No rank gathers a parameter.
+        The checkpoint gets its name, and ``latest`` points to it, when all of it is on the disk. No rank
+        gathers a parameter.
 
         Args:
             save_dir: folder on storage that every rank sees; ``save_dir/tag`` becomes the checkpoint.
@@ -66,9 +66,8 @@ class ResumableEngine(LomoEngine):
             OSError: a folder that cannot be written to, a full disk. What had been written is removed,
                 earlier checkpoints and ``latest`` are as before.
 
-        Cost: on disk 2 bytes a parameter in bf16 and the rule's state; each byte is written and read once.
-            Host memory of about 200 MiB, or three times the largest shard; where ``asynchronous`` also
-            that of the rank's shards.
+        Cost: on disk 2 bytes a parameter in bf16 and the rule's state; each byte is written once. Host memory
+            of 16 MiB; where ``asynchronous`` that of the rank's shards.
         """
         with failing_together():
             if keep_last is not None and keep_last < 1:
@@ -107,6 +106,8 @@ class ResumableEngine(LomoEngine):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         custom_load_fn: Callable | None = None,
+        *,
+        verify: bool = True,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Go on from a checkpoint, on any number of ranks. Collective.
 
@@ -122,6 +123,7 @@ class ResumableEngine(LomoEngine):
             load_lr_scheduler_states: also the schedule.
             load_module_only: the weights and nothing else; they may be of another dtype.
             custom_load_fn: refused unless None.
+            verify: hold every file against its checksum; False where that has just been done.
 
         Returns:
             (folder of the checkpoint, client_state); (None, None) and a warning where there is no ``latest``.
@@ -146,6 +148,7 @@ class ResumableEngine(LomoEngine):
             optimizer=load_optimizer_states,
             lr_scheduler=load_lr_scheduler_states,
             module_only=load_module_only,
+            verify=verify,
         )
         return str(folder), restore(self, folder, options)
 

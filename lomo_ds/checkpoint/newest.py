@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed.utils import logger
 
 from lomo_ds.checkpoint.description import read_description
-from lomo_ds.checkpoint.manifest import find_damage, read_manifest, unlisted_files
+from lomo_ds.checkpoint.manifest import FileRecord, find_damage, read_manifest, unlisted_files
 from lomo_ds.checkpoint.root import CheckpointRoot
 from lomo_ds.zero3.agreement import failing_together
 
@@ -16,7 +17,8 @@ from lomo_ds.zero3.agreement import failing_together
 def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None where every byte is what was written. Collective.
 
-    The ranks share the reading. The message begins with the damaged file, and is the same on every rank.
+    The ranks share the reading, each its own files where as many ranks wrote them. The message begins with
+    the damaged file, and is the same on every rank.
     """
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, _damage_in_share(folder, dist.get_rank(), dist.get_world_size()))
@@ -28,13 +30,23 @@ def _damage_in_share(folder: Path, rank: int, world_size: int) -> str | None:
         manifest = read_manifest(folder)
         if rank == 0 and (extra := unlisted_files(folder, manifest)):
             return f"{folder / extra[0]}: is not a file of this checkpoint"
-        share = dict(list(manifest.files.items())[rank::world_size])
-        damage = find_damage(folder, share)
+        damage = find_damage(folder, _share(manifest.files, rank, world_size))
         if damage is None and rank == 0:
             read_description(folder)
         return damage
     except ValueError as error:
         return str(error)
+
+
+def _share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> dict[str, FileRecord]:
+    """A rank's stretch of the files in the order of their names: about as many bytes for each rank."""
+    total, before, share = sum(record.num_bytes for record in files.values()) + 1, 0, {}
+    for name, record in sorted(files.items()):
+        middle = before + record.num_bytes // 2
+        if middle * world_size // total == rank:
+            share[name] = record
+        before += record.num_bytes
+    return share
 
 
 def newest_whole(root: CheckpointRoot) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lomo_ds.checkpoint.aside import make_aside, put_in_place
+from lomo_ds.checkpoint.aside import make_aside, put_in_place, require_room
 from lomo_ds.checkpoint.description import read_description
 from lomo_ds.checkpoint.folder import (
     INDEX_FILE,
@@ -38,7 +37,6 @@ from lomo_ds.checkpoint.tensor_file import write_tensor_file
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the bytes of it that are done, and all its bytes."""
 
-_SPARE_BYTES = 16 << 20
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
@@ -107,7 +105,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions, repor
     manifest = _verified(checkpoint, report)
     description = read_description(checkpoint)
     model = read_stored_model(checkpoint, list(manifest.files), description, options.dtype)
-    _require_room(out, sum(record.num_bytes for record in model.tensors.values()) + _SPARE_BYTES)
+    require_room(out, sum(record.num_bytes for record in model.tensors.values()), "the model")
     scratch = make_aside(out)
     try:
         _copy_model_files(checkpoint, scratch, manifest)
@@ -145,16 +143,6 @@ def _verified(folder: Path, report: Report) -> Manifest:
         num_bytes += record.num_bytes
     report("checking the checkpoint", total, total)
     return manifest
-
-
-def _require_room(out: Path, num_bytes: int) -> None:
-    existing = next(folder for folder in out.parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"the model takes {num_bytes / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB left",
-        )
 
 
 def _copy_model_files(checkpoint: Path, scratch: Path, manifest: Manifest) -> None:

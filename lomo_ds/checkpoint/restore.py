@@ -39,6 +39,7 @@ class LoadOptions:
     optimizer: bool = True
     lr_scheduler: bool = True
     module_only: bool = False
+    verify: bool = True
 
     @property
     def with_optimizer(self) -> bool:
@@ -56,7 +57,7 @@ def restore(engine: Any, folder: Path, options: LoadOptions) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is broken, or not of this model or these settings; the same on all ranks.
     """
-    damage = damage_of(folder)
+    damage = damage_of(folder) if options.verify else None
     if damage is not None:
         raise ValueError(f"the checkpoint is broken: {damage}")
     with failing_together():

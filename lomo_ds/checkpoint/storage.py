@@ -106,9 +106,10 @@ class ShardReader(StorageReader):
         for item in plan.items:
             start = item.storage_offsets[0] if len(item.storage_offsets) == 1 else 0
             target = planner.resolve_tensor(item)
-            flat = target.view(-1) if target.is_contiguous() else torch.empty_like(target).view(-1)
+            in_place = target.is_contiguous()
+            flat = target.view(-1) if in_place else target.new_empty(target.numel())
             self._files.read_into(item.storage_index.fqn, start, flat)
-            if flat.data_ptr() != target.data_ptr():
+            if not in_place:
                 target.copy_(flat.view(target.shape))
             planner.commit_tensor(item, target)
         done: Future[None] = Future()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lomo_ds.checkpoint.adapters import plain_model
+from lomo_ds.checkpoint.aside import require_room
 from lomo_ds.checkpoint.description import write_description
 from lomo_ds.checkpoint.export import write_model_files
 from lomo_ds.checkpoint.folder import MODEL_FOLDER
@@ -28,8 +27,6 @@ from lomo_ds.checkpoint.storage import ShardWriter
 from lomo_ds.zero3.agreement import failing_together
 
 CLIENT_FILE = "client_state.pt"
-SPARE_BYTES = 16 << 20
-"""Disk that a checkpoint's small files may take."""
 
 
 def random_file(rank: int) -> str:
@@ -101,21 +98,11 @@ class CheckpointWriter:
 
     def _begin(self, job: SaveJob) -> None:
         if dist.get_rank(self._group) == 0:
-            _require_room(job.root.path, job.snapshot.num_bytes + SPARE_BYTES)
+            require_room(job.root.path, job.snapshot.num_bytes, "a checkpoint")
             scratch = job.root.begin(job.tag)
             model_files = scratch / MODEL_FOLDER
             model_files.mkdir()
             write_model_files(plain_model(job.model), job.tokenizer, model_files)
-
-
-def _require_room(path: Path, num_bytes: int) -> None:
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"a checkpoint takes {num_bytes / 1e9:.3g} GB and {existing} has {free / 1e9:.3g} GB left",
-        )
 
 
 def _require_shared(job: SaveJob, group: dist.ProcessGroup) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lomo_ds.checkpoint import offline_export, tensor_file
+from lomo_ds.checkpoint import aside, offline_export, tensor_file
 from lomo_ds.checkpoint.description import read_description, write_description
 from lomo_ds.checkpoint.manifest import read_manifest, record_of, write_manifest
 from lomo_ds.cli.export import main
@@ -246,9 +245,8 @@ def test_the_checkpoint_is_never_the_target(
 def test_too_little_room(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(offline_export.shutil, "disk_usage", lambda path: usage(1000))
-    assert "0.00 GB left" in refused(capsys, root, tmp_path / "out")
+    monkeypatch.setattr(aside, "free_bytes", lambda folder: 1000)
+    assert "1e-06 GB left" in refused(capsys, root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

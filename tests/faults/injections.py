@@ -194,7 +194,7 @@ def _goes_on_after_a_warning(inputs: Inputs, output: Path, path: Path) -> None:
 
 def full_disk(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """A disk without room for the next checkpoint: a clear error, and the one before is whole."""
-    from lomo_ds.checkpoint.writer import SPARE_BYTES
+    from lomo_ds.checkpoint.aside import SPARE_BYTES
 
     _with_small_disk(inputs, output, SPARE_BYTES + _LITTLE_ROOM_BYTES, "a checkpoint takes", None)
 
@@ -206,11 +206,9 @@ def disk_that_fills_up(inputs: Inputs, output: Path, dice: random.Random) -> Non
 
 def claim_room() -> None:
     """Let every disk seem to have room."""
-    import types
+    from lomo_ds.checkpoint import aside
 
-    from lomo_ds.checkpoint import writer
-
-    writer.shutil = types.SimpleNamespace(disk_usage=lambda path: types.SimpleNamespace(free=1 << 40))
+    aside.free_bytes = lambda folder: 1 << 40
 
 
 def _with_small_disk(

@@ -1,0 +1,82 @@
+"""What stands in a checkpoint's files, read by others than the code that wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from lomo_ds.checkpoint.manifest import FileRecord
+from lomo_ds.checkpoint.newest import _share
+from lomo_ds.checkpoint.planners import PieceLoadPlanner, PieceSavePlanner
+from lomo_ds.checkpoint.shard_files import ShardFiles
+from lomo_ds.checkpoint.storage import ShardReader, ShardWriter
+from lomo_ds.checkpoint.tensors import Piece
+from lomo_ds.shards import ShardSpec
+from tests.harness import run_ranks
+
+_SHAPES = {"matrix": (5, 7), "one": (1,), "long": (1001,)}
+
+
+def _whole(name: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(len(name))
+    return torch.randn(_SHAPES[name], generator=generator).to(dtype)
+
+
+def _pieces(dtype: torch.dtype, empty: bool = False) -> dict[str, Piece]:
+    """This rank's part of every tensor, as ZeRO-3 cuts them, and two tensors that all ranks hold."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    pieces = {}
+    for name, shape in _SHAPES.items():
+        spec = ShardSpec(shape=shape, rank=rank, world_size=world_size)
+        local = _whole(name, dtype).reshape(-1)[spec.start : spec.stop].clone()
+        pieces[name] = Piece(local=local, numel=spec.numel, start=spec.start)
+    pieces["table"] = Piece(local=torch.arange(12.0).view(3, 4).t())
+    pieces["number"] = Piece(local=torch.tensor(3))
+    if empty:
+        for piece in pieces.values():
+            piece.local.zero_()
+    return pieces
+
+
+def _save(folder: Path) -> None:
+    writer = ShardWriter(folder, torch.distributed.get_rank())
+    dcp.save(_pieces(torch.bfloat16), storage_writer=writer, planner=PieceSavePlanner())
+
+
+def _load(folder: Path, dtype: torch.dtype) -> None:
+    pieces, expected = _pieces(dtype, empty=True), _pieces(torch.bfloat16)
+    shapes = {name: piece.stored_shape for name, piece in pieces.items()}
+    reader = ShardReader(ShardFiles(sorted(folder.glob("*.safetensors"))), shapes)
+    dcp.load(pieces, storage_reader=reader, planner=PieceLoadPlanner())
+    for name, piece in pieces.items():
+        assert torch.equal(piece.local, expected[name].local.to(piece.local.dtype)), name
+
+
+def test_torch_reads_what_was_written(tmp_path: Path) -> None:
+    run_ranks(3, _save, tmp_path)
+    found = {name: torch.zeros(_whole(name, torch.bfloat16).numel()).bfloat16() for name in _SHAPES}
+    found |= {"table": torch.zeros(4, 3), "number": torch.tensor(0)}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    for name in _SHAPES:
+        assert torch.equal(found[name], _whole(name, torch.bfloat16).reshape(-1)), name
+    assert torch.equal(found["table"], torch.arange(12.0).view(3, 4).t())
+    assert int(found["number"]) == 3
+
+
+def test_other_ranks_and_dtypes_read_it(tmp_path: Path) -> None:
+    run_ranks(3, _save, tmp_path)
+    for num_ranks in (1, 2, 3):
+        for dtype in (torch.bfloat16, torch.float32):
+            run_ranks(num_ranks, _load, tmp_path, dtype)
+
+
+def test_every_file_is_checked_by_one_rank() -> None:
+    sizes = {f"shard-{number}": 1000 + number for number in range(7)} | {"a": 0, "z": 0, "manifest": 3}
+    files = {name: FileRecord(num_bytes=size, crc32="") for name, size in sizes.items()}
+    for world_size in (1, 2, 3, 8):
+        shares = [_share(files, rank, world_size) for rank in range(world_size)]
+        assert sorted(name for share in shares for name in share) == sorted(files)
+    assert _share({"only": FileRecord(num_bytes=0, crc32="")}, 0, 2)
