@@ -80,7 +80,7 @@ def table(rounds: list[Round]) -> str:
         ("stopped_s", "training stops, s", 1),
         ("on_disk_s", "until it is on disk, s", 1),
         ("load_s", "loading, s", 1),
-        ("memory_bytes", "memory to save, GB a rank", 1e-9),
+        ("memory_bytes", "memory to save, MB a rank", 1e-6),
     )
     lines = [f"| | {' | '.join(name for _, name, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for variant, label in LABELS.items():
@@ -105,10 +105,13 @@ def page(results: dict[str, Any]) -> str:
 
 353M parameters in bf16, {results["num_ranks"]} CPU ranks, {len(rounds)} round(s), alternated, each action in
 fresh processes; medians with the least and greatest in brackets, 1 GB = 1e9 bytes. lomo_ds waits until
-every file is on the disk, reads it back and checks it on loading; DeepSpeed does neither ("until it is on
-disk" adds a sync for both). After each save and load the same step is made, and its losses are equal.
+every file is on the disk, and holds it against its checksum on loading; DeepSpeed does neither ("until it is
+on disk" adds a sync for both). After each save and load the same step is made, and its losses are equal.
 
 {table(rounds)}
+DeepSpeed stores its fp32 copy of the weights and nothing else for this optimizer, lomo_ds the bf16 weights:
+without compression the ratio of the bytes cannot be less than 2 to 4.
+
 With `asynchronous=True` lomo_ds lets training go on after {aside_s} s, for {aside_gb} GB of host memory a
 rank.
 
