@@ -28,12 +28,11 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start_s
 
 
-def save(engine: Any, folder: Path, asynchronous: bool) -> dict[str, float]:
+def save(engine: Any, folder: Path, options: dict[str, bool]) -> dict[str, float]:
     """Seconds until training may go on, and until everything is on the disk."""
-    options = {"asynchronous": True} if asynchronous else {}
 
     def until_on_disk() -> None:
-        if asynchronous:
+        if options.get("asynchronous"):
             engine.wait_for_checkpoint()
         os.sync()
 
@@ -59,7 +58,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         figures = load(engine, args.folder)
         figures["loss"] = run_steps(engine, inputs[1:])[0]["loss"]
     else:
-        figures = save(engine, args.folder, asynchronous=args.action == "save-asynchronously")
+        names = ("asynchronous", "compress")
+        figures = save(engine, args.folder, {name: True for name in names if getattr(args, name)})
         figures["memory_bytes"] = meter.end_phase("save") - before
         figures["loss"] = run_steps(engine, inputs[1:])[0]["loss"]
     return figures | {"rank": int(os.environ["RANK"])}
@@ -68,7 +68,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--action", choices=("save", "save-asynchronously", "load"), required=True)
+    parser.add_argument("--action", choices=("save", "load"), required=True)
+    parser.add_argument("--asynchronous", action="store_true", help="of lomo_ds alone, as the next one")
+    parser.add_argument("--compress", action="store_true")
     parser.add_argument("--workload", type=json.loads, default={})
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

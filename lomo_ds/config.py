@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -47,12 +48,17 @@ def _refuse_unknown_keys(cls: type, mapping: Mapping[str, Any], where: str) -> N
         if key not in known:
             hint = did_you_mean(str(key)[:_MAX_SHOWN], known)
             raise ValueError(f"{where}: unknown key {shown(key)}; {hint}")
-    hints = get_type_hints(cls)
+    hints = _hints_of(cls)
     for key, value in mapping.items():
         nested = _dataclass_in(hints[key])
         for entry in _entries(hints[key], value):
             if nested is not None and isinstance(entry, Mapping):
                 _refuse_unknown_keys(nested, entry, f"{where}: {key}")
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _entries(hint: Any, value: Any) -> Iterable[Any]:

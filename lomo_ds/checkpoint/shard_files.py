@@ -11,17 +11,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, PackedTensor, is_table
 from lomo_ds.checkpoint.tensor_file import TensorFile, TensorRecord, read_tensor_file
 
 SHARDING_KEY = "DCP_SHARDING_INFO"
 """Where torch's own reader of such files, too, finds in the header at which element their parts begin."""
 
 
+@dataclass(frozen=True)
+class _PlainTensor:
+    """A tensor that stands in a file as it is; ``PackedTensor`` is the other kind."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def record(self) -> TensorRecord:
+        return self.file.tensors[self.name]
+
+    def check(self) -> None:
+        """Its header is all there is to check."""
+
+    def pieces(self) -> Iterator[Tensor]:
+        return self.file.pieces(self.name)
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        self.file.read_into(self.name, start, out)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Part:
     """A stretch of a tensor, taken row-major, that one file holds."""
 
-    file: TensorFile
+    source: _PlainTensor | PackedTensor
     record: TensorRecord
     start: int
 
@@ -44,9 +66,13 @@ class ShardFiles:
         self._parts: dict[str, list[_Part]] = {}
         for path in paths:
             file = read_tensor_file(path)
-            offsets = _offsets_of(file)
-            for name, record in file.tensors.items():
-                part = _Part(file=file, record=record, start=_flat_start(file, name, offsets.get(name)))
+            offsets, packed = _offsets_of(file), _packed_in(file)
+            for name in file.tensors:
+                if is_table(name):
+                    continue
+                source = packed.get(name) or _PlainTensor(file, name)
+                start = _flat_start(source, offsets.get(name))
+                part = _Part(source=source, record=source.record, start=start)
                 self._parts.setdefault(name, []).append(part)
         for parts in self._parts.values():
             parts.sort(key=lambda part: (part.start, part.stop))
@@ -70,14 +96,20 @@ class ShardFiles:
             if part.start != reached or part.record.dtype != parts[0].record.dtype:
                 break
             reached = part.stop
+            part.source.check()
         if reached != numel or parts[-1].stop != numel:
-            raise ValueError(f"{parts[-1].file.path}: the parts of {name!r} do not make up {numel} elements")
+            raise ValueError(
+                f"{parts[-1].source.file.path}: the parts of {name!r} do not make up {numel} elements"
+            )
         return TensorRecord(dtype=parts[0].record.dtype, shape=shape)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """All elements of a tensor, row-major, in 1-D tensors of at most ``tensor_file.PIECE_BYTES``."""
+        """All elements of a tensor, row-major, in 1-D tensors of at most ``tensor_file.PIECE_BYTES``.
+
+        A piece is overwritten by the next one.
+        """
         for part in self._parts[name]:
-            yield from part.file.pieces(name)
+            yield from part.source.pieces()
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor on.
@@ -90,7 +122,7 @@ class ShardFiles:
         for part in self._parts[name]:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
-                part.file.read_into(name, first - part.start, out[first - start : last - start])
+                part.source.read_into(first - part.start, out[first - start : last - start])
 
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor in host memory."""
@@ -108,9 +140,19 @@ def _offsets_of(file: TensorFile) -> dict[str, list[int]]:
         raise ValueError(f"{file.path}: does not say where its tensors begin") from None
 
 
-def _flat_start(file: TensorFile, name: str, offsets: list[int] | None) -> int:
+def _packed_in(file: TensorFile) -> dict[str, PackedTensor]:
+    try:
+        numels = dict(json.loads(file.metadata.get(PACKED_KEY, "{}")))
+        if not all(type(numel) is int and numel > 0 for numel in numels.values()):
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{file.path}: does not say which of its tensors are packed") from None
+    return {name: PackedTensor(file, name, numel) for name, numel in numels.items()}
+
+
+def _flat_start(source: _PlainTensor | PackedTensor, offsets: list[int] | None) -> int:
     """The first element that a file holds of a tensor: cut ones are 1-D, others whole."""
-    shape = file.tensors[name].shape
+    file, name, shape = source.file, source.name, source.record.shape
     valid = offsets is not None and len(offsets) == len(shape) and all(type(o) is int for o in offsets)
     if not valid or (len(shape) != 1 and any(offsets)):
         raise ValueError(f"{file.path}: does not say where {name!r} begins")

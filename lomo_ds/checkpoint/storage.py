@@ -18,11 +18,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from lomo_ds.checkpoint.manifest import FileRecord, sync
+from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, parts_of
+from lomo_ds.checkpoint.packing import pack
 from lomo_ds.checkpoint.shard_files import SHARDING_KEY, ShardFiles
 from lomo_ds.checkpoint.tensor_file import PIECE_BYTES, TensorRecord, write_tensor_file
 
@@ -30,6 +39,8 @@ _MAX_FILE_BYTES = 1 << 27
 """Of a safetensors file, but for a larger shard: one goes to the disk while the next is written."""
 _NUM_SYNCING = 4
 """Files that a rank waits for at once."""
+_MIN_PACKED_NUMEL = 1 << 12
+"""Below it the tables and names take more than packing saves."""
 
 
 class ShardWriter(StorageWriter):
@@ -40,21 +51,23 @@ class ShardWriter(StorageWriter):
     Args:
         folder: that is there.
         rank: this one; names the files.
+        compress: pack weights in bfloat16 where that makes them smaller; a file is then put together in host
+            memory.
 
     Attributes:
         records: file's name -> what was written.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, compress: bool = False) -> None:
         self.records: dict[str, FileRecord] = {}
-        self._folder, self._rank = folder, rank
+        self._folder, self._rank, self._compress = folder, rank, compress
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with ThreadPoolExecutor(_NUM_SYNCING) as threads:
             on_disk = []
             for number, items in enumerate(_by_file(plan.items), start=1):
                 path = self._folder / f"shard-{self._rank + 1:05d}-{number:05d}.safetensors"
-                self.records[path.name] = _write_file(path, items, planner)
+                self.records[path.name] = _write_file(path, items, planner, self._compress)
                 on_disk.append(threads.submit(sync, path))
             for waiting in on_disk:
                 waiting.result()
@@ -153,18 +166,31 @@ def _record(item: WriteItem) -> TensorRecord:
     return TensorRecord(dtype=data.properties.dtype, shape=tuple(data.chunk.sizes))
 
 
-def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> FileRecord:
-    by_name = {item.index.fqn: item for item in items}
-    offsets = {name: {"saved_offsets": list(item.index.offset)} for name, item in by_name.items()}
+def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner, compress: bool) -> FileRecord:
+    offsets = {item.index.fqn: {"saved_offsets": list(item.index.offset)} for item in items}
+    tensors: dict[str, Tensor] = {}
+    packed_numels: dict[str, int] = {}
+    for item in items:
+        name, tensor = item.index.fqn, planner.resolve_data(item)
+        packed = pack(tensor) if compress and _can_be_packed(item, tensor) else None
+        if packed is not None:
+            packed_numels[name] = tensor.numel()
+        tensors |= {name: tensor} if packed is None else parts_of(name, packed)
+    metadata = {"format": "pt", SHARDING_KEY: json.dumps(offsets)}
+    if packed_numels:
+        metadata[PACKED_KEY] = json.dumps(packed_numels)
+    records = {
+        name: TensorRecord(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    return write_tensor_file(path, records, lambda name: _pieces_of(tensors[name]), metadata)
 
-    def pieces_of(name: str) -> Iterator[Tensor]:
-        flat = planner.resolve_data(by_name[name]).reshape(-1)
-        for piece in flat.split(PIECE_BYTES // flat.element_size()):
-            yield piece.cpu()
 
-    return write_tensor_file(
-        path,
-        {name: _record(item) for name, item in by_name.items()},
-        pieces_of,
-        {"format": "pt", SHARDING_KEY: json.dumps(offsets)},
-    )
+def _can_be_packed(item: WriteItem, tensor: Tensor) -> bool:
+    is_cut = item.type is WriteItemType.SHARD
+    return is_cut and tensor.dtype == torch.bfloat16 and tensor.numel() >= _MIN_PACKED_NUMEL
+
+
+def _pieces_of(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's elements, on the host."""
+    for piece in tensor.reshape(-1).split(PIECE_BYTES // tensor.element_size()):
+        yield piece.cpu()

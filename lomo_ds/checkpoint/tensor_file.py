@@ -98,11 +98,22 @@ class TensorFile:
         with self.path.open("rb", buffering=0) as stream:
             for first in range(start, stop, max(at_once, 1)):
                 piece = buffer[: min(at_once, stop - first)]
-                self._read(stream, record.start + first * record.dtype.itemsize, piece)
+                self.read(stream, name, first, piece)
                 yield piece
 
-    def _read(self, stream: BinaryIO, offset: int, out: Tensor) -> None:
-        view, done = memoryview(out.view(torch.uint8).numpy()), 0
+    def read(self, stream: BinaryIO, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out``, 1-D, on the host and of the tensor's dtype, from element ``start`` on.
+
+        Args:
+            stream: the file, opened without a buffer.
+
+        Raises:
+            ValueError: the file ends before.
+            OSError: it cannot be read.
+        """
+        record = self.tensors[name]
+        offset, done = record.start + start * record.dtype.itemsize, 0
+        view = memoryview(out.view(torch.uint8).numpy())
         while done < len(view):
             num_bytes = os.preadv(stream.fileno(), [view[done:]], offset + done)
             if num_bytes == 0:
@@ -112,17 +123,13 @@ class TensorFile:
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor on."""
         if out.device.type == "cpu" and out.dtype == self.tensors[name].dtype and out.is_contiguous():
-            self._read_straight(name, start, out)
+            with self.path.open("rb", buffering=0) as stream:
+                self.read(stream, name, start, out)
             return
         done = 0
         for piece in self.pieces(name, start, start + out.numel()):
             out[done : done + piece.numel()].copy_(piece)
             done += piece.numel()
-
-    def _read_straight(self, name: str, start: int, out: Tensor) -> None:
-        record = self.tensors[name]
-        with self.path.open("rb", buffering=0) as stream:
-            self._read(stream, record.start + start * record.dtype.itemsize, out)
 
 
 def read_tensor_file(path: Path) -> TensorFile:

@@ -46,6 +46,7 @@ class SaveJob:
         tokenizer: stored beside the configuration where given.
         save_latest: let ``latest`` name it.
         keep_last: remove all but so many; None keeps all.
+        compress: pack the weights.
     """
 
     root: CheckpointRoot
@@ -55,6 +56,7 @@ class SaveJob:
     tokenizer: Any = None
     save_latest: bool = True
     keep_last: int | None = None
+    compress: bool = False
 
 
 class CheckpointWriter:
@@ -115,7 +117,7 @@ def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
     """The part that may run beside training. Collective over ``group``."""
     rank, scratch = dist.get_rank(group), job.root.scratch(job.tag)
     try:
-        records = _write_tensors(job.snapshot, scratch, group)
+        records = _write_tensors(job, scratch, group)
         with failing_together(group):
             records |= _write_small_files(job, scratch, rank)
         everyones: list[dict[str, FileRecord]] = [{}] * dist.get_world_size(group)
@@ -129,11 +131,11 @@ def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
         raise
 
 
-def _write_tensors(snapshot: Snapshot, scratch: Path, group: dist.ProcessGroup) -> dict[str, FileRecord]:
+def _write_tensors(job: SaveJob, scratch: Path, group: dist.ProcessGroup) -> dict[str, FileRecord]:
     """Returns a record of each of this rank's files; they are on the disk."""
-    writer = ShardWriter(scratch, dist.get_rank(group))
+    writer = ShardWriter(scratch, dist.get_rank(group), job.compress)
     with plain_errors():
-        dcp.save(snapshot.pieces, storage_writer=writer, planner=PieceSavePlanner(), process_group=group)
+        dcp.save(job.snapshot.pieces, storage_writer=writer, planner=PieceSavePlanner(), process_group=group)
     return writer.records
 
 

@@ -84,6 +84,7 @@ class _Job:
             tokenizer=self.tokenizer,
             keep_last=settings.keep_last,
             asynchronous=settings.asynchronous,
+            compress=settings.compress,
         )
 
 

@@ -47,11 +47,11 @@ def whole_states(outcomes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return states
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("options", [{}, {"asynchronous": True, "compress": True}])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_resumed_training_is_bit_identical(name: str, asynchronous: bool, tmp_path: Path) -> None:
+def test_resumed_training_is_bit_identical(name: str, options: dict[str, bool], tmp_path: Path) -> None:
     ds_json = SETTINGS[name]
-    straight = run_ranks(2, jobs.straight, ds_json, 6, 3, tmp_path, asynchronous=asynchronous)
+    straight = run_ranks(2, jobs.straight, ds_json, 6, 3, tmp_path, **options)
     resumed = run_ranks(2, jobs.resumed, ds_json, 6, tmp_path)
     for (losses, final, at_save), (losses_again, final_again, at_load) in zip(straight, resumed, strict=True):
         assert losses == losses_again

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lomo_ds.checkpoint.manifest import FileRecord
@@ -17,12 +21,15 @@ from lomo_ds.checkpoint.tensors import Piece
 from lomo_ds.shards import ShardSpec
 from tests.harness import run_ranks
 
-_SHAPES = {"matrix": (5, 7), "one": (1,), "long": (1001,)}
+_SHAPES = {"matrix": (5, 7), "one": (1,), "long": (1001,), "weight": (100, 8001), "wide": (9000,)}
 
 
 def _whole(name: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(len(name))
-    return torch.randn(_SHAPES[name], generator=generator).to(dtype)
+    values = torch.randn(_SHAPES[name], generator=generator)
+    if name == "wide":  # its exponents are too many to be packed
+        values = values * 2.0 ** torch.randint(-60, 60, values.shape, generator=generator)
+    return values.bfloat16().to(dtype)
 
 
 def _pieces(dtype: torch.dtype, empty: bool = False) -> dict[str, Piece]:
@@ -41,8 +48,8 @@ def _pieces(dtype: torch.dtype, empty: bool = False) -> dict[str, Piece]:
     return pieces
 
 
-def _save(folder: Path) -> None:
-    writer = ShardWriter(folder, torch.distributed.get_rank())
+def _save(folder: Path, compress: bool = False) -> None:
+    writer = ShardWriter(folder, torch.distributed.get_rank(), compress)
     dcp.save(_pieces(torch.bfloat16), storage_writer=writer, planner=PieceSavePlanner())
 
 
@@ -66,11 +73,46 @@ def test_torch_reads_what_was_written(tmp_path: Path) -> None:
     assert int(found["number"]) == 3
 
 
-def test_other_ranks_and_dtypes_read_it(tmp_path: Path) -> None:
-    run_ranks(3, _save, tmp_path)
+@pytest.mark.parametrize("compress", [False, True])
+def test_other_ranks_and_dtypes_read_it(tmp_path: Path, compress: bool) -> None:
+    run_ranks(3, _save, tmp_path, compress)
+    headers = [path.read_bytes()[:5000] for path in tmp_path.glob("*.safetensors")]
+    assert all((b"packed-bases/weight" in header) == compress for header in headers)
+    assert not any(b"packed-bases/wide" in header for header in headers)
     for num_ranks in (1, 2, 3):
         for dtype in (torch.bfloat16, torch.float32):
             run_ranks(num_ranks, _load, tmp_path, dtype)
+
+
+def test_one_process_reads_a_packed_tensor_in_pieces(tmp_path: Path) -> None:
+    run_ranks(2, _save, tmp_path, True)
+    files = ShardFiles(sorted(tmp_path.glob("*.safetensors")))
+    expected = _whole("weight", torch.bfloat16)
+    assert files.record("weight", expected.shape).dtype == torch.bfloat16
+    assert torch.equal(files.whole("weight", tuple(expected.shape)), expected)
+    assert torch.equal(torch.cat([piece.clone() for piece in files.pieces("weight")]), expected.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("packed-escapes/weight", lambda table: table.fill_(-1)),
+        ("packed-escapes/weight", lambda table: table.fill_(1 << 40)),
+        ("packed-bases/weight", None),
+    ],
+)
+def test_tables_of_another_tensor_are_refused(tmp_path: Path, name: str, change: Any) -> None:
+    run_ranks(1, _save, tmp_path, True)
+    path = next(tmp_path.glob("*.safetensors"))
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if change is None:
+        del tensors[name]
+    else:
+        change(tensors[name])
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="the parts of the packed tensor 'weight' do not fit"):
+        ShardFiles([path]).record("weight", _SHAPES["weight"])
 
 
 def test_every_file_is_checked_by_one_rank() -> None:
