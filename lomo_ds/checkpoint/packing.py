@@ -55,48 +55,64 @@ def num_blocks(numel: int) -> int:
     return -(-numel // BLOCK_NUMEL)
 
 
-def pack(flat: Tensor) -> Packed | None:
-    """Pack a tensor.
+class Packer:
+    """Packs tensors, in memory that is used again for each block."""
 
-    Args:
-        flat: bfloat16, 1-D, contiguous, on any device.
+    def __init__(self) -> None:
+        self._scratch: dict[torch.device, _Scratch] = {}
 
-    Returns:
-        None where too many elements would have to be listed: it is better stored as it is.
+    def pack(self, flat: Tensor) -> Packed | None:
+        """Pack a tensor.
 
-    Cost: host memory for the result, three quarters of the tensor.
-    """
-    planes, at = torch.empty(packed_bytes(flat.numel()), dtype=torch.uint8), 0
-    bases, escapes, num_escaped = [], [], 0
-    for number, bits in enumerate(flat.view(torch.int16).split(BLOCK_NUMEL)):
-        base, block, index, exponent = _pack_block(bits)
-        planes[at : at + block.numel()].copy_(block)
-        at += block.numel()
-        bases.append(base)
-        escapes.append(torch.stack((index + number * BLOCK_NUMEL, exponent.long()), dim=1))
-        num_escaped += index.numel()
-        if num_escaped > _MAX_ESCAPED * flat.numel():
-            return None
-    return Packed(
-        planes=planes,
-        bases=torch.stack(bases).cpu(),
-        escapes=torch.cat(escapes).cpu(),
-    )
+        Args:
+            flat: bfloat16, 1-D, contiguous.
+
+        Returns:
+            None where too many elements would have to be listed: it is better stored as it is.
+
+        Cost: host memory for the result, three quarters of the tensor.
+        """
+        planes, at = torch.empty(packed_bytes(flat.numel()), dtype=torch.uint8), 0
+        if flat.device not in self._scratch:
+            self._scratch[flat.device] = _Scratch(flat.device)
+        bases, escapes, num_escaped = [], [], 0
+        for number, bits in enumerate(flat.view(torch.int16).split(BLOCK_NUMEL)):
+            block, base, index, exponents = self._scratch[flat.device].pack_block(bits)
+            planes[at : at + block.numel()].copy_(block)
+            at += block.numel()
+            bases.append(base)
+            escapes.append(torch.stack((index + number * BLOCK_NUMEL, exponents.long()), dim=1))
+            num_escaped += index.numel()
+            if num_escaped > _MAX_ESCAPED * flat.numel():
+                return None
+        return Packed(planes=planes, bases=torch.stack(bases).cpu(), escapes=torch.cat(escapes).cpu())
 
 
-def _pack_block(bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(greatest exponent, planes, index of each listed element, its exponent)."""
-    exponents = (bits >> 7).to(torch.uint8)
-    kept = bits & _SIGN_AND_MANTISSA
-    kept |= kept >> 8
-    base = exponents.max()
-    below = base - exponents
-    index = (below >= _ESCAPE).nonzero().squeeze(1)
-    below.clamp_(max=_ESCAPE)
-    half = (bits.numel() + 1) // 2
-    pairs = below[:half].clone()
-    pairs[: bits.numel() - half] |= below[half:] << 4
-    return base, torch.cat((kept.to(torch.uint8), pairs)), index, exponents[index]
+class _Scratch:
+    """What packing a block takes on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._numbers = [torch.empty(BLOCK_NUMEL, dtype=torch.int16, device=device) for _ in range(2)]
+        self._below = torch.empty(BLOCK_NUMEL, dtype=torch.uint8, device=device)
+        self._is_escaped = torch.empty(BLOCK_NUMEL, dtype=torch.bool, device=device)
+        self._planes = torch.empty(_block_bytes(BLOCK_NUMEL), dtype=torch.uint8, device=device)
+
+    def pack_block(self, bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(planes, greatest exponent, index of each listed element, its exponent)."""
+        numel, half = bits.numel(), (bits.numel() + 1) // 2
+        kept, shifted = (numbers[:numel] for numbers in self._numbers)
+        below, planes = self._below[:numel], self._planes[: _block_bytes(numel)]
+        below.copy_(torch.bitwise_right_shift(bits, 7, out=shifted))  # the exponents
+        base = below.max()
+        torch.sub(base, below, out=below)
+        index = torch.ge(below, _ESCAPE, out=self._is_escaped[:numel]).nonzero().squeeze(1)
+        exponents = base - below[index]
+        below.clamp_(max=_ESCAPE)
+        torch.bitwise_and(bits, _SIGN_AND_MANTISSA, out=kept)
+        planes[:numel].copy_(kept.bitwise_or_(torch.bitwise_right_shift(kept, 8, out=shifted)))
+        pairs = planes[numel:].copy_(below[:half])
+        pairs[: numel - half].bitwise_or_(below[half:].bitwise_left_shift_(4))
+        return planes, base, index, exponents
 
 
 class Unpacker:

@@ -31,7 +31,7 @@ from torch.futures import Future
 
 from lomo_ds.checkpoint.manifest import FileRecord, sync
 from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, parts_of
-from lomo_ds.checkpoint.packing import pack
+from lomo_ds.checkpoint.packing import Packer
 from lomo_ds.checkpoint.shard_files import SHARDING_KEY, ShardFiles
 from lomo_ds.checkpoint.tensor_file import PIECE_BYTES, TensorRecord, write_tensor_file
 
@@ -60,14 +60,15 @@ class ShardWriter(StorageWriter):
 
     def __init__(self, folder: Path, rank: int, compress: bool = False) -> None:
         self.records: dict[str, FileRecord] = {}
-        self._folder, self._rank, self._compress = folder, rank, compress
+        self._folder, self._rank = folder, rank
+        self._packer = Packer() if compress else None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with ThreadPoolExecutor(_NUM_SYNCING) as threads:
             on_disk = []
             for number, items in enumerate(_by_file(plan.items), start=1):
                 path = self._folder / f"shard-{self._rank + 1:05d}-{number:05d}.safetensors"
-                self.records[path.name] = _write_file(path, items, planner, self._compress)
+                self.records[path.name] = _write_file(path, items, planner, self._packer)
                 on_disk.append(threads.submit(sync, path))
             for waiting in on_disk:
                 waiting.result()
@@ -166,13 +167,15 @@ def _record(item: WriteItem) -> TensorRecord:
     return TensorRecord(dtype=data.properties.dtype, shape=tuple(data.chunk.sizes))
 
 
-def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner, compress: bool) -> FileRecord:
+def _write_file(
+    path: Path, items: list[WriteItem], planner: SavePlanner, packer: Packer | None
+) -> FileRecord:
     offsets = {item.index.fqn: {"saved_offsets": list(item.index.offset)} for item in items}
     tensors: dict[str, Tensor] = {}
     packed_numels: dict[str, int] = {}
     for item in items:
         name, tensor = item.index.fqn, planner.resolve_data(item)
-        packed = pack(tensor) if compress and _can_be_packed(item, tensor) else None
+        packed = packer.pack(tensor) if packer is not None and _can_be_packed(item, tensor) else None
         if packed is not None:
             packed_numels[name] = tensor.numel()
         tensors |= {name: tensor} if packed is None else parts_of(name, packed)

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_ds.checkpoint.packing import BLOCK_NUMEL, Packed, Unpacker, pack, packed_bytes
+from lomo_ds.checkpoint.packing import BLOCK_NUMEL, Packed, Packer, Unpacker, packed_bytes
+
+
+def pack(flat: Tensor) -> Packed | None:
+    return Packer().pack(flat)
 
 
 def unpacked(packed: Packed, numel: int) -> Tensor:
