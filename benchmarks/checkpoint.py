@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine, describe_versions
 from rank_pair import run_ranks
 from rich.console import Console
-from step_report import describe_machine, describe_versions
 
 HERE = Path(__file__).resolve().parent
 DEADLINE_S = 600.0
@@ -31,7 +31,7 @@ Round = dict[str, dict[str, float]]
 
 def run_job(variant: str, action: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """One action in fresh ranks: the slower rank's seconds, the larger rank's memory, rank 0's loss."""
-    arguments = ["--variant", variant, "--action", action, "--folder", str(folder)]
+    arguments = ["--contestant", variant, "--action", action, "--folder", str(folder)]
     ranks = run_ranks(
         HERE / "checkpoint_job.py", [*arguments, "--workload", args.workload], args.ranks, DEADLINE_S
     )
