@@ -86,18 +86,20 @@ def run_job(script: str, job: Job, args: argparse.Namespace) -> list[dict[str, A
 
 
 def attempt(job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """A record's ``ranks``, or its ``failure``: that another's program does not run here is a result.
+    """A record's ``wall_s`` and ``ranks``, or ``failure``: another's program that does not run is a result.
 
     Raises:
         RuntimeError: lomo_ds itself does not run.
     """
+    start_s = time.monotonic()
     try:
-        return {"ranks": run_job("bench_job.py", job, args)}
+        ranks = run_job("bench_job.py", job, args)
+        return {"wall_s": time.monotonic() - start_s, "ranks": ranks}
     except RuntimeError as error:
         if CONTESTANTS[job.contestant].program == "lomo_ds":
             raise
         lines = _ERROR_LINE.findall(str(error)) or str(error).strip().splitlines()
-        return {"failure": lines[-1]}
+        return {"wall_s": time.monotonic() - start_s, "failure": lines[-1]}
 
 
 def run_rounds(rounds: list[Round], kept: KeptRounds, args: argparse.Namespace, console: Console) -> None:
@@ -144,6 +146,7 @@ def describe_run(args: argparse.Namespace, records: list[dict[str, Any]]) -> dic
     first = next(record["ranks"][0] for record in records if "ranks" in record)
     return dataclasses.asdict(args.workload) | {
         "command": shlex.join(["python", *sys.argv]),
+        "wall_s": sum(record["wall_s"] for record in records),
         "rounds": args.rounds,
         "steps": args.steps,
         "warmup": args.warmup,
@@ -175,7 +178,6 @@ def keep_rounds(args: argparse.Namespace) -> KeptRounds:
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run the rounds; returns all that the report needs."""
-    start_s = time.monotonic()
     kept = keep_rounds(args)
     if kept.rounds:
         console.print(
@@ -186,7 +188,6 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not any("ranks" in record for record in records):
         sys.exit("none of the contestants runs here")
     run = describe_run(args, records) | {"num_sittings": kept.num_sittings}
-    run["wall_s"] = time.monotonic() - start_s
     results = {"run": run, "machine": describe_machine(), "versions": versions()}
     results |= {"summary": summarize(records), "records": records}
     write_report(args.out, results)

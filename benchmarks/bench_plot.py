@@ -19,7 +19,7 @@ _COLORS = {
 }
 _LINE_STYLES = {"immediate": "-", "deferred": "--", "two_pass": ":", "auto": "-"}
 _GROWTH_PANELS = {
-    "peak_bytes": ("peak memory a rank", "GB", 1e-9),
+    "peak_bytes": ("peak memory a rank, with parked", "GB", 1e-9),
     "step_s": ("time of a step", "s", 1),
     "sent_bytes": ("sent by a rank in a step", "GB", 1e-9),
 }
@@ -45,6 +45,8 @@ def plot_bars(path: Path, tables: list[list[dict[str, Any]]]) -> None:
         _bars_of_memory(panels[0], rows, where)
         _bars_of_time(panels[1], rows, where)
         panels[0].invert_yaxis()
+        for axes in panels:
+            axes.locator_params(axis="x", nbins=5)
     _finish(figure, grid, path)
 
 
@@ -90,7 +92,7 @@ def plot_growth(path: Path, sizes: list[dict[str, Any]], ranks: list[dict[str, A
                     places, values, style, marker="o", color=_color(name), label=CONTESTANTS[name].label
                 )
             axes.set(title=title, xlabel=label, ylabel=unit)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(row["figures"][measure]["median"] * factor for row in rows) or 1)
             axes.set_xticks(sorted({row[along] * scale for row in rows}))
             axes.xaxis.set_major_formatter("{x:.0f}")
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -87,9 +87,11 @@ def markdown(results: dict[str, Any]) -> str:
         _INTRODUCTION.format(**run, sittings=_sittings(run)),
         _written_by(results),
         f"## {run['num_parameters'] / 1e6:.0f}M parameters on {run['num_ranks']} ranks\n",
+        short_table(several),
+        "![memory and step time](bench.png)\n",
+        "All figures:\n",
         figures_table(several),
         _COLUMNS_NOTE.format(source=run["memory_source"]),
-        "![memory and step time](bench.png)\n",
         "## Targets\n",
         targets_table(summary["targets"]),
         *_one_rank_section(one_rank, run),
@@ -142,6 +144,21 @@ def _written_by(results: dict[str, Any]) -> str:
         f"{machine['cpu']},\n{machine['memory']}, with "
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n"
     )
+
+
+def short_table(rows: list[Row]) -> str:
+    """Medians of what a step costs; the lines that the README repeats."""
+    head = (
+        "peak memory a rank beyond imports | parked on the host | sent by a rank in a step | time of a step"
+    )
+    lines = [f"| | {head} | tokens/s |", "|---" * 6 + "|"]
+    for row in rows:
+        figures = {key: values["median"] for key, values in row["figures"].items()}
+        parked = f"{figures['parked_bytes'] / 1e9:.2f} GB" if figures["parked_bytes"] else "-"
+        cells = [_label(row), f"{figures['peak_less_parked_bytes'] / 1e9:.2f} GB", parked]
+        cells += [f"{figures['sent_bytes'] / 1e9:.2f} GB", f"{figures['step_s']:.1f} s"]
+        lines.append("| " + " | ".join([*cells, f"{figures['tokens_per_s']:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def figures_table(rows: list[Row]) -> str:
