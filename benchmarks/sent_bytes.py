@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import deepspeed
 import torch
 
-SHARE_ON_THE_WIRE = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2}
-"""Times (n - 1) / n of the whole message that each rank sends, by the ring algorithms NCCL uses."""
+SHARE_ON_THE_WIRE = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "broadcast": 1, "all_reduce": 2}
+"""Times (n - 1) / n of the whole message that a rank sends in the mean, by the ring algorithms NCCL uses."""
 _MOVES_NOTHING = ("barrier",)
 
 
