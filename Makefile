@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: test-nvme test-faults help venv test lint format quickstart bench-step bench-checkpoint bench-adapters \
+.PHONY: test-nvme test-faults help venv test lint format quickstart bench bench-checkpoint bench-adapters \
 	bench-rounding clean
 
 help:  ## list the commands
@@ -23,7 +23,7 @@ $(STAMP): constraints.txt pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install -c constraints.txt setuptools wheel
 	$(RUN) -m pip install -c constraints.txt '$(TORCH)'
-	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[test,quickstart]'
+	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[test,quickstart,bench]'
 	touch $@
 
 test: $(STAMP)  ## run the default tests on CPU ranks
@@ -48,8 +48,8 @@ quickstart: $(STAMP)  ## fine-tune a real pretrained model with LOMO on two CPU 
 	$(RUN) recipes/prepare_quickstart.py
 	.venv/bin/lomo-ds train recipes/quickstart.yaml --num-ranks 2
 
-bench-step: $(STAMP)  ## memory and step time beside ZeRO-3 with SGD and AdamW
-	$(RUN) benchmarks/step.py
+bench: $(STAMP)  ## memory, step time, bytes sent and growth beside ZeRO-3, plain torch and lomo-optim
+	$(RUN) benchmarks/bench.py
 
 bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, beside ZeRO-3 with SGD
 	$(RUN) benchmarks/checkpoint.py

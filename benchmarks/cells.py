@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from machine import describe_machine, describe_versions
 from rich.console import Console
-from step_report import describe_machine, describe_versions
 
 from lomo_ds.cli.train import launch_environment
 from lomo_ds.training.recipe_file import parse_recipe

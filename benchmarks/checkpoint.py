@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine, describe_versions
 from rank_pair import run_ranks
 from rich.console import Console
-from step_report import describe_machine, describe_versions
 
 HERE = Path(__file__).resolve().parent
 DEADLINE_S = 600.0
@@ -38,7 +38,7 @@ def run_job(
     contestant: str, action: str, folder: Path, args: argparse.Namespace, asynchronous: bool = False
 ) -> dict[str, float]:
     """One action in fresh ranks: the slower rank's seconds, the larger rank's memory, rank 0's loss."""
-    arguments = ["--variant", "sgd" if contestant == "sgd" else "lomo-immediate", "--action", action]
+    arguments = ["--contestant", "sgd" if contestant == "sgd" else "lomo-immediate", "--action", action]
     arguments += ["--folder", str(folder), "--workload", args.workload]
     arguments += ["--compress"] if contestant == "lomo-compressed" else []
     arguments += ["--asynchronous"] if asynchronous else []

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_job import finish_rank, run_steps, start_rank
+from contestants import CONTESTANTS, Workload, deepspeed_config
 from resident import PeakMeter, resident_bytes
-from step_job import build_engine, build_model, finish_rank, run_steps, start_rank
-from step_variants import VARIANTS, Workload, deepspeed_config
+from trainers import build_engine, build_model
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -47,10 +48,10 @@ def load(engine: Any, folder: Path) -> dict[str, float]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything one rank has to say. Collective."""
-    variant, workload = VARIANTS[args.variant], Workload(**args.workload)
-    config = deepspeed_config(variant, workload)
-    inputs = start_rank(workload, 2)
-    engine = build_engine(variant, build_model(workload, config), config)
+    contestant, workload = CONTESTANTS[args.contestant], Workload(**args.workload)
+    config = deepspeed_config(contestant, workload)
+    inputs = start_rank(contestant, workload, 2)
+    engine = build_engine(contestant, build_model(contestant, workload, config), config)
     if args.action != "load":
         run_steps(engine, inputs[:1])
     before, meter = resident_bytes(), PeakMeter()
@@ -67,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--contestant", choices=CONTESTANTS, required=True)
     parser.add_argument("--action", choices=("save", "load"), required=True)
     parser.add_argument("--asynchronous", action="store_true", help="of lomo_ds alone, as the next one")
     parser.add_argument("--compress", action="store_true")

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from contestants import Workload
+from machine import describe_machine, describe_versions
 from rank_pair import RANK_ENVIRONMENT, run_ranks
 from rich.console import Console
-from step_report import describe_machine, describe_versions
-from step_variants import Workload
 
 HERE = Path(__file__).resolve().parent
 DEADLINE_S = 900.0

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contestants import SHIPPED_CONFIG, Workload
 from resident import PeakMeter, resident_bytes
-from step_variants import SHIPPED_CONFIG, Workload
 
 TOY = Workload(hidden_size=64, num_layers=1, intermediate_size=64, num_heads=2, vocab_size=16)
 
 
 def make(workload: Workload, folder: Path) -> dict[str, Any]:
     """Write the model, of random bf16 weights, and a toy that warms up whoever loads it."""
-    from step_job import llama_config
+    from trainers import llama_config
     from transformers import LlamaForCausalLM
 
     for name, shape in (("toy", TOY), ("model", workload)):

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from machine import describe_versions
 from rank_pair import run_ranks
 from rich.console import Console
-from step_report import describe_versions
 
 HERE = Path(__file__).resolve().parent
 DEADLINE_S = 300.0

@@ -9,15 +9,15 @@ from typing import Any
 
 import deepspeed
 import torch
-from step_job import batches, build_model, finish_rank
-from step_variants import Workload
+from bench_job import batches, finish_rank
+from contestants import Workload
+from sent_bytes import counting
+from trainers import sharded_model
 
 import lomo_ds
 from lomo_ds.zero3._internals import full_numel
 
 WORKLOAD = Workload(hidden_size=256, num_layers=4, intermediate_size=704, num_heads=4, vocab_size=1000)
-SHARE_ON_THE_WIRE = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2}
-"""Times (n - 1) / n of the whole message that each rank sends, by the ring algorithms NCCL uses."""
 
 
 def ds_json(scheme: str) -> dict[str, Any]:
@@ -28,7 +28,6 @@ def ds_json(scheme: str) -> dict[str, Any]:
         "optimizer": {"type": "Lomo", "params": {"lr": 0.01, "apply": apply}},
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
-        "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False},
         "zero_optimization": {
             "stage": 3,
             "reduce_scatter": scheme != "published",
@@ -49,20 +48,6 @@ def clipped_step(engine: Any, ids: torch.Tensor, scheme: str) -> None:
     engine.step()
 
 
-def bytes_on_the_wire(num_ranks: int) -> dict[str, float]:
-    """What DeepSpeed's communication logger has seen, as bytes that a rank sends, by operation."""
-    seen = deepspeed.comm.comm.comms_logger.get_raw_data()
-    sent = {}
-    for operation, sizes in seen.items():
-        kind = operation.partition(" ")[0]
-        if kind in SHARE_ON_THE_WIRE:
-            whole = num_ranks if kind == "all_gather_into_tensor" else 1  # logged by a rank's own part
-            total = sum(size * record[0] for size, record in sizes.items())
-            share = SHARE_ON_THE_WIRE[kind] * (num_ranks - 1) / num_ranks
-            sent[kind] = sent.get(kind, 0.0) + total * whole * share
-    return sent
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scheme", choices=("published", "deferred", "two_pass"), required=True)
@@ -70,16 +55,15 @@ def main() -> None:
     args = parser.parse_args()
     deepspeed.init_distributed("gloo")
     config = ds_json(args.scheme)
-    model = build_model(WORKLOAD, config)
+    model = sharded_model(WORKLOAD, config)
     engine, *_ = lomo_ds.initialize(model=model, config=config)
     warmup, measured = batches(WORKLOAD, 2, int(os.environ["RANK"]))
     clipped_step(engine, warmup, args.scheme)
-    deepspeed.comm.comm.comms_logger.reset_data()
-    clipped_step(engine, measured, args.scheme)
-    num_ranks = torch.distributed.get_world_size()
+    with counting() as sent_bytes:
+        clipped_step(engine, measured, args.scheme)
     result = {
         "model_bytes": sum(2 * full_numel(param) for param in model.parameters()),
-        "sent_bytes": bytes_on_the_wire(num_ranks),
+        "sent_bytes": sent_bytes,
     }
     finish_rank(result, args.out)
 

@@ -1,6 +1,6 @@
-"""One rank of one variant under profilers: where a step's time goes and what stands at its memory peak.
+"""One rank of one contestant under profilers: where a step's time goes and what stands at its memory peak.
 
-Started by ``step.py --profile``; rank 0's report is printed there.
+Started by ``bench.py --profile``; rank 0's report is printed there.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import pstats
 from typing import Any
 
 import torch
+from bench_job import finish_rank, parse_arguments, run_steps, start_rank
+from contestants import deepspeed_config
 from live_storages import LiveStorages
-from step_job import build_engine, build_model, finish_rank, parse_arguments, run_steps, start_rank
-from step_variants import deepspeed_config
+from trainers import build_engine, build_model
 
 _ROWS = 30
 
@@ -46,9 +47,10 @@ def profile_memory(engine: Any, inputs: list[torch.Tensor]) -> str:
 
 def main() -> None:
     args = parse_arguments(__doc__)
-    config = deepspeed_config(args.variant, args.workload, args.config)
-    inputs = start_rank(args.workload, 1)
-    engine = build_engine(args.variant, build_model(args.workload, config), config)
+    config = deepspeed_config(args.contestant, args.workload, args.config)
+    inputs = start_rank(args.contestant, args.workload, 1)
+    model = build_model(args.contestant, args.workload, config)
+    engine = build_engine(args.contestant, model, config)
     run_steps(engine, inputs)
     parts = run_steps(engine, inputs)[0]["parts"]
     report = [", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())]
