@@ -123,13 +123,17 @@ class TensorFile:
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor on."""
         if out.device.type == "cpu" and out.dtype == self.tensors[name].dtype and out.is_contiguous():
-            with self.path.open("rb", buffering=0) as stream:
-                self.read(stream, name, start, out)
+            self.fill(name, start, out)
             return
         done = 0
         for piece in self.pieces(name, start, start + out.numel()):
             out[done : done + piece.numel()].copy_(piece)
             done += piece.numel()
+
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """``read_into`` for a contiguous tensor on the host, of the stored dtype: nothing is copied."""
+        with self.path.open("rb", buffering=0) as stream:
+            self.read(stream, name, start, out)
 
 
 def read_tensor_file(path: Path) -> TensorFile:

@@ -26,6 +26,9 @@ class _ImaginedFile(TensorFile):
         for first in range(start, stop, step):
             yield torch.full((min(step, stop - first),), _VALUE, dtype=_DTYPE, device="cpu")
 
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        out.fill_(_VALUE)
+
 
 def imagined_folder(model: Module) -> ModelFolder:
     """The folder that ``model`` could have been saved to."""
