@@ -174,10 +174,12 @@ class EvaluationRecipe:
     Attributes:
         num_examples: the first so many of the file; None means all.
         batch_size: prompts that one rank takes through the model at a time.
+        before: score the untouched model, too.
     """
 
     num_examples: int | None = None
     batch_size: int = 16
+    before: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "batch_size"):

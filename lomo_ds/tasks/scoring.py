@@ -138,10 +138,12 @@ class Evaluated:
     Attributes:
         accuracy: part of the examples whose likeliest option is the right one.
         loss: negative log-likelihood of the right options, mean over their tokens.
+        log_likelihoods: of each example, its options'.
     """
 
     accuracy: float
     loss: float
+    log_likelihoods: tuple[tuple[float, ...], ...] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +184,19 @@ class ChoiceEvaluation:
         return Evaluated(
             accuracy=accuracy(scores, self.labels),
             loss=answer_loss(scores, self.labels, self._num_right_tokens()),
+            log_likelihoods=tuple(
+                tuple(row[:number])
+                for row, number in zip(scores.tolist(), self._option_counts(), strict=True)
+            ),
         )
+
+    def _option_counts(self) -> list[int]:
+        """Options of each example."""
+        numbers = [0] * len(self.labels)
+        for query in self.queries:
+            for example, option, _ in query.readings:
+                numbers[example] = max(numbers[example], option + 1)
+        return numbers
 
     def _num_right_tokens(self) -> int:
         """Tokens of the right options of all examples."""

@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,8 @@ from lomo_ds.training.recipe_file import continues_output, require_free_output
 from lomo_ds.training.resume import identity, read_history, require_same_run
 from lomo_ds.training.schedule import SHAPES, Schedule, num_warmup_steps
 from lomo_ds.zero3.agreement import failing_together
+
+EngineMaker = Callable[[RunPlan], Any]
 
 
 @dataclass(kw_only=True)
@@ -87,8 +90,13 @@ class _Job:
         )
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, make_engine: EngineMaker | None = None) -> int:
     """Do what a recipe says, as one of the ranks that a launcher has started. Collective.
+
+    Args:
+        recipe: of ``load_recipe``.
+        make_engine: makes another engine than ``lomo_ds.initialize`` from the plan, for a comparison in the
+            same loop. It has to have what is asked of ours here.
 
     Returns:
         The exit code: 0, or ``INTERRUPTED`` where the run was told to stop and has saved itself.
@@ -106,7 +114,7 @@ def run(recipe: Recipe) -> int:
         if _is_finished(recipe):
             return 0
         checkpoint = _checkpoint_to_resume(recipe)
-        job = _set_up(recipe, checkpoint, start_s)
+        job = _set_up(recipe, checkpoint, make_engine or _make_engine, start_s)
         return 0 if _train_and_evaluate(job) else INTERRUPTED
     finally:
         dist.destroy_process_group()
@@ -158,7 +166,7 @@ def _is_finished(recipe: Recipe) -> bool:
     return finished[0]
 
 
-def _set_up(recipe: Recipe, checkpoint: Path | None, start_s: float) -> _Job:
+def _set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, start_s: float) -> _Job:
     """Check everything, claim the output folder, then load the model and build the engine."""
     is_first = dist.get_rank() == 0
     output = OutputFolder(recipe.output)
@@ -171,7 +179,7 @@ def _set_up(recipe: Recipe, checkpoint: Path | None, start_s: float) -> _Job:
     progress = TrainingProgress(plan.num_steps, visible=is_first)
     progress.say(f"loading {recipe.model} onto {dist.get_world_size()} ranks")
     torch.manual_seed(recipe.seed + dist.get_rank())
-    engine = _build_engine(plan)
+    engine = make_engine(plan)
     progress.say(str(engine.optimizer.choice))
     job = _Job(
         plan=plan,
@@ -211,18 +219,24 @@ def _load_tokenizer(recipe: Recipe) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
 
 
-def _build_engine(plan: RunPlan) -> Any:
+def _make_engine(plan: RunPlan) -> Any:
+    model = load_model(plan)
+    engine, *_ = lomo_ds.initialize(model=model, config=plan.ds_json, lr_scheduler=schedule_maker(plan))
+    return engine
+
+
+def load_model(plan: RunPlan) -> Any:
+    """The recipe's model, cut by ZeRO-3, with what the recipe adds to it. Collective."""
     recipe = plan.recipe
     model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code, recipe.weights)
     if recipe.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora, recipe.seed)
-    engine, *_ = lomo_ds.initialize(model=model, config=plan.ds_json, lr_scheduler=_schedule_maker(plan))
-    return engine
+    return model
 
 
-def _schedule_maker(plan: RunPlan) -> Any:
+def schedule_maker(plan: RunPlan) -> Any:
     """What ``lomo_ds.initialize`` takes as ``lr_scheduler``; None where the JSON has a scheduler, or none."""
     shape = plan.recipe.schedule.type
     if shape not in SHAPES:
@@ -235,7 +249,8 @@ def _train_and_evaluate(job: _Job) -> bool:
     """Everything after loading; False where the run was told to stop before its last step."""
     evaluation = _evaluation(job)
     if job.engine.global_steps == 0:
-        job.before = _evaluate(job, evaluation, "before")
+        before = evaluation if job.plan.recipe.evaluation.before else None
+        job.before = _evaluate(job, before, "before")
     job.lap("evaluation_before_s")
     with job.progress, job.stop.listening():
         ended = _train(job)
@@ -300,6 +315,9 @@ def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> dict
     job.progress.say(f"scoring {len(evaluation.labels)} held-out examples {when} training")
     found = evaluation.evaluate(job.engine)
     job.progress.say(f"accuracy {when} training: {found.accuracy:.3f}, loss {found.loss:.4f}")
+    with failing_together():
+        if job.is_first and when == "after":
+            job.output.write_predictions(evaluation.labels, found)
     return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
 
 
@@ -342,9 +360,11 @@ def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[
 
 def _report(job: _Job, summary: dict[str, Any]) -> None:
     if summary["num_eval_examples"]:
+        before = summary["accuracy_before"]
         job.progress.say(
             f"accuracy on {summary['num_eval_examples']} held-out examples: "
-            f"{summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after"
+            + ("" if before is None else f"{before:.3f} before, ")
+            + f"{summary['accuracy_after']:.3f} after"
         )
     job.progress.say(f"plot: {job.output.plot}")
     job.progress.say(f"everything else: {job.output.path} ({summary['wall_s']:.0f} s)")
