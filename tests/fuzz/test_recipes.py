@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"r": 2, "alpha": 16.0, "target_modules": ["q_proj"], "lr": 5e-4, "train_base": True},
     "deepspeed": "zero.json",
     "activation_checkpointing": True,
-    "evaluation": {"num_examples": 2, "batch_size": 3},
+    "evaluation": {"num_examples": 2, "batch_size": 3, "before": True},
     "max_sequence_length": 64,
     "seed": 1,
     "output": "out",
