@@ -58,7 +58,7 @@ bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quick
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) benchmarks/adapters.py
 
-bench-quality: $(STAMP)  ## zero-shot, LoRA, AdamW, LOMO, AdaLomo, LOMO + LoRA on SST-2 and RTE: make bench-quality DATA=folder
+bench-quality: $(STAMP)  ## six ways to train on SST-2 and RTE, three seeds: make bench-quality DATA=folder
 	@test -n "$(DATA)" || { echo "error: name the folder of SST-2 and SuperGLUE: make bench-quality DATA=..."; exit 2; }
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) benchmarks/quality.py --data $(DATA)

@@ -25,22 +25,30 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecipe:
-    """What the model reads and what it has to answer; see ``lomo_ds.tasks.prompts``.
+    """What the model reads and what it has to answer, by choice or freely; see ``lomo_ds.tasks.prompts``.
 
     Attributes:
         prompt: template; ``{column}`` stands for a column of the data.
         options: the possible answers as they follow the prompt (a leading space counts).
+        response: column that holds the answer, in place of options.
         label: column that holds the right option, by its index or by its entry in ``label_names``.
         label_names: values of the label column in the order of ``options``; None means indices.
     """
 
     prompt: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] | None = None
+    response: str | None = None
     label: str = "label"
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_plain_places(self.prompt)
+        if (self.options is None) == (self.response is None):
+            raise ValueError("give exactly one of options (answers to choose from) and response (a column)")
+        if self.options is None:
+            if self.label_names is not None:
+                raise ValueError("label_names belong to options, not to response")
+            return
         if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
             raise ValueError(f"options has to hold at least two different answers, given: {self.options}")
         if self.label_names is not None and len(self.label_names) != len(self.options):

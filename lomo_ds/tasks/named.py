@@ -1,4 +1,4 @@
-"""Tasks that are known by name: SuperGLUE's choices and SST-2, from SuperGLUE's own JSON lines."""
+"""Tasks that are known by name: SuperGLUE's choices and SST-2, and instructions with their responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lomo_ds.config import did_you_mean
 from lomo_ds.tasks.data import Row, read_rows
-from lomo_ds.tasks.prompts import ChoiceExample
+from lomo_ds.tasks.prompts import ChoiceExample, Example, ResponseExample
 
 _YES_NO = (" Yes", " No")
 
@@ -20,22 +20,22 @@ class NamedTask:
 
     Attributes:
         label: how people call it.
-        examples: the questions that a row of the data asks (MultiRC's ask many).
+        examples: the questions that a row of the data asks (MultiRC's ask many), or its prompt and response.
         train, validation: names that its files may have, below the folder that the user names.
     """
 
     label: str
-    examples: Callable[[Row], Iterator[ChoiceExample]]
+    examples: Callable[[Row], Iterator[Example]]
     train: tuple[str, ...]
     validation: tuple[str, ...]
 
-    def read(self, path: Path) -> list[ChoiceExample]:
+    def read(self, path: Path) -> list[Example]:
         """All questions of a file.
 
         Raises:
             ValueError: a row that is not of this task; names the file and the example.
         """
-        questions: list[ChoiceExample] = []
+        questions: list[Example] = []
         for number, row in enumerate(read_rows(path), start=1):
             try:
                 questions += self.examples(row)
@@ -149,6 +149,13 @@ def _sst2(row: Row) -> Iterator[ChoiceExample]:
     yield ChoiceExample(prompt=prompt, options=(" terrible", " great"), label=_index((0, 1), row["label"]))
 
 
+def _instruction(row: Row) -> Iterator[ResponseExample]:
+    prompt, response = row.get("prompt"), row.get("response", row.get("completion"))
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise ValueError(f"needs the texts prompt and response (or completion); it has {', '.join(row)}")
+    yield ResponseExample(prompt=prompt, response=response)
+
+
 def _superglue(label: str, examples: Callable[[Row], Iterator[ChoiceExample]]) -> NamedTask:
     folders = ("", f"{label}/", f"superglue/{label}/")
     return NamedTask(
@@ -172,5 +179,11 @@ TASKS: dict[str, NamedTask] = {
         examples=_sst2,
         train=("train.jsonl", "train_10k.jsonl", "sst2/train.jsonl", "sst2/train_10k.jsonl"),
         validation=("validation.jsonl", "val.jsonl", "dev.jsonl", "sst2/validation.jsonl"),
+    ),
+    "instructions": NamedTask(
+        label="instructions",
+        examples=_instruction,
+        train=("train.jsonl", "instructions/train.jsonl"),
+        validation=("validation.jsonl", "val.jsonl", "instructions/validation.jsonl"),
     ),
 }

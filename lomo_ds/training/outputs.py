@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lomo_ds.tasks.scoring import Evaluated
 from lomo_ds.training.plan import RunPlan
 
 
@@ -49,13 +48,10 @@ class OutputFolder:
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self._write_json(self.ds_json, plan.ds_json)
 
-    def write_predictions(self, labels: Sequence[int], found: Evaluated) -> None:
-        """Write a line per held-out example: its right option, the likeliest, and how likely each is."""
+    def write_predictions(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write the figures of each held-out example."""
         with self.predictions.open("w", encoding="utf-8") as stream:
-            for label, options in zip(labels, found.log_likelihoods, strict=True):
-                likeliest = max(range(len(options)), key=options.__getitem__)
-                line = {"label": label, "predicted": likeliest, "log_likelihoods": options}
-                stream.write(json.dumps(line) + "\n")
+            stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""

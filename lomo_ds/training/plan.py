@@ -9,11 +9,11 @@ from typing import Any
 
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
-from lomo_ds.recipe import Recipe
+from lomo_ds.recipe import Recipe, TaskRecipe
 from lomo_ds.tasks.data import read_rows
 from lomo_ds.tasks.named import named_task
 from lomo_ds.tasks.order import num_steps_per_epoch
-from lomo_ds.tasks.prompts import ChoiceExample, ChoicePrompt
+from lomo_ds.tasks.prompts import ChoicePrompt, Example, ResponsePrompt
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable
 
@@ -33,8 +33,8 @@ class RunPlan:
     recipe: Recipe
     ds_json: dict[str, Any]
     num_steps: int
-    train_examples: Sequence[ChoiceExample]
-    held_out_examples: Sequence[ChoiceExample]
+    train_examples: Sequence[Example]
+    held_out_examples: Sequence[Example]
 
 
 def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
@@ -65,18 +65,24 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     )
 
 
-def _read_examples(recipe: Recipe) -> tuple[list[ChoiceExample], list[ChoiceExample]]:
+def _read_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     """(those to train on, those to evaluate), by the recipe's own prompt or by a named task's."""
     task, data = recipe.task, recipe.data
     if isinstance(task, str):
         named = named_task(task)
         held_out = named.read(named.validation_file(Path(data.evaluation))) if data.evaluation else []
         return named.read(named.train_file(Path(data.train))), held_out
-    prompt = ChoicePrompt(
+    prompt = _prompt(task)
+    held_out = prompt.examples(read_rows(data.evaluation, data.format)) if data.evaluation else []
+    return prompt.examples(read_rows(data.train, data.format)), held_out
+
+
+def _prompt(task: TaskRecipe) -> ChoicePrompt | ResponsePrompt:
+    if task.response is not None:
+        return ResponsePrompt(template=task.prompt, response_column=task.response)
+    return ChoicePrompt(
         template=task.prompt,
         options=task.options,
         label_column=task.label,
         label_names=task.label_names,
     )
-    held_out = prompt.examples(read_rows(data.evaluation, data.format)) if data.evaluation else []
-    return prompt.examples(read_rows(data.train, data.format)), held_out

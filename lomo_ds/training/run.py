@@ -26,8 +26,8 @@ from lomo_ds.checkpoint.newest import newest_whole
 from lomo_ds.checkpoint.root import CheckpointRoot, require_tag
 from lomo_ds.integrations.peft import add_adapters, save_adapters
 from lomo_ds.recipe import Recipe
-from lomo_ds.tasks.encoding import encode_right_answers
-from lomo_ds.tasks.scoring import ChoiceEvaluation, queries_for
+from lomo_ds.tasks.evaluation import Evaluation
+from lomo_ds.training.data_sets import DataSets, encode_data_sets
 from lomo_ds.training.interruption import INTERRUPTED, StopFlag
 from lomo_ds.training.loop import TrainingSet, train
 from lomo_ds.training.memory import peak_bytes, peak_source
@@ -58,6 +58,7 @@ class _Job:
     output: OutputFolder
     progress: TrainingProgress
     tokenizer: Any
+    data: DataSets
     engine: Any
     is_first: bool
     start_s: float
@@ -172,11 +173,16 @@ def _set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, s
     output = OutputFolder(recipe.output)
     with failing_together():
         plan = plan_run(recipe, dist.get_world_size())
+    tokenizer = _load_tokenizer(recipe)
+    with failing_together():
+        data = encode_data_sets(plan, tokenizer)
         if is_first:
             require_free_output(recipe)
             if checkpoint is None or not continues_output(recipe):
                 output.begin(plan)
     progress = TrainingProgress(plan.num_steps, visible=is_first)
+    if data.num_cut:
+        progress.say(f"{data.num_cut} answers lose their end to max_sequence_length")
     progress.say(f"loading {recipe.model} onto {dist.get_world_size()} ranks")
     torch.manual_seed(recipe.seed + dist.get_rank())
     engine = make_engine(plan)
@@ -185,7 +191,8 @@ def _set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, s
         plan=plan,
         output=output,
         progress=progress,
-        tokenizer=_load_tokenizer(recipe),
+        tokenizer=tokenizer,
+        data=data,
         engine=engine,
         is_first=is_first,
         start_s=start_s,
@@ -247,9 +254,8 @@ def schedule_maker(plan: RunPlan) -> Any:
 
 def _train_and_evaluate(job: _Job) -> bool:
     """Everything after loading; False where the run was told to stop before its last step."""
-    evaluation = _evaluation(job)
     if job.engine.global_steps == 0:
-        before = evaluation if job.plan.recipe.evaluation.before else None
+        before = job.data.held_out if job.plan.recipe.evaluation.before else None
         job.before = _evaluate(job, before, "before")
     job.lap("evaluation_before_s")
     with job.progress, job.stop.listening():
@@ -259,7 +265,7 @@ def _train_and_evaluate(job: _Job) -> bool:
     if not ended:
         job.progress.say(f"told to stop: saved after step {job.engine.global_steps}; go on with resume=auto")
         return False
-    after = _evaluate(job, evaluation, "after")
+    after = _evaluate(job, job.data.held_out, "after")
     job.lap("evaluation_after_s")
     _write_results(job, job.before | after)
     return True
@@ -278,46 +284,30 @@ def _train(job: _Job) -> bool:
     return True
 
 
-def _pad_token_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-
-
 def _training_set(job: _Job) -> TrainingSet:
     recipe, plan = job.plan.recipe, job.plan
     return TrainingSet(
-        answers=encode_right_answers(job.tokenizer, plan.train_examples, recipe.max_sequence_length),
+        answers=job.data.train,
         train_batch_size=recipe.batch.train_batch_size,
         micro_batch_size=recipe.batch.per_rank(dist.get_world_size())[0],
         num_steps=plan.num_steps,
         seed=recipe.seed,
-        pad_token_id=_pad_token_id(job.tokenizer),
+        pad_token_id=job.data.pad_token_id,
         num_steps_done=job.engine.global_steps,
     )
 
 
-def _evaluation(job: _Job) -> ChoiceEvaluation | None:
-    recipe, examples = job.plan.recipe, job.plan.held_out_examples
-    if not examples:
-        return None
-    return ChoiceEvaluation(
-        queries=queries_for(job.tokenizer, examples, recipe.max_sequence_length),
-        labels=[example.label for example in examples],
-        num_options=max(len(example.options) for example in examples),
-        batch_size=recipe.evaluation.batch_size,
-        pad_token_id=_pad_token_id(job.tokenizer),
-    )
-
-
-def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> dict[str, float | None]:
+def _evaluate(job: _Job, evaluation: Evaluation | None, when: str) -> dict[str, float | None]:
     """The summary's figures of the held-out examples."""
     if evaluation is None:
         return {f"accuracy_{when}": None, f"loss_{when}": None}
-    job.progress.say(f"scoring {len(evaluation.labels)} held-out examples {when} training")
+    job.progress.say(f"scoring {len(job.plan.held_out_examples)} held-out examples {when} training")
     found = evaluation.evaluate(job.engine)
-    job.progress.say(f"accuracy {when} training: {found.accuracy:.3f}, loss {found.loss:.4f}")
+    accuracy = "" if found.accuracy is None else f"accuracy {found.accuracy:.3f}, "
+    job.progress.say(f"{when} training: {accuracy}loss {found.loss:.4f}")
     with failing_together():
         if job.is_first and when == "after":
-            job.output.write_predictions(evaluation.labels, found)
+            job.output.write_predictions(found.lines)
     return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
 
 
@@ -345,6 +335,7 @@ def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
 def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[str, Any]:
     return {
         "num_eval_examples": len(job.plan.held_out_examples),
+        "num_cut_answers": job.data.num_cut,
         "final_loss": job.history[-1].loss,
         "num_steps": job.plan.num_steps,
         "num_ranks": dist.get_world_size(),
@@ -360,11 +351,10 @@ def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[
 
 def _report(job: _Job, summary: dict[str, Any]) -> None:
     if summary["num_eval_examples"]:
-        before = summary["accuracy_before"]
-        job.progress.say(
-            f"accuracy on {summary['num_eval_examples']} held-out examples: "
-            + ("" if before is None else f"{before:.3f} before, ")
-            + f"{summary['accuracy_after']:.3f} after"
-        )
+        measure = "loss" if summary["accuracy_after"] is None else "accuracy"
+        before, after = (summary[f"{measure}_{when}"] for when in ("before", "after"))
+        told = "" if before is None else f"{before:.3f} before, "
+        number = summary["num_eval_examples"]
+        job.progress.say(f"{measure} on {number} held-out examples: {told}{after:.3f} after")
     job.progress.say(f"plot: {job.output.plot}")
     job.progress.say(f"everything else: {job.output.path} ({summary['wall_s']:.0f} s)")

@@ -38,6 +38,7 @@ RECIPE: dict[str, Any] = {
 SCHEDULED = RECIPE | {
     "schedule": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
 }
+INSTRUCTIONS = RECIPE | {"task": {"prompt": "{text}:", "response": "label"}}
 EPOCHS = {key: value for key, value in RECIPE.items() if key not in ("steps", "lora")} | {"epochs": 2}
 SHIPPED = json.loads((ROOT / "ds_configs" / "lomo_bf16.json").read_text())
 FULL_JSON = SHIPPED | {
@@ -117,7 +118,7 @@ IN_YAML = (yaml.safe_dump(RECIPE), yaml.safe_dump(SCHEDULED), yaml.safe_dump(EPO
 
 
 @cases(60)
-@given(recipe=mutated((RECIPE, SCHEDULED, EPOCHS)))
+@given(recipe=mutated((RECIPE, SCHEDULED, EPOCHS, INSTRUCTIONS)))
 def test_recipes(folder: Path, recipe: dict) -> None:
     attempt(folder, "recipes", as_yaml(recipe).encode(), PLAIN_JSON)
 
