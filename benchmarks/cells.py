@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -108,13 +109,20 @@ def run_cell(cell: Cell, num_ranks: int) -> None:
         return
     output = output_folder(cell)
     output.mkdir(parents=True, exist_ok=True)
-    command, start_s = _command(cell, num_ranks), time.monotonic()
+    command, start_s, start_cpu_s = _command(cell, num_ranks), time.monotonic(), _cpu_s_of_children()
     with (output / "train.log").open("w") as log:
         environment = launch_environment(os.environ, 0)
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed; its output is in {output / 'train.log'}")
-    (output / "cell.json").write_text(json.dumps({"cell_s": time.monotonic() - start_s}) + "\n")
+    took = {"cell_s": time.monotonic() - start_s, "cpu_s": _cpu_s_of_children() - start_cpu_s}
+    (output / "cell.json").write_text(json.dumps(took) + "\n")
+
+
+def _cpu_s_of_children() -> float:
+    """Processor time of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _command(cell: Cell, num_ranks: int) -> list[str]:
@@ -126,7 +134,8 @@ def _command(cell: Cell, num_ranks: int) -> list[str]:
 
 
 def read_cell(cell: Cell) -> dict[str, Any]:
-    """The figures that a run left; ``cell_s`` is how long it took, its launch included."""
+    """The figures that a run left; ``cell_s`` is how long it took, its launch included, and ``cpu_s`` the
+    processor time of all its processes."""
     output = output_folder(cell)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     took = output / "cell.json"

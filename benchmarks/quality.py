@@ -89,7 +89,10 @@ def figures(cell: Cell, task: str, rate: float, files: TaskFiles) -> Found:
         "accuracy": _accuracy(validation),
         "slice": {"accuracy": _accuracy(tried), "loss": _loss(tried)} if tried else None,
         "peak_bytes": json.loads(metrics[-1])["peak_memory_bytes"],
-        **{key: found.get(key) for key in ("losses", "num_steps", "num_ranks", "dtype", "cell_s", "wall_s")},
+        **{
+            key: found.get(key)
+            for key in ("losses", "num_steps", "num_ranks", "dtype", "cell_s", "cpu_s", "wall_s")
+        },
     }
 
 

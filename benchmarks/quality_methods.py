@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
     "lora": Method(
         label="LoRA",
         color="#5b6fb5",
-        rates=(5e-4, 2e-3),
+        rates=(2e-3, 5e-3),
         rate_key="lora.lr",
         overrides=(*LORA, "lora.train_base=false"),
     ),

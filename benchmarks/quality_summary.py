@@ -32,7 +32,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
         ``tasks``: task -> ``zero_shot`` (accuracy or None), ``chance_error`` (standard error of an accuracy
         at the most common label's share), ``methods`` (of each with a cell, see ``_method``), ``verdict``
         (LOMO beside AdamW, see ``_verdict``). ``missing``: cells that are not done, in words.
-        ``longest_cell_s``: of the cells whose time is known; None without any. ``total_s``: their sum.
+        ``times``: ``cell_s`` and ``cpu_s`` of the cells where they are known, each with ``most`` and ``sum``.
     """
     run = results["run"]
     zero_shot = {one["task"]: one["accuracy"] for one in results["zero_shot"]}
@@ -54,9 +54,16 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
             "methods": {name: figures for name, figures in methods.items() if figures["grid"]},
             "verdict": _verdict(methods),
         }
-    seconds = [cell["cell_s"] for cell in results["cells"] if cell["cell_s"] is not None]
-    longest = max(seconds) if seconds else None
-    return {"tasks": tasks, "missing": missing, "longest_cell_s": longest, "total_s": sum(seconds)}
+    return {"tasks": tasks, "missing": missing, "times": _times(results["cells"])}
+
+
+def _times(cells: Cells) -> dict[str, dict[str, float]]:
+    times = {}
+    for key in ("cell_s", "cpu_s"):
+        known = [cell[key] for cell in cells if cell.get(key) is not None]
+        if known:
+            times[key] = {"most": max(known), "sum": sum(known)}
+    return times
 
 
 def _method(cells: Cells, name: str, seeds: Sequence[int]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def cell(method: str, rate: float, seed: int, accuracy: float, tried: tuple | No
         "num_ranks": 2,
         "dtype": "bfloat16",
         "cell_s": 90.0 + seed,
+        "cpu_s": None if seed else 120.0,
     }
 
 
@@ -97,6 +98,7 @@ def test_lomo_is_judged_by_means_and_spread(benchmark_module, lomo, difference, 
     page = benchmark_module("quality_report").markdown(found)
     assert f"LOMO at least matches AdamW on SST-2 within the spread: {verdict}" in page
     assert "more than two standard errors above" in page and "longest cell took 1.5 minutes" in page
+    assert "2.0 minutes at most a cell, 8 in all" in page
 
 
 def test_methods_near_chance_are_named(benchmark_module):
@@ -242,6 +244,7 @@ def test_the_baseline_is_adamw_on_the_same_batches(benchmark_module, data: Path,
     expected = adamw_of_torch(tmp_path / "model", data / "sst2" / "train.jsonl")
     assert found["losses"] == pytest.approx(expected, rel=1e-4)
     assert found["accuracy_before"] is None and found["cell_s"] > found["wall_s"]
+    assert found["cpu_s"] > 1
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     predictions = [json.loads(line) for line in lines]
     assert len(predictions) == 9 and {len(one["log_likelihoods"]) for one in predictions} == {2}
