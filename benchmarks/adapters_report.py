@@ -38,7 +38,8 @@ class Method:
     overrides: tuple[str, ...] = ()
 
 
-LORA = ("lora.r=2", "lora.alpha=16", "lora.target_modules=[q_proj, v_proj]", "lora.lr=5e-4")
+ADAPTERS = ("lora.r=2", "lora.alpha=16", "lora.target_modules=[q_proj, v_proj]")
+LORA = (*ADAPTERS, "lora.lr=5e-4")
 
 METHODS: dict[str, Method] = {
     "lora": Method(label="LoRA alone", overrides=(*LORA, "lora.train_base=false")),

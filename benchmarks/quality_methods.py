@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters_report import LORA
+from adapters_report import ADAPTERS
 from cells import ROOT
 
 SHIPPED_JSON = ROOT / "ds_configs" / "lomo_bf16.json"
@@ -49,7 +49,7 @@ METHODS: dict[str, Method] = {
         color="#5b6fb5",
         rates=(2e-3, 5e-3),
         rate_key="lora.lr",
-        overrides=(*LORA, "lora.train_base=false"),
+        overrides=(*ADAPTERS, "lora.train_base=false"),
     ),
     "adamw": Method(label="AdamW", color="#b4532a", rates=(2e-5, 1e-4), job=ADAMW_JOB),
     "lomo": Method(label="LOMO", color="#2a7f62", rates=(3e-2, 1e-1)),
@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
         label="LOMO + LoRA",
         color="#8c5aa8",
         rates=(3e-2, 1e-1),
-        overrides=(*LORA, "lora.lr=5e-4", "lora.train_base=true"),
+        overrides=(*ADAPTERS, "lora.lr=5e-4", "lora.train_base=true"),
     ),
 }
 """Each grid holds as many rates. The adapters are the LOMO paper's (arXiv 2306.09782)."""

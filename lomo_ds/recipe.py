@@ -9,18 +9,40 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetRecipe:
+    """Examples that the package ``datasets`` loads.
+
+    Attributes:
+        dataset: name on the Hugging Face hub, a folder of ``save_to_disk``, or a folder of data files.
+        name: configuration, where the data set has several ("rte" of "super_glue").
+        split: "train", "validation[:100]", ...; None where there is but one.
+        revision: of the hub's repository.
+    """
+
+    dataset: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """Where the examples are.
 
     Attributes:
-        train: file of training examples, one a line; for a task that is named its folder will do.
-        evaluation: file of held-out examples; without one the run does not evaluate.
+        train: file of training examples, one a line, for a task that is named its folder will do; or what
+            ``datasets`` loads.
+        evaluation: the same of held-out examples; without any the run does not evaluate.
         format: "tsv" (a header line, no quoting) or "jsonl"; None goes by the files' suffix.
     """
 
-    train: str
-    evaluation: str | None = None
+    train: str | DatasetRecipe
+    evaluation: str | DatasetRecipe | None = None
     format: Literal["tsv", "jsonl"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.format is not None and not any(isinstance(one, str) for one in (self.train, self.evaluation)):
+            raise ValueError("format belongs to files, and none is named")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Tasks that are known by name: SuperGLUE's choices and SST-2, and instructions with their responses."""
+"""Tasks that are known by name: SuperGLUE's choices and SST-2, and instructions with their responses.
+
+SuperGLUE's own JSON lines name their labels and nest; the Hugging Face hub's rows number them and are flat.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +38,20 @@ class NamedTask:
         Raises:
             ValueError: a row that is not of this task; names the file and the example.
         """
+        return self.read_rows(read_rows(path), str(path))
+
+    def read_rows(self, rows: Sequence[Row], where: str) -> list[Example]:
+        """All questions of rows that come from ``where``.
+
+        Raises:
+            ValueError: a row that is not of this task; names the example.
+        """
         questions: list[Example] = []
-        for number, row in enumerate(read_rows(path), start=1):
+        for number, row in enumerate(rows, start=1):
             try:
                 questions += self.examples(row)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, example {number} is not one of {self.label}: {error!r}") from None
+                raise ValueError(f"{where}, example {number} is not one of {self.label}: {error!r}") from None
         return questions
 
     def validation_file(self, folder: Path) -> Path:
@@ -87,18 +98,23 @@ def _index(options: Sequence[Any], value: Any) -> int:
     return list(options).index(value)
 
 
+def _named_index(names: Sequence[str], value: Any) -> int:
+    """Of a label's name, or of its number in the same order."""
+    return _index(range(len(names)) if isinstance(value, int) else names, value)
+
+
 # What each row asks ---------------------------------------------------------------------------------
 
 
 def _rte(row: Row) -> Iterator[ChoiceExample]:
     prompt = f'{row["premise"]}\nDoes it follow that "{row["hypothesis"]}"? Yes or no?\nAnswer:'
-    label = _index(("entailment", "not_entailment"), row["label"])
+    label = _named_index(("entailment", "not_entailment"), row["label"])
     yield ChoiceExample(prompt=prompt, options=_YES_NO, label=label)
 
 
 def _cb(row: Row) -> Iterator[ChoiceExample]:
     prompt = f'{row["premise"]}\nDoes it follow that "{row["hypothesis"]}"? Yes, no, or maybe?\nAnswer:'
-    label = _index(("entailment", "contradiction", "neutral"), row["label"])
+    label = _named_index(("entailment", "contradiction", "neutral"), row["label"])
     yield ChoiceExample(prompt=prompt, options=(" Yes", " No", " Maybe"), label=label)
 
 
@@ -108,7 +124,7 @@ def _boolq(row: Row) -> Iterator[ChoiceExample]:
 
 
 def _wsc(row: Row) -> Iterator[ChoiceExample]:
-    target = row["target"]
+    target = row.get("target", row)
     prompt = (
         f'{row["text"]}\nDoes "{target["span2_text"]}" stand for "{target["span1_text"]}" there? Yes or no?\n'
         "Answer:"
@@ -123,12 +139,19 @@ def _wic(row: Row) -> Iterator[ChoiceExample]:
 
 
 def _multirc(row: Row) -> Iterator[ChoiceExample]:
+    if "paragraph" in row:
+        yield _multirc_answer(row["paragraph"], row["question"], row["answer"], row["label"])
+        return
     passage = row["passage"]
     for question in passage["questions"]:
         for answer in question["answers"]:
-            asked = f'{question["question"]}\nIs "{answer["text"]}" a right answer? Yes or no?'
-            prompt = f"{passage['text']}\nQuestion: {asked}\nAnswer:"
-            yield ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((1, 0), answer["label"]))
+            yield _multirc_answer(passage["text"], question["question"], answer["text"], answer["label"])
+
+
+def _multirc_answer(passage: str, question: str, answer: str, label: int) -> ChoiceExample:
+    asked = f'{question}\nIs "{answer}" a right answer? Yes or no?'
+    prompt = f"{passage}\nQuestion: {asked}\nAnswer:"
+    return ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((1, 0), label))
 
 
 def _copa(row: Row) -> Iterator[ChoiceExample]:

@@ -325,7 +325,7 @@ def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
     dist.all_reduce(parked)
     with failing_together():
         if job.is_first:
-            title = plot_title(job.plan.recipe, dist.get_world_size())
+            title = plot_title(job.plan, dist.get_world_size())
             plot_loss_and_memory(job.history, title, job.output.plot)
             summary = held_out | _figures(job, int(peaks[0]), int(parked))
             job.output.end(summary)
