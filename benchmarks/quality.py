@@ -109,7 +109,7 @@ def zero_shot(args: argparse.Namespace, task: str, files: TaskFiles) -> Found | 
     recipe = parse_recipe(args.recipe, [*TASKS[task], *args.overrides])
     wanted = {"model": recipe.model, "data": str(files.validation), "max_length": recipe.max_sequence_length}
     path = args.runs / f"{task}-zero-shot.json"
-    if path.is_file() and (found := json.loads(path.read_text()))["asked"] == wanted:
+    if path.is_file() and (found := json.loads(path.read_text())).get("asked") == wanted:
         return found
     if args.report:
         return None
@@ -169,7 +169,10 @@ def report(
 
 def main() -> None:
     args, console = parse_arguments(), Console()
-    files = {task: split(task, args.data, args.slice, args.runs / "data") for task in args.tasks}
+    try:
+        files = {task: split(task, args.data, args.slice, args.runs / "data") for task in args.tasks}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     found: list[Found] = []
     zero: list[Found] = []
     for task in args.tasks:
