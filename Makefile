@@ -11,7 +11,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: test-nvme test-faults help venv test lint format quickstart bench bench-checkpoint bench-adapters \
-	bench-rounding clean
+	bench-quality bench-rounding clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,11 @@ bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, beside ZeRO
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) benchmarks/adapters.py
+
+bench-quality: $(STAMP)  ## six ways to train on SST-2 and RTE, three seeds: make bench-quality DATA=folder
+	@test -n "$(DATA)" || { echo "error: name the folder of SST-2 and SuperGLUE: make bench-quality DATA=..."; exit 2; }
+	$(RUN) recipes/prepare_quickstart.py
+	$(RUN) benchmarks/quality.py --data $(DATA)
 
 bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest rounding, 200 steps
 	$(RUN) recipes/prepare_quickstart.py

@@ -38,11 +38,12 @@ class Method:
     overrides: tuple[str, ...] = ()
 
 
-_LORA = ("lora.r=2", "lora.alpha=16", "lora.target_modules=[q_proj, v_proj]", "lora.lr=5e-4")
+ADAPTERS = ("lora.r=2", "lora.alpha=16", "lora.target_modules=[q_proj, v_proj]")
+LORA = (*ADAPTERS, "lora.lr=5e-4")
 
 METHODS: dict[str, Method] = {
-    "lora": Method(label="LoRA alone", overrides=(*_LORA, "lora.train_base=false")),
-    "lomo+lora": Method(label="LOMO + LoRA", overrides=(*_LORA, "lora.train_base=true")),
+    "lora": Method(label="LoRA alone", overrides=(*LORA, "lora.train_base=false")),
+    "lomo+lora": Method(label="LOMO + LoRA", overrides=(*LORA, "lora.train_base=true")),
     "lomo": Method(label="LOMO alone"),
 }
 """The settings of the adapters are the LOMO paper's (arXiv 2306.09782); LOMO's are the recipe's."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +17,11 @@ from typing import Any
 
 import yaml
 from machine import describe_machine, describe_versions
+from rank_pair import free_port
 from rich.console import Console
 
 from lomo_ds.cli.train import launch_environment
+from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
 from lomo_ds.training.recipe_file import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +36,8 @@ class Cell:
         label: the same for people.
         seed: of the run.
         recipe: YAML file.
-        overrides: what makes the recipe into this cell's, ``output`` included.
+        overrides: what makes the recipe into this cell's, ``output`` included. Its length is in ``steps``.
+        job: script that is started on each rank with recipe and overrides; None is ``lomo-ds train``.
     """
 
     method: str
@@ -40,6 +45,7 @@ class Cell:
     seed: int
     recipe: Path
     overrides: tuple[str, ...]
+    job: Path | None = None
 
 
 def argument_parser(description: str, runs: str, seeds: Sequence[int]) -> argparse.ArgumentParser:
@@ -70,48 +76,75 @@ def run_cells(cells: Sequence[Cell], num_ranks: int, console: Console) -> list[d
     found = []
     for cell in cells:
         with console.status(f"seed {cell.seed}: {cell.label}"):
-            _run_cell(cell, num_ranks)
-        found.append(_read_cell(cell))
+            run_cell(cell, num_ranks)
+        found.append(read_cell(cell))
         console.print(_one_line(cell.label, found[-1]), highlight=False, soft_wrap=True)
     return found
 
 
-def finished(cell: Cell) -> bool:
-    """Whether the cell's folder holds the results of exactly its recipe."""
+def finished(cell: Cell, num_ranks: int) -> bool:
+    """Whether the cell's folder holds the results of exactly its recipe and JSON."""
     recipe = parse_recipe(cell.recipe, cell.overrides)
     output = Path(recipe.output)
     if not (output / "summary.json").is_file():
         return False
-    return yaml.safe_load((output / "recipe.yaml").read_text()) == json.loads(json.dumps(asdict(recipe)))
+    ds_json = fill_ds_json(read_ds_json(recipe.deepspeed), recipe, num_ranks)
+    fill_scheduler(ds_json, recipe, recipe.steps)
+    same_recipe = yaml.safe_load((output / "recipe.yaml").read_text()) == _as_read_back(asdict(recipe))
+    return same_recipe and json.loads((output / "ds_config.json").read_text()) == _as_read_back(ds_json)
 
 
-def _output(cell: Cell) -> Path:
+def _as_read_back(content: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(content))
+
+
+def output_folder(cell: Cell) -> Path:
+    """Where a cell leaves its results."""
     return Path(parse_recipe(cell.recipe, cell.overrides).output)
 
 
-def _run_cell(cell: Cell, num_ranks: int) -> None:
+def run_cell(cell: Cell, num_ranks: int) -> None:
     """Train in processes of their own, unless it is done; their output goes to ``train.log``."""
-    if finished(cell):
+    if finished(cell, num_ranks):
         return
-    output = _output(cell)
+    output = output_folder(cell)
     output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "lomo_ds.cli.main", "train", str(cell.recipe), *cell.overrides]
-    command += ["--num-ranks", str(num_ranks)]
+    command, start_s, start_cpu_s = _command(cell, num_ranks), time.monotonic(), _cpu_s_of_children()
     with (output / "train.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        environment = launch_environment(os.environ, 0)
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed; its output is in {output / 'train.log'}")
+    took = {"cell_s": time.monotonic() - start_s, "cpu_s": _cpu_s_of_children() - start_cpu_s}
+    (output / "cell.json").write_text(json.dumps(took) + "\n")
 
 
-def _read_cell(cell: Cell) -> dict[str, Any]:
-    """The figures that a run left."""
-    output = _output(cell)
+def _cpu_s_of_children() -> float:
+    """Processor time of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _command(cell: Cell, num_ranks: int) -> list[str]:
+    if cell.job is None:
+        command = [sys.executable, "-m", "lomo_ds.cli.main", "train", str(cell.recipe), *cell.overrides]
+        return [*command, "--num-ranks", str(num_ranks)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(num_ranks)]
+    return [*launcher, "--master_port", str(free_port()), str(cell.job), str(cell.recipe), *cell.overrides]
+
+
+def read_cell(cell: Cell) -> dict[str, Any]:
+    """The figures that a run left; ``cell_s`` is how long it took, its launch included, and ``cpu_s`` the
+    processor time of all its processes."""
+    output = output_folder(cell)
     lines = (output / "metrics.jsonl").read_text().splitlines()
+    took = output / "cell.json"
     return {
         "method": cell.method,
         "seed": cell.seed,
         "losses": [json.loads(line)["loss"] for line in lines],
         **json.loads((output / "summary.json").read_text()),
+        **(json.loads(took.read_text()) if took.is_file() else {}),
     }
 
 

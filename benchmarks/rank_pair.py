@@ -42,7 +42,7 @@ def run_ranks(script: Path, arguments: list[str], num_ranks: int, deadline_s: fl
     with tempfile.TemporaryDirectory(prefix="lomo_bench_") as folder:
         out = Path(folder)
         command = [sys.executable, str(script), "--out", str(out), *arguments]
-        port = _free_port()
+        port = free_port()
         ranks = [_start(command, out, rank, num_ranks, port) for rank in range(num_ranks)]
         try:
             _wait(ranks, out, deadline_s)
@@ -88,7 +88,8 @@ def _log_tail(out: Path, rank: int) -> str:
     return _log_path(out, rank).read_text(errors="replace")[-_LOG_TAIL_CHARS:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

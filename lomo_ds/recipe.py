@@ -9,38 +9,68 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetRecipe:
+    """Examples that the package ``datasets`` loads.
+
+    Attributes:
+        dataset: name on the Hugging Face hub, a folder of ``save_to_disk``, or a folder of data files.
+        name: configuration, where the data set has several ("rte" of "super_glue").
+        split: "train", "validation[:100]", ...; None where there is but one.
+        revision: of the hub's repository.
+    """
+
+    dataset: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """Where the examples are.
 
     Attributes:
-        train: file of training examples, one a line; for a task that is named its folder will do.
-        evaluation: file of held-out examples; without one the run does not evaluate.
+        train: file of training examples, one a line, for a task that is named its folder will do; or what
+            ``datasets`` loads.
+        evaluation: the same of held-out examples; without any the run does not evaluate.
         format: "tsv" (a header line, no quoting) or "jsonl"; None goes by the files' suffix.
     """
 
-    train: str
-    evaluation: str | None = None
+    train: str | DatasetRecipe
+    evaluation: str | DatasetRecipe | None = None
     format: Literal["tsv", "jsonl"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.format is not None and not any(isinstance(one, str) for one in (self.train, self.evaluation)):
+            raise ValueError("format belongs to files, and none is named")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecipe:
-    """What the model reads and what it has to answer; see ``lomo_ds.tasks.prompts``.
+    """What the model reads and what it has to answer, by choice or freely; see ``lomo_ds.tasks.prompts``.
 
     Attributes:
         prompt: template; ``{column}`` stands for a column of the data.
         options: the possible answers as they follow the prompt (a leading space counts).
+        response: column that holds the answer, in place of options.
         label: column that holds the right option, by its index or by its entry in ``label_names``.
         label_names: values of the label column in the order of ``options``; None means indices.
     """
 
     prompt: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] | None = None
+    response: str | None = None
     label: str = "label"
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_plain_places(self.prompt)
+        if (self.options is None) == (self.response is None):
+            raise ValueError("give exactly one of options (answers to choose from) and response (a column)")
+        if self.options is None:
+            if self.label_names is not None:
+                raise ValueError("label_names belong to options, not to response")
+            return
         if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
             raise ValueError(f"options has to hold at least two different answers, given: {self.options}")
         if self.label_names is not None and len(self.label_names) != len(self.options):
@@ -174,10 +204,12 @@ class EvaluationRecipe:
     Attributes:
         num_examples: the first so many of the file; None means all.
         batch_size: prompts that one rank takes through the model at a time.
+        before: score the untouched model, too.
     """
 
     num_examples: int | None = None
     batch_size: int = 16
+    before: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "batch_size"):

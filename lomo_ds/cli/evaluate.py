@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{result['task']}: accuracy {result['accuracy']:.3f} on {result['num_examples']} questions")
+    measure, what = ("accuracy", "questions") if "accuracy" in result else ("loss", "responses")
+    print(f"{result['task']}: {measure} {result[measure]:.3f} on {result['num_examples']} {what}")
     return 0
 
 
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lomo-ds evaluate",
         description="Score a model folder: how often the right option is the likeliest, by the "
-        "log-likelihood of its tokens after the prompt.",
+        "log-likelihood of its tokens after the prompt; for instructions the mean loss of the response.",
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder in Hugging Face format")
     parser.add_argument("--task", required=True, metavar="TASK", help=f"one of {', '.join(TASKS)}")
@@ -67,28 +68,55 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"there is no folder {arguments.model}")
     path = task.validation_file(arguments.data)
     examples = task.read(path)[: arguments.num_examples]
-    accuracy = _accuracy(arguments, examples)
     return {
         "task": task.label,
         "model": str(arguments.model),
         "data": str(path),
         "num_examples": len(examples),
-        "accuracy": accuracy,
+        **_figure(arguments, examples),
     }
 
 
-def _accuracy(arguments: argparse.Namespace, examples: Sequence[Any]) -> float:
-    import torch
-    from rich.progress import track
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _figure(arguments: argparse.Namespace, examples: Sequence[Any]) -> dict[str, float]:
+    """Accuracy for questions with options, loss for responses."""
+    from lomo_ds.tasks.encoding import encode_responses
+    from lomo_ds.tasks.evaluation import response_queries
+    from lomo_ds.tasks.prompts import ResponseExample
+    from lomo_ds.tasks.scoring import accuracy, answer_loss, queries_for
+
+    tokenizer, length = _load_tokenizer(arguments.model), arguments.max_sequence_length
+    if isinstance(examples[0], ResponseExample):
+        answers = encode_responses(tokenizer, examples, length)
+        scores = _scores(arguments, tokenizer, response_queries(answers), (len(answers), 1))
+        num_tokens = sum(len(answer.target_ids) for answer in answers)
+        return {
+            "loss": answer_loss(scores, [0] * len(answers), num_tokens),
+            "num_cut_answers": sum(answer.is_cut for answer in answers),
+        }
+    shape = (len(examples), max(len(example.options) for example in examples))
+    scores = _scores(arguments, tokenizer, queries_for(tokenizer, examples, length), shape)
+    return {"accuracy": accuracy(scores, [example.label for example in examples])}
+
+
+def _load_tokenizer(model: Path) -> Any:
+    from transformers import AutoTokenizer
 
     from lomo_ds.checkpoint.foreign_code import plain_refusals, refuse_foreign_kernels
-    from lomo_ds.tasks.scoring import accuracy, option_scores, queries_for, rank_batches
 
-    refuse_foreign_kernels(arguments.model)
-    with plain_refusals(arguments.model):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
-    queries = queries_for(tokenizer, examples, arguments.max_sequence_length)
+    refuse_foreign_kernels(model)
+    with plain_refusals(model):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+
+
+def _scores(arguments: argparse.Namespace, tokenizer: Any, queries: Sequence[Any], shape: tuple) -> Any:
+    """Load the model and read everything; log-likelihoods of ``shape``."""
+    import torch
+    from rich.progress import track
+    from transformers import AutoModelForCausalLM
+
+    from lomo_ds.checkpoint.foreign_code import plain_refusals
+    from lomo_ds.tasks.scoring import option_scores, rank_batches
+
     with plain_refusals(arguments.model):
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype="auto", trust_remote_code=False, use_safetensors=True
@@ -96,9 +124,5 @@ def _accuracy(arguments: argparse.Namespace, examples: Sequence[Any]) -> float:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = model.to(device).eval()
     batches = rank_batches(queries, arguments.batch_size, 0, 1)
-    shape = (len(examples), max(len(example.options) for example in examples))
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-    scores = option_scores(
-        model, list(track(batches, "scoring", disable=not sys.stdout.isatty())), shape, pad
-    )
-    return accuracy(scores, [example.label for example in examples])
+    return option_scores(model, track(batches, "scoring", disable=not sys.stdout.isatty()), shape, pad)

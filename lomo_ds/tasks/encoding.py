@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from lomo_ds.tasks.prompts import ChoiceExample
+from lomo_ds.tasks.prompts import ChoiceExample, ResponseExample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,12 @@ class EncodedAnswer:
     Attributes:
         input_ids: what the model reads: the prompt and all of the answer but its last token.
         target_ids: the answer. The last ``len(target_ids)`` positions of ``input_ids`` predict it.
+        is_cut: the answer has lost its end.
     """
 
     input_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    is_cut: bool = False
 
 
 def encode_answer(tokenizer: Any, prompt: str, answer: str, max_length: int) -> EncodedAnswer:
@@ -38,13 +40,8 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
     Raises:
         ValueError: the answer has no token of its own, or does not fit into ``max_length``.
     """
-    prompt_ids = _text_ids(tokenizer, prompt)
-    whole_ids = _text_ids(tokenizer, prompt + answer)
-    pairs = zip(prompt_ids, whole_ids, strict=False)
-    num_prompt = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    whole_ids, num_prompt = _whole_ids(tokenizer, prompt, answer)
     target_ids = tuple(whole_ids[num_prompt:])
-    if not target_ids or num_prompt == 0:
-        raise ValueError(f"task: the prompt {prompt[:60]!r} and the answer {answer!r} need a token each")
     if len(target_ids) >= max_length:
         raise ValueError(
             f"max_sequence_length {max_length} leaves no room for a prompt before the answer {answer!r} "
@@ -59,6 +56,65 @@ def encode_right_answers(
 ) -> list[EncodedAnswer]:
     """Each example with its right answer, for training."""
     return [encode_answer(tokenizer, example.prompt, example.answer, max_length) for example in examples]
+
+
+def encode_response(tokenizer: Any, prompt: str, response: str, max_length: int) -> EncodedAnswer:
+    """Tokenize ``prompt + response`` like ``encode_answer`` and end it with the end-of-text token.
+
+    Args:
+        tokenizer: of transformers, with an end-of-text token.
+        prompt: never cut.
+        response: loses its end, and with it the end-of-text token, where it does not fit.
+        max_length: of ``input_ids``, in tokens.
+
+    Returns:
+        Without any target where the prompt alone takes more than ``max_length`` tokens.
+
+    Raises:
+        ValueError: prompt or response have no token of their own, or there is no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("task.response: the tokenizer has no end-of-text token, which ends a response")
+    whole_ids, num_prompt = _whole_ids(tokenizer, prompt, response)
+    whole_ids.append(tokenizer.eos_token_id)
+    return EncodedAnswer(
+        input_ids=tuple(whole_ids[:-1][:max_length]),
+        target_ids=tuple(whole_ids[num_prompt : max_length + 1]),
+        is_cut=len(whole_ids) > max_length + 1,
+    )
+
+
+def encode_responses(
+    tokenizer: Any, examples: Sequence[ResponseExample], max_length: int
+) -> list[EncodedAnswer]:
+    """Each example with its response.
+
+    Raises:
+        ValueError: prompts that leave no room for a response; says how many and names the first.
+    """
+    answers = [encode_response(tokenizer, one.prompt, one.response, max_length) for one in examples]
+    without = [number for number, answer in enumerate(answers, start=1) if not answer.target_ids]
+    if without:
+        raise ValueError(
+            f"max_sequence_length {max_length} leaves no room for the response of {len(without)} of "
+            f"{len(answers)} examples (the first is example {without[0]}): raise it, or take them out"
+        )
+    return answers
+
+
+def _whole_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
+    """(tokens of ``prompt + answer``, how many of them are the prompt's).
+
+    Raises:
+        ValueError: one of them has no token of its own.
+    """
+    prompt_ids = _text_ids(tokenizer, prompt)
+    whole_ids = _text_ids(tokenizer, prompt + answer)
+    pairs = zip(prompt_ids, whole_ids, strict=False)
+    num_prompt = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    if num_prompt == len(whole_ids) or num_prompt == 0:
+        raise ValueError(f"task: the prompt {prompt[:60]!r} and the answer {answer[:60]!r} need a token each")
+    return whole_ids, num_prompt
 
 
 def _text_ids(tokenizer: Any, text: str) -> list[int]:

@@ -1,4 +1,7 @@
-"""Tasks that are known by name: SuperGLUE's choices and SST-2, from SuperGLUE's own JSON lines."""
+"""Tasks that are known by name: SuperGLUE's choices and SST-2, and instructions with their responses.
+
+SuperGLUE's own JSON lines name their labels and nest; the Hugging Face hub's rows number them and are flat.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from lomo_ds.config import did_you_mean
 from lomo_ds.tasks.data import Row, read_rows
-from lomo_ds.tasks.prompts import ChoiceExample
+from lomo_ds.tasks.prompts import ChoiceExample, Example, ResponseExample
 
 _YES_NO = (" Yes", " No")
 
@@ -20,27 +23,35 @@ class NamedTask:
 
     Attributes:
         label: how people call it.
-        examples: the questions that a row of the data asks (MultiRC's ask many).
+        examples: the questions that a row of the data asks (MultiRC's ask many), or its prompt and response.
         train, validation: names that its files may have, below the folder that the user names.
     """
 
     label: str
-    examples: Callable[[Row], Iterator[ChoiceExample]]
+    examples: Callable[[Row], Iterator[Example]]
     train: tuple[str, ...]
     validation: tuple[str, ...]
 
-    def read(self, path: Path) -> list[ChoiceExample]:
+    def read(self, path: Path) -> list[Example]:
         """All questions of a file.
 
         Raises:
             ValueError: a row that is not of this task; names the file and the example.
         """
-        questions: list[ChoiceExample] = []
-        for number, row in enumerate(read_rows(path), start=1):
+        return self.read_rows(read_rows(path), str(path))
+
+    def read_rows(self, rows: Sequence[Row], where: str) -> list[Example]:
+        """All questions of rows that come from ``where``.
+
+        Raises:
+            ValueError: a row that is not of this task; names the example.
+        """
+        questions: list[Example] = []
+        for number, row in enumerate(rows, start=1):
             try:
                 questions += self.examples(row)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, example {number} is not one of {self.label}: {error!r}") from None
+                raise ValueError(f"{where}, example {number} is not one of {self.label}: {error!r}") from None
         return questions
 
     def validation_file(self, folder: Path) -> Path:
@@ -87,18 +98,23 @@ def _index(options: Sequence[Any], value: Any) -> int:
     return list(options).index(value)
 
 
+def _named_index(names: Sequence[str], value: Any) -> int:
+    """Of a label's name, or of its number in the same order."""
+    return _index(range(len(names)) if isinstance(value, int) else names, value)
+
+
 # What each row asks ---------------------------------------------------------------------------------
 
 
 def _rte(row: Row) -> Iterator[ChoiceExample]:
     prompt = f'{row["premise"]}\nDoes it follow that "{row["hypothesis"]}"? Yes or no?\nAnswer:'
-    label = _index(("entailment", "not_entailment"), row["label"])
+    label = _named_index(("entailment", "not_entailment"), row["label"])
     yield ChoiceExample(prompt=prompt, options=_YES_NO, label=label)
 
 
 def _cb(row: Row) -> Iterator[ChoiceExample]:
     prompt = f'{row["premise"]}\nDoes it follow that "{row["hypothesis"]}"? Yes, no, or maybe?\nAnswer:'
-    label = _index(("entailment", "contradiction", "neutral"), row["label"])
+    label = _named_index(("entailment", "contradiction", "neutral"), row["label"])
     yield ChoiceExample(prompt=prompt, options=(" Yes", " No", " Maybe"), label=label)
 
 
@@ -108,7 +124,7 @@ def _boolq(row: Row) -> Iterator[ChoiceExample]:
 
 
 def _wsc(row: Row) -> Iterator[ChoiceExample]:
-    target = row["target"]
+    target = row.get("target", row)
     prompt = (
         f'{row["text"]}\nDoes "{target["span2_text"]}" stand for "{target["span1_text"]}" there? Yes or no?\n'
         "Answer:"
@@ -123,12 +139,19 @@ def _wic(row: Row) -> Iterator[ChoiceExample]:
 
 
 def _multirc(row: Row) -> Iterator[ChoiceExample]:
+    if "paragraph" in row:
+        yield _multirc_answer(row["paragraph"], row["question"], row["answer"], row["label"])
+        return
     passage = row["passage"]
     for question in passage["questions"]:
         for answer in question["answers"]:
-            asked = f'{question["question"]}\nIs "{answer["text"]}" a right answer? Yes or no?'
-            prompt = f"{passage['text']}\nQuestion: {asked}\nAnswer:"
-            yield ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((1, 0), answer["label"]))
+            yield _multirc_answer(passage["text"], question["question"], answer["text"], answer["label"])
+
+
+def _multirc_answer(passage: str, question: str, answer: str, label: int) -> ChoiceExample:
+    asked = f'{question}\nIs "{answer}" a right answer? Yes or no?'
+    prompt = f"{passage}\nQuestion: {asked}\nAnswer:"
+    return ChoiceExample(prompt=prompt, options=_YES_NO, label=_index((1, 0), label))
 
 
 def _copa(row: Row) -> Iterator[ChoiceExample]:
@@ -147,6 +170,13 @@ def _continued(sentence: str) -> str:
 def _sst2(row: Row) -> Iterator[ChoiceExample]:
     prompt = f"Review: {row['sentence'].strip()}\nIt was"
     yield ChoiceExample(prompt=prompt, options=(" terrible", " great"), label=_index((0, 1), row["label"]))
+
+
+def _instruction(row: Row) -> Iterator[ResponseExample]:
+    prompt, response = row.get("prompt"), row.get("response", row.get("completion"))
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise ValueError(f"needs the texts prompt and response (or completion); it has {', '.join(row)}")
+    yield ResponseExample(prompt=prompt, response=response)
 
 
 def _superglue(label: str, examples: Callable[[Row], Iterator[ChoiceExample]]) -> NamedTask:
@@ -172,5 +202,11 @@ TASKS: dict[str, NamedTask] = {
         examples=_sst2,
         train=("train.jsonl", "train_10k.jsonl", "sst2/train.jsonl", "sst2/train_10k.jsonl"),
         validation=("validation.jsonl", "val.jsonl", "dev.jsonl", "sst2/validation.jsonl"),
+    ),
+    "instructions": NamedTask(
+        label="instructions",
+        examples=_instruction,
+        train=("train.jsonl", "instructions/train.jsonl"),
+        validation=("validation.jsonl", "val.jsonl", "instructions/validation.jsonl"),
     ),
 }

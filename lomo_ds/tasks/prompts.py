@@ -1,4 +1,4 @@
-"""Prompts: from a row of data to what the model reads and the answers that it may give."""
+"""Prompts: from a row of data to what the model reads and what it should answer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lomo_ds.config import shown
 from lomo_ds.tasks.data import Row
 
 
@@ -51,15 +52,11 @@ class ChoicePrompt:
         Raises:
             ValueError: the template or the label names a column that a row lacks, or a label has no option.
         """
-        columns = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-        return [self._example(number, row, columns) for number, row in enumerate(rows, start=1)]
+        return [self._example(number, row) for number, row in enumerate(rows, start=1)]
 
-    def _example(self, number: int, row: Row, columns: list[str]) -> ChoiceExample:
-        for key, column in [("task.prompt", name) for name in columns] + [("task.label", self.label_column)]:
-            if column not in row:
-                known = ", ".join(row)
-                raise ValueError(f"{key}: example {number} has no column {column!r}; it has: {known}")
-        prompt = self.template.format_map({name: row[name] for name in columns})
+    def _example(self, number: int, row: Row) -> ChoiceExample:
+        prompt = _filled(self.template, number, row)
+        _require_column("task.label", self.label_column, number, row)
         return ChoiceExample(prompt=prompt, options=self.options, label=self._label(number, row))
 
     def _label(self, number: int, row: Row) -> int:
@@ -71,3 +68,65 @@ class ChoicePrompt:
                 "(set task.label_names where the file's labels are called otherwise)"
             )
         return names.index(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseExample:
+    """A prompt with the response that the model should give.
+
+    Attributes:
+        prompt: what the model reads.
+        response: the text that should follow, and then the end of the text.
+    """
+
+    prompt: str
+    response: str
+
+    def __post_init__(self) -> None:
+        if not self.response:
+            raise ValueError("the response is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsePrompt:
+    """Turns rows into prompts with a response each (instructions, dialogues, summaries).
+
+    Attributes:
+        template: text with ``{column}`` places.
+        response_column: where the response is.
+    """
+
+    template: str
+    response_column: str
+
+    def examples(self, rows: Sequence[Row]) -> list[ResponseExample]:
+        """All rows, in order.
+
+        Raises:
+            ValueError: a column that a row lacks, or a response that is empty or no text.
+        """
+        return [self._example(number, row) for number, row in enumerate(rows, start=1)]
+
+    def _example(self, number: int, row: Row) -> ResponseExample:
+        prompt = _filled(self.template, number, row)
+        _require_column("task.response", self.response_column, number, row)
+        response = row[self.response_column]
+        if not isinstance(response, str) or not response:
+            where = f"the column {self.response_column!r} of example {number}"
+            raise ValueError(f"task.response: {where} has to hold a text, not {shown(response)}")
+        return ResponseExample(prompt=prompt, response=response)
+
+
+Example = ChoiceExample | ResponseExample
+
+
+def _filled(template: str, number: int, row: Row) -> str:
+    columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    for column in columns:
+        _require_column("task.prompt", column, number, row)
+    return template.format_map({name: row[name] for name in columns})
+
+
+def _require_column(key: str, column: str, number: int, row: Row) -> None:
+    if column not in row:
+        raise ValueError(f"{key}: example {number} has no column {column!r}; it has: {', '.join(row)}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -91,7 +90,7 @@ def rank_batches(queries: Sequence[Query], batch_size: int, rank: int, world_siz
 
 @torch.no_grad()
 def option_scores(
-    model: Model, batches: Sequence[Sequence[Query]], shape: tuple[int, int], pad_token_id: int
+    model: Model, batches: Iterable[Sequence[Query]], shape: tuple[int, int], pad_token_id: int
 ) -> Tensor:
     """Log-likelihood of every option that this rank's batches read.
 
@@ -129,62 +128,3 @@ def answer_loss(scores: Tensor, labels: Sequence[int], num_tokens: int) -> float
     """Negative log-likelihood of the right options, mean over their ``num_tokens`` tokens; as in training."""
     rows = torch.arange(len(labels))
     return -scores[rows, torch.tensor(labels)].sum().item() / num_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What an evaluation found.
-
-    Attributes:
-        accuracy: part of the examples whose likeliest option is the right one.
-        loss: negative log-likelihood of the right options, mean over their tokens.
-    """
-
-    accuracy: float
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceEvaluation:
-    """A held-out set, tokenized once and scored as often as wanted.
-
-    Attributes:
-        queries: of ``queries_for``.
-        labels: the right option of each example.
-        num_options: most options of one example.
-        batch_size: queries a forward on each rank.
-        pad_token_id: any token; padding is masked.
-    """
-
-    queries: Sequence[Query]
-    labels: Sequence[int]
-    num_options: int
-    batch_size: int
-    pad_token_id: int
-
-    def evaluate(self, engine: Any) -> Evaluated:
-        """Score all examples, split over the ranks; every rank returns the same figures. Collective.
-
-        The engine is left in the mode in which it was found.
-        """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        was_training = engine.training
-        engine.eval()
-        scores = option_scores(
-            engine,
-            rank_batches(self.queries, self.batch_size, rank, world_size),
-            (len(self.labels), self.num_options),
-            self.pad_token_id,
-        ).to(engine.device)
-        engine.train(was_training)
-        dist.all_reduce(scores, dist.ReduceOp.MAX)
-        scores = scores.cpu()
-        return Evaluated(
-            accuracy=accuracy(scores, self.labels),
-            loss=answer_loss(scores, self.labels, self._num_right_tokens()),
-        )
-
-    def _num_right_tokens(self) -> int:
-        """Tokens of the right options of all examples."""
-        readings = (reading for query in self.queries for reading in query.readings)
-        return sum(len(ids) for example, option, ids in readings if option == self.labels[example])

@@ -98,10 +98,13 @@ def _step(
 
 
 def used_lr(engine: Any) -> float:
-    """The learning rate of the first parameter group with something to train in it."""
-    groups = engine.optimizer.param_groups
-    rates = zip(engine.get_lr(), groups, strict=True)
-    return next(lr for lr, group in rates if any(param.requires_grad for param in group["params"]))
+    """The learning rate of the first parameter group with something to train in it.
+
+    DeepSpeed's own optimizers show groups without parameters; theirs is the first group's.
+    """
+    groups, rates = engine.optimizer.param_groups, engine.get_lr()
+    trained = (any(param.requires_grad for param in group["params"]) for group in groups)
+    return next((lr for lr, is_trained in zip(rates, trained, strict=True) if is_trained), rates[0])
 
 
 def token_loss_sum(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class OutputFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.recipe = self.path / "recipe.yaml"
         self.ds_json = self.path / "ds_config.json"
+        self.predictions = self.path / "predictions.jsonl"
         self.plot = self.path / "loss_and_memory.png"
         self.summary = self.path / "summary.json"
         self.model = self.path / "model"
@@ -35,7 +36,7 @@ class OutputFolder:
     def begin(self, plan: RunPlan) -> None:
         """Make the folder, drop an earlier run's results and write the recipe and the JSON as used."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.metrics, self.plot, self.summary):
+        for file in (self.metrics, self.predictions, self.plot, self.summary):
             file.unlink(missing_ok=True)
         for folder in (self.model, self.adapters, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
@@ -46,6 +47,11 @@ class OutputFolder:
         recipe = json.loads(json.dumps(asdict(plan.recipe)))  # YAML has lists, not tuples
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self._write_json(self.ds_json, plan.ds_json)
+
+    def write_predictions(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write the figures of each held-out example."""
+        with self.predictions.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""

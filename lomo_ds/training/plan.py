@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
-from lomo_ds.recipe import Recipe
+from lomo_ds.recipe import DatasetRecipe, Recipe, TaskRecipe
 from lomo_ds.tasks.data import read_rows
+from lomo_ds.tasks.hub import load_rows, shown_source
 from lomo_ds.tasks.named import named_task
 from lomo_ds.tasks.order import num_steps_per_epoch
-from lomo_ds.tasks.prompts import ChoiceExample, ChoicePrompt
+from lomo_ds.tasks.prompts import ChoicePrompt, Example, ResponsePrompt
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable
 
@@ -33,8 +34,8 @@ class RunPlan:
     recipe: Recipe
     ds_json: dict[str, Any]
     num_steps: int
-    train_examples: Sequence[ChoiceExample]
-    held_out_examples: Sequence[ChoiceExample]
+    train_examples: Sequence[Example]
+    held_out_examples: Sequence[Example]
 
 
 def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
@@ -65,18 +66,38 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     )
 
 
-def _read_examples(recipe: Recipe) -> tuple[list[ChoiceExample], list[ChoiceExample]]:
+def _read_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     """(those to train on, those to evaluate), by the recipe's own prompt or by a named task's."""
-    task, data = recipe.task, recipe.data
-    if isinstance(task, str):
-        named = named_task(task)
-        held_out = named.read(named.validation_file(Path(data.evaluation))) if data.evaluation else []
-        return named.read(named.train_file(Path(data.train))), held_out
-    prompt = ChoicePrompt(
+    if recipe.data.evaluation is None:
+        return _examples("data.train", recipe.data.train, recipe), []
+    return (
+        _examples("data.train", recipe.data.train, recipe),
+        _examples("data.evaluation", recipe.data.evaluation, recipe),
+    )
+
+
+def _examples(key: str, source: str | DatasetRecipe, recipe: Recipe) -> list[Example]:
+    """All examples of one file, of a named task's folder, or of what ``datasets`` loads."""
+    named = named_task(recipe.task) if isinstance(recipe.task, str) else None
+    if isinstance(source, DatasetRecipe):
+        try:
+            rows = load_rows(**asdict(source))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        where = shown_source(source.dataset, source.name, source.split)
+        return named.read_rows(rows, where) if named else _prompt(recipe.task).examples(rows)
+    if named:
+        file = named.train_file if key == "data.train" else named.validation_file
+        return named.read(file(Path(source)))
+    return _prompt(recipe.task).examples(read_rows(source, recipe.data.format))
+
+
+def _prompt(task: TaskRecipe) -> ChoicePrompt | ResponsePrompt:
+    if task.response is not None:
+        return ResponsePrompt(template=task.prompt, response_column=task.response)
+    return ChoicePrompt(
         template=task.prompt,
         options=task.options,
         label_column=task.label,
         label_names=task.label_names,
     )
-    held_out = prompt.examples(read_rows(data.evaluation, data.format)) if data.evaluation else []
-    return prompt.examples(read_rows(data.train, data.format)), held_out

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lomo_ds.recipe import Recipe
 from lomo_ds.training.metrics import StepMetrics
+from lomo_ds.training.plan import RunPlan
 
 _GIB = 1 << 30
+_LABELS = {"lomo": "LOMO", "adalomo": "AdaLomo"}
+"""Optimizer of the JSON, in small letters -> how people call it."""
 
 
-def plot_title(recipe: Recipe, num_ranks: int) -> str:
+def plot_title(plan: RunPlan, num_ranks: int) -> str:
     """What was trained, how, and on how many ranks."""
-    method = "LOMO" if recipe.lora is None else "LOMO + LoRA" if recipe.lora.train_base else "LoRA"
-    return f"{Path(recipe.model).name}, {method}, {num_ranks} ranks"
+    lora, optimizer = plan.recipe.lora, plan.ds_json["optimizer"]["type"]
+    base = _LABELS.get(optimizer.lower(), optimizer)
+    method = base if lora is None else f"{base} + LoRA" if lora.train_base else "LoRA"
+    return f"{Path(plan.recipe.model).name}, {method}, {num_ranks} ranks"
 
 
 def plot_loss_and_memory(history: Sequence[StepMetrics], title: str, path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lomo_ds.config import from_mapping, shown
-from lomo_ds.recipe import Recipe
+from lomo_ds.recipe import DatasetRecipe, Recipe
 
-PATH_KEYS = ("model", "weights", "deepspeed", "data.train", "data.evaluation")
+_MODEL_OR_DATA = ("model", "data.train.dataset", "data.evaluation.dataset")
+"""Keys whose value may be a name on the hub, too."""
+
+PATH_KEYS = (*_MODEL_OR_DATA, "weights", "deepspeed", "data.train", "data.evaluation")
 """Keys whose relative value is looked up beside the recipe (in the working directory for an override)."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -101,19 +105,21 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
 
 def _beside(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A copy in which the paths of ``PATH_KEYS`` are absolute, relative ones taken from ``folder``."""
-    copy = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
+    copied = copy.deepcopy(mapping)
     for dotted in PATH_KEYS:
-        section, _, key = dotted.rpartition(".")
-        place = copy.get(section, {}) if section else copy
+        *sections, key = dotted.split(".")
+        place: Any = copied
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
         if isinstance(place, dict) and isinstance(place.get(key), str):
             place[key] = _absolute(dotted, place[key], folder)
-    return copy
+    return copied
 
 
 def _absolute(key: str, text: str, folder: Path) -> str:
     try:
         path = folder / Path(text).expanduser()
-        is_hub_name = key == "model" and _HUB_NAME.fullmatch(text) and not text.startswith(".")
+        is_hub_name = key in _MODEL_OR_DATA and _HUB_NAME.fullmatch(text) and not text.startswith(".")
         if not path.exists() and is_hub_name:
             return text
         return str(path.resolve())
@@ -125,10 +131,12 @@ def _require_inputs(recipe: Recipe, path: str | Path) -> None:
     files = {"deepspeed": recipe.deepspeed, "data.train": recipe.data.train}
     if recipe.data.evaluation is not None:
         files["data.evaluation"] = recipe.data.evaluation
-    for key, name in files.items():
-        found = Path(name).exists() if isinstance(recipe.task, str) else Path(name).is_file()
-        if not found:
-            raise ValueError(f"{path}: {key}: there is no file {name}")
+    for key, source in files.items():
+        if isinstance(source, DatasetRecipe):
+            if Path(source.dataset).is_absolute() and not Path(source.dataset).is_dir():
+                raise ValueError(f"{path}: {key}.dataset: there is no folder {source.dataset}")
+        elif not (Path(source).exists() if isinstance(recipe.task, str) else Path(source).is_file()):
+            raise ValueError(f"{path}: {key}: there is no file {source}")
     if recipe.weights is not None and not Path(recipe.weights).is_dir():
         raise ValueError(f"{path}: weights: there is no folder {recipe.weights}")
     if Path(recipe.model).is_absolute() and not Path(recipe.model).is_dir():

@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +26,8 @@ from lomo_ds.checkpoint.newest import newest_whole
 from lomo_ds.checkpoint.root import CheckpointRoot, require_tag
 from lomo_ds.integrations.peft import add_adapters, save_adapters
 from lomo_ds.recipe import Recipe
-from lomo_ds.tasks.encoding import encode_right_answers
-from lomo_ds.tasks.scoring import ChoiceEvaluation, queries_for
+from lomo_ds.tasks.evaluation import Evaluation
+from lomo_ds.training.data_sets import DataSets, encode_data_sets
 from lomo_ds.training.interruption import INTERRUPTED, StopFlag
 from lomo_ds.training.loop import TrainingSet, train
 from lomo_ds.training.memory import peak_bytes, peak_source
@@ -39,6 +40,8 @@ from lomo_ds.training.recipe_file import continues_output, require_free_output
 from lomo_ds.training.resume import identity, read_history, require_same_run
 from lomo_ds.training.schedule import SHAPES, Schedule, num_warmup_steps
 from lomo_ds.zero3.agreement import failing_together
+
+EngineMaker = Callable[[RunPlan], Any]
 
 
 @dataclass(kw_only=True)
@@ -55,6 +58,7 @@ class _Job:
     output: OutputFolder
     progress: TrainingProgress
     tokenizer: Any
+    data: DataSets
     engine: Any
     is_first: bool
     start_s: float
@@ -88,8 +92,13 @@ class _Job:
         )
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, make_engine: EngineMaker | None = None) -> int:
     """Do what a recipe says, as one of the ranks that a launcher has started. Collective.
+
+    Args:
+        recipe: of ``load_recipe``.
+        make_engine: makes another engine than ``lomo_ds.initialize`` from the plan, for a comparison in the
+            same loop. It has to have what is asked of ours here.
 
     Returns:
         The exit code: 0, or ``INTERRUPTED`` where the run was told to stop and has saved itself.
@@ -107,7 +116,7 @@ def run(recipe: Recipe) -> int:
         if _is_finished(recipe):
             return 0
         checkpoint = _checkpoint_to_resume(recipe)
-        job = _set_up(recipe, checkpoint, start_s)
+        job = _set_up(recipe, checkpoint, make_engine or _make_engine, start_s)
         return 0 if _train_and_evaluate(job) else INTERRUPTED
     finally:
         dist.destroy_process_group()
@@ -159,26 +168,32 @@ def _is_finished(recipe: Recipe) -> bool:
     return finished[0]
 
 
-def _set_up(recipe: Recipe, checkpoint: Path | None, start_s: float) -> _Job:
+def _set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, start_s: float) -> _Job:
     """Check everything, claim the output folder, then load the model and build the engine."""
     is_first = dist.get_rank() == 0
     output = OutputFolder(recipe.output)
     with failing_together():
         plan = plan_run(recipe, dist.get_world_size())
+    tokenizer = _load_tokenizer(recipe)
+    with failing_together():
+        data = encode_data_sets(plan, tokenizer)
         if is_first:
             require_free_output(recipe)
             if checkpoint is None or not continues_output(recipe):
                 output.begin(plan)
     progress = TrainingProgress(plan.num_steps, visible=is_first)
+    if data.num_cut:
+        progress.say(f"{data.num_cut} answers lose their end to max_sequence_length")
     progress.say(f"loading {recipe.model} onto {dist.get_world_size()} ranks")
     torch.manual_seed(recipe.seed + dist.get_rank())
-    engine = _build_engine(plan)
+    engine = make_engine(plan)
     progress.say(str(engine.optimizer.choice))
     job = _Job(
         plan=plan,
         output=output,
         progress=progress,
-        tokenizer=_load_tokenizer(recipe),
+        tokenizer=tokenizer,
+        data=data,
         engine=engine,
         is_first=is_first,
         start_s=start_s,
@@ -213,18 +228,24 @@ def _load_tokenizer(recipe: Recipe) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
 
 
-def _build_engine(plan: RunPlan) -> Any:
+def _make_engine(plan: RunPlan) -> Any:
+    model = load_model(plan)
+    engine, *_ = lomo_ds.initialize(model=model, config=plan.ds_json, lr_scheduler=schedule_maker(plan))
+    return engine
+
+
+def load_model(plan: RunPlan) -> Any:
+    """The recipe's model, cut by ZeRO-3, with what the recipe adds to it. Collective."""
     recipe = plan.recipe
     model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code, recipe.weights)
     if recipe.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora, recipe.seed)
-    engine, *_ = lomo_ds.initialize(model=model, config=plan.ds_json, lr_scheduler=_schedule_maker(plan))
-    return engine
+    return model
 
 
-def _schedule_maker(plan: RunPlan) -> Any:
+def schedule_maker(plan: RunPlan) -> Any:
     """What ``lomo_ds.initialize`` takes as ``lr_scheduler``; None where the JSON has a scheduler, or none."""
     shape = plan.recipe.schedule.type
     if shape not in SHAPES:
@@ -235,9 +256,9 @@ def _schedule_maker(plan: RunPlan) -> Any:
 
 def _train_and_evaluate(job: _Job) -> bool:
     """Everything after loading; False where the run was told to stop before its last step."""
-    evaluation = _evaluation(job)
     if job.engine.global_steps == 0:
-        job.before = _evaluate(job, evaluation, "before")
+        before = job.data.held_out if job.plan.recipe.evaluation.before else None
+        job.before = _evaluate(job, before, "before")
     job.lap("evaluation_before_s")
     with job.progress, job.stop.listening():
         ended = _train(job)
@@ -246,7 +267,7 @@ def _train_and_evaluate(job: _Job) -> bool:
     if not ended:
         job.progress.say(f"told to stop: saved after step {job.engine.global_steps}; go on with resume=auto")
         return False
-    after = _evaluate(job, evaluation, "after")
+    after = _evaluate(job, job.data.held_out, "after")
     job.lap("evaluation_after_s")
     _write_results(job, job.before | after)
     return True
@@ -265,43 +286,30 @@ def _train(job: _Job) -> bool:
     return True
 
 
-def _pad_token_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-
-
 def _training_set(job: _Job) -> TrainingSet:
     recipe, plan = job.plan.recipe, job.plan
     return TrainingSet(
-        answers=encode_right_answers(job.tokenizer, plan.train_examples, recipe.max_sequence_length),
+        answers=job.data.train,
         train_batch_size=recipe.batch.train_batch_size,
         micro_batch_size=recipe.batch.per_rank(dist.get_world_size())[0],
         num_steps=plan.num_steps,
         seed=recipe.seed,
-        pad_token_id=_pad_token_id(job.tokenizer),
+        pad_token_id=job.data.pad_token_id,
         num_steps_done=job.engine.global_steps,
     )
 
 
-def _evaluation(job: _Job) -> ChoiceEvaluation | None:
-    recipe, examples = job.plan.recipe, job.plan.held_out_examples
-    if not examples:
-        return None
-    return ChoiceEvaluation(
-        queries=queries_for(job.tokenizer, examples, recipe.max_sequence_length),
-        labels=[example.label for example in examples],
-        num_options=max(len(example.options) for example in examples),
-        batch_size=recipe.evaluation.batch_size,
-        pad_token_id=_pad_token_id(job.tokenizer),
-    )
-
-
-def _evaluate(job: _Job, evaluation: ChoiceEvaluation | None, when: str) -> dict[str, float | None]:
+def _evaluate(job: _Job, evaluation: Evaluation | None, when: str) -> dict[str, float | None]:
     """The summary's figures of the held-out examples."""
     if evaluation is None:
         return {f"accuracy_{when}": None, f"loss_{when}": None}
-    job.progress.say(f"scoring {len(evaluation.labels)} held-out examples {when} training")
+    job.progress.say(f"scoring {len(job.plan.held_out_examples)} held-out examples {when} training")
     found = evaluation.evaluate(job.engine)
-    job.progress.say(f"accuracy {when} training: {found.accuracy:.3f}, loss {found.loss:.4f}")
+    accuracy = "" if found.accuracy is None else f"accuracy {found.accuracy:.3f}, "
+    job.progress.say(f"{when} training: {accuracy}loss {found.loss:.4f}")
+    with failing_together():
+        if job.is_first and when == "after":
+            job.output.write_predictions(found.lines)
     return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
 
 
@@ -319,7 +327,7 @@ def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
     dist.all_reduce(parked)
     with failing_together():
         if job.is_first:
-            title = plot_title(job.plan.recipe, dist.get_world_size())
+            title = plot_title(job.plan, dist.get_world_size())
             plot_loss_and_memory(job.history, title, job.output.plot)
             summary = held_out | _figures(job, int(peaks[0]), int(parked))
             job.output.end(summary)
@@ -329,6 +337,7 @@ def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
 def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[str, Any]:
     return {
         "num_eval_examples": len(job.plan.held_out_examples),
+        "num_cut_answers": job.data.num_cut,
         "final_loss": job.history[-1].loss,
         "num_steps": job.plan.num_steps,
         "num_ranks": dist.get_world_size(),
@@ -344,9 +353,10 @@ def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[
 
 def _report(job: _Job, summary: dict[str, Any]) -> None:
     if summary["num_eval_examples"]:
-        job.progress.say(
-            f"accuracy on {summary['num_eval_examples']} held-out examples: "
-            f"{summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after"
-        )
+        measure = "loss" if summary["accuracy_after"] is None else "accuracy"
+        before, after = (summary[f"{measure}_{when}"] for when in ("before", "after"))
+        told = "" if before is None else f"{before:.3f} before, "
+        number = summary["num_eval_examples"]
+        job.progress.say(f"{measure} on {number} held-out examples: {told}{after:.3f} after")
     job.progress.say(f"plot: {job.output.plot}")
     job.progress.say(f"everything else: {job.output.path} ({summary['wall_s']:.0f} s)")

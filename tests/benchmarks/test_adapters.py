@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lomo_ds.training.ds_json import fill_ds_json, read_ds_json
 from lomo_ds.training.recipe_file import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,10 +83,14 @@ def test_a_cell_is_done_when_it_holds_this_recipes_results(
     own = script.make_cell(script.parse_arguments(), method, 3)
     recipe = parse_recipe(QUICKSTART, own.overrides)
     assert (recipe.lora is None) is (method == "lomo") and recipe.seed == 3
-    assert not cells.finished(own)
+    assert not cells.finished(own, 2)
     output = Path(recipe.output)
     output.mkdir()
     (output / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(recipe)))))
+    (output / "ds_config.json").write_text(
+        json.dumps(fill_ds_json(read_ds_json(recipe.deepspeed), recipe, 2))
+    )
     (output / "summary.json").write_text("{}")
-    assert cells.finished(own)
-    assert not cells.finished(replace(own, overrides=(*own.overrides, "steps=2")))
+    assert cells.finished(own, 2)
+    assert not cells.finished(own, 4)
+    assert not cells.finished(replace(own, overrides=(*own.overrides, "steps=2")), 2)

@@ -48,6 +48,28 @@ def test_the_score_is_that_of_plain_transformers(model: Path, tmp_path: Path) ->
     assert found["accuracy"] == pytest.approx(sum(right) / 6) and found["num_examples"] == 6
 
 
+def test_the_loss_of_responses_is_that_of_plain_transformers(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    rows = [{"prompt": f"say {word}:", "response": f" {word}"} for word in ("a", "good", "film")]
+    data, result = write(tmp_path / "held_out.jsonl", *rows), tmp_path / "result.json"
+    arguments = ["--task", "instructions", "--data", str(data), "--batch-size", "2", "--json", str(result)]
+    assert main([str(model), *arguments]) == 0
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), tiny_tokenizer()
+    total, number = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["prompt"] + row["response"] + "</s>").input_ids])
+        labels = ids.clone()
+        labels[0, : len(tokenizer(row["prompt"]).input_ids)] = -100
+        own = int((labels != -100).sum())
+        with torch.no_grad():
+            total += plain(input_ids=ids, labels=labels).loss.item() * own
+        number += own
+    found = json.loads(result.read_text())
+    assert found["loss"] == pytest.approx(total / number, rel=1e-5)
+    assert found["num_examples"] == 3 and "accuracy" not in found
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"r": 2, "alpha": 16.0, "target_modules": ["q_proj"], "lr": 5e-4, "train_base": True},
     "deepspeed": "zero.json",
     "activation_checkpointing": True,
-    "evaluation": {"num_examples": 2, "batch_size": 3},
+    "evaluation": {"num_examples": 2, "batch_size": 3, "before": True},
     "max_sequence_length": 64,
     "seed": 1,
     "output": "out",
@@ -38,6 +39,8 @@ RECIPE: dict[str, Any] = {
 SCHEDULED = RECIPE | {
     "schedule": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
 }
+INSTRUCTIONS = RECIPE | {"task": {"prompt": "{text}:", "response": "label"}}
+HUB = RECIPE | {"data": {"train": {"dataset": "nothing", "name": "a", "split": "train", "revision": "main"}}}
 EPOCHS = {key: value for key, value in RECIPE.items() if key not in ("steps", "lora")} | {"epochs": 2}
 SHIPPED = json.loads((ROOT / "ds_configs" / "lomo_bf16.json").read_text())
 FULL_JSON = SHIPPED | {
@@ -85,6 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (path / "train.tsv").write_text("label\ttext\n" + "0\tdull\n1\tfine\n" * 4)
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
+    patch.setitem(sys.modules, "datasets", None)  # nothing is looked for on the hub
     patch.setattr(train, "_wait_for", lambda command, environment: 0)
     patch.setenv("DS_ACCELERATOR", "cpu")
     for name in ("RANK", "WORLD_SIZE", "LOMO_DS_TRACEBACK"):
@@ -117,7 +121,7 @@ IN_YAML = (yaml.safe_dump(RECIPE), yaml.safe_dump(SCHEDULED), yaml.safe_dump(EPO
 
 
 @cases(60)
-@given(recipe=mutated((RECIPE, SCHEDULED, EPOCHS)))
+@given(recipe=mutated((RECIPE, SCHEDULED, EPOCHS, INSTRUCTIONS, HUB)))
 def test_recipes(folder: Path, recipe: dict) -> None:
     attempt(folder, "recipes", as_yaml(recipe).encode(), PLAIN_JSON)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lomo_ds.tasks.batching import IGNORED, collate
-from lomo_ds.tasks.encoding import EncodedAnswer, encode_answer
+from lomo_ds.tasks.encoding import EncodedAnswer, encode_answer, encode_response, encode_responses
 from lomo_ds.tasks.order import global_batches, micro_batches, num_steps_per_epoch
+from lomo_ds.tasks.prompts import ResponseExample
 from tests.tiny import tiny_tokenizer
 
 
@@ -53,6 +54,28 @@ def test_prompt_and_answer_need_a_token_each(prompt: str, answer: str):
         encode_answer(tiny_tokenizer(), prompt, answer, 10)
     with pytest.raises(ValueError, match="max_sequence_length 2"):
         encode_answer(tiny_tokenizer(), "ab", "cd", 2)
+
+
+def test_a_response_ends_with_the_end_of_text():
+    tokenizer = tiny_tokenizer()
+    whole = [*tokenizer("ab: cd")["input_ids"], 1]
+    answer = encode_response(tokenizer, "ab:", " cd", 6)
+    assert (answer.input_ids, answer.target_ids) == (tuple(whole[:-1]), tuple(whole[3:]))
+    assert not answer.is_cut
+    cut = encode_response(tokenizer, "ab:", " cd", 5)
+    assert (cut.input_ids, cut.target_ids, cut.is_cut) == (tuple(whole[:5]), tuple(whole[3:6]), True)
+    assert encode_response(tokenizer, "ab:", " cd", 3).target_ids == (whole[3],)
+
+
+def test_responses_without_room_are_counted_and_named():
+    tokenizer = tiny_tokenizer()
+    examples = [ResponseExample(prompt=prompt, response="x") for prompt in ("ab", "abcd", "abc", "abcde")]
+    assert len(encode_responses(tokenizer, examples, 5)) == 4
+    with pytest.raises(ValueError, match=r"max_sequence_length 3 .* of 2 of 4 .*first is example 2"):
+        encode_responses(tokenizer, examples, 3)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        encode_responses(tokenizer, examples, 5)
 
 
 def test_padding_and_targets():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lomo_ds.tasks.data import read_rows
-from lomo_ds.tasks.prompts import ChoicePrompt
+from lomo_ds.tasks.prompts import ChoicePrompt, ResponsePrompt
 
 
 def test_tsv_and_jsonl_hold_the_same_rows(tmp_path: Path):
@@ -59,3 +59,23 @@ def test_a_row_becomes_a_question():
 def test_rows_that_do_not_fit_are_named(row: dict, message: str):
     with pytest.raises(ValueError, match=message):
         prompt().examples([row])
+
+
+def test_a_row_becomes_a_prompt_with_its_response():
+    prompt = ResponsePrompt(template="Q: {question}\nA:", response_column="reply")
+    (example,) = prompt.examples([{"question": "why?", "reply": " because", "other": 1}])
+    assert (example.prompt, example.response) == ("Q: why?\nA:", " because")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"reply": "x"}, "task.prompt: example 1 has no column 'question'"),
+        ({"question": "x"}, "task.response: example 1 has no column 'reply'; it has: question"),
+        ({"question": "x", "reply": ""}, "task.response: the column 'reply' of example 1 has to hold a text"),
+        ({"question": "x", "reply": None}, "has to hold a text, not None"),
+    ],
+)
+def test_rows_without_a_response_are_named(row: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ResponsePrompt(template="{question}", response_column="reply").examples([row])

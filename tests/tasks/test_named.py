@@ -62,7 +62,7 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ROWS)
 def test_each_row_asks_what_it_should(name: str, tmp_path: Path) -> None:
     row, expected = ROWS[name]
     task = named_task(name.upper())
@@ -113,6 +113,21 @@ def test_rows_of_another_task_are_refused_by_file_and_number(
     path = write(tmp_path / "a.jsonl", good, good | change)
     with pytest.raises(ValueError, match=r"a\.jsonl, example 2 is not one of"):
         named_task(name).read(path)
+
+
+@pytest.mark.parametrize("column", ["response", "completion"])
+def test_instructions_have_a_prompt_and_a_response(column: str, tmp_path: Path) -> None:
+    task = named_task("instructions")
+    path = write(tmp_path / "train.jsonl", {"prompt": "Say hi.", column: " Hi.", "source": "x"})
+    (example,) = task.read(task.train_file(tmp_path))
+    assert (example.prompt, example.response) == ("Say hi.", " Hi.")
+    for wrong in ({"prompt": "Say hi."}, {"prompt": "Say hi.", column: ""}, {"prompt": 3, column: "x"}):
+        with pytest.raises(ValueError, match=r"train\.jsonl, example 1 is not one of instructions"):
+            task.read(write(path, wrong))
+
+
+def test_every_task_is_tried() -> None:
+    assert set(TASKS) == {*ROWS, "instructions"}
 
 
 def test_an_unknown_task_names_the_closest() -> None:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lomo_ds.tasks.prompts import ChoiceExample
-from lomo_ds.tasks.scoring import (
-    ChoiceEvaluation,
-    Evaluated,
-    accuracy,
-    option_scores,
-    queries_for,
-    rank_batches,
-)
+from lomo_ds.tasks.encoding import encode_responses
+from lomo_ds.tasks.evaluation import ChoiceEvaluation, Evaluated, ResponseEvaluation
+from lomo_ds.tasks.prompts import ChoiceExample, ResponseExample
+from lomo_ds.tasks.scoring import accuracy, option_scores, queries_for, rank_batches
 from tests.harness import run_ranks
 from tests.tiny import SENTENCES, tiny_llama, tiny_tokenizer
 
@@ -72,17 +67,21 @@ def test_accuracy_counts_the_likeliest_option():
     assert accuracy(scores, [0, 1, 1]) == pytest.approx(2 / 3)
 
 
-def evaluate_on_ranks(kind: str) -> tuple[Evaluated, bool]:
+def zero3_engine():
     import deepspeed
 
-    model, items = tiny_llama(), examples(kind)
+    model = tiny_llama()
     ds_json = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3},
         "zero_allow_untested_optimizer": True,
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)[0]
+
+
+def evaluate_on_ranks(kind: str) -> tuple[Evaluated, bool]:
+    engine, items = zero3_engine(), examples(kind)
     evaluation = ChoiceEvaluation(
         queries=queries_for(tiny_tokenizer(), items, 100),
         labels=[item.label for item in items],
@@ -107,3 +106,39 @@ def test_ranks_agree_on_the_oracles_accuracy_and_loss(world_size: int):
         assert result.accuracy == pytest.approx(accuracy(scores, labels))
         assert result.loss == pytest.approx(-right / sum(num_tokens), rel=1e-5)
         assert still_training
+        assert [line["label"] for line in result.lines] == labels
+        assert [line["predicted"] for line in result.lines] == scores.argmax(dim=1).tolist()
+        found = torch.tensor([line["log_likelihoods"] for line in result.lines], dtype=torch.float64)
+        torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-5)
+
+
+def responses(number: int = 7) -> list[ResponseExample]:
+    return [
+        ResponseExample(prompt=f"{SENTENCES[i % 6]} {i}:", response=f" {SENTENCES[(i * i + 1) % 6]}")
+        for i in range(number)
+    ]
+
+
+def evaluate_responses_on_ranks(max_length: int) -> Evaluated:
+    answers = encode_responses(tiny_tokenizer(), responses(), max_length)
+    return ResponseEvaluation(answers=answers, batch_size=2, pad_token_id=1).evaluate(zero3_engine())
+
+
+@pytest.mark.parametrize(("world_size", "max_length"), [(1, 100), (2, 100), (3, 30)])
+def test_the_loss_of_responses_is_that_of_plain_transformers(world_size: int, max_length: int):
+    """Labels of -100 on the prompt, one example at a time; the last response tokens are cut."""
+    model, tokenizer, expected = tiny_llama(), tiny_tokenizer(), []
+    for one in responses():
+        ids = torch.tensor([tokenizer(one.prompt + one.response + "</s>").input_ids[: max_length + 1]])
+        labels = ids.clone()
+        labels[0, : len(tokenizer(one.prompt).input_ids)] = -100
+        with torch.no_grad():
+            mean = model(input_ids=ids, labels=labels).loss.item()
+        expected.append((mean, int((labels != -100).sum())))
+    total = sum(mean * number for mean, number in expected)
+    for result in run_ranks(world_size, evaluate_responses_on_ranks, max_length):
+        assert result.accuracy is None
+        assert result.loss == pytest.approx(total / sum(number for _, number in expected), rel=1e-5)
+        for line, (mean, number) in zip(result.lines, expected, strict=True):
+            assert line["num_tokens"] == number
+            assert line["log_likelihood"] == pytest.approx(-mean * number, rel=1e-5)

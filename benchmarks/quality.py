@@ -1,0 +1,201 @@
+"""Task quality: zero-shot, LoRA, AdamW, LOMO, AdaLomo and LOMO + LoRA with equal budgets, over three seeds.
+
+Usage: python benchmarks/quality.py --data DIR [--tasks sst2 rte] [--methods ...] [--seeds 0 1 2] [key=value]
+
+DIR holds SST-2 and SuperGLUE as JSON lines. Each cell is one training; key=value changes the recipe of
+every cell. Of each method's grid the first seed tries every rate, scored on a slice of the training file
+that no cell trains on; the best rate's runs are scored on the validation file. A cell that is done is not
+run again, and the report is written anew after each: --report writes it and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cells import (
+    Cell,
+    argument_parser,
+    common_overrides,
+    describe,
+    finished,
+    output_folder,
+    read_cell,
+    run_cell,
+)
+from quality_data import TaskFiles, split
+from quality_methods import COMMON, METHODS, TASKS, ds_json
+from quality_report import write_report
+from quality_summary import best_rate, summarize
+from rich.console import Console
+
+from lomo_ds.training.recipe_file import parse_recipe
+
+Found = dict[str, Any]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__, "quality", seeds=(0, 1, 2))
+    parser.add_argument("--data", type=Path, required=True, help="folder of SST-2 and SuperGLUE")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--slice", type=int, default=200, help="training rows on which rates are chosen (200)"
+    )
+    parser.add_argument("--report", action="store_true", help="write the report of what is done")
+    return parser.parse_intermixed_args()
+
+
+def make_cell(
+    args: argparse.Namespace, task: str, files: TaskFiles, method: str, rate: float, seed: int
+) -> Cell:
+    """One training; only the first seed's is scored on the slice, too."""
+    name = f"{task}-{method}-{rate:g}-{seed}"
+    args.runs.mkdir(parents=True, exist_ok=True)
+    json_path = args.runs / f"{method}-{seed}.json"
+    json_path.write_text(json.dumps(ds_json(METHODS[method], seed), indent=1) + "\n")
+    own = (f"deepspeed={json_path.resolve()}", f"task={task}", f"data.train={files.train.resolve()}")
+    scored = files.both.resolve() if seed == args.seeds[0] else files.validation
+    own += (f"data.evaluation={scored}", "evaluation.before=false", "evaluation.num_examples=null")
+    settings = (*COMMON, *TASKS[task], *METHODS[method].at(rate), *args.overrides)
+    return Cell(
+        method=method,
+        label=METHODS[method].label,
+        seed=seed,
+        recipe=args.recipe,
+        overrides=(*settings, *own, *common_overrides(args.runs / name, seed)),
+        job=METHODS[method].job,
+    )
+
+
+def figures(cell: Cell, task: str, rate: float, files: TaskFiles) -> Found:
+    """What a finished cell has to say."""
+    found = read_cell(cell)
+    lines = (output_folder(cell) / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    validation, tried = predictions[-files.num_validation :], predictions[: -files.num_validation]
+    metrics = (output_folder(cell) / "metrics.jsonl").read_text().splitlines()
+    return {
+        "task": task,
+        "method": cell.method,
+        "rate": rate,
+        "seed": cell.seed,
+        "accuracy": _accuracy(validation),
+        "slice": {"accuracy": _accuracy(tried), "loss": _loss(tried)} if tried else None,
+        "peak_bytes": json.loads(metrics[-1])["peak_memory_bytes"],
+        **{
+            key: found.get(key)
+            for key in ("losses", "num_steps", "num_ranks", "dtype", "cell_s", "cpu_s", "wall_s")
+        },
+    }
+
+
+def _accuracy(predictions: list[Found]) -> float:
+    return sum(one["label"] == one["predicted"] for one in predictions) / len(predictions)
+
+
+def _loss(predictions: list[Found]) -> float:
+    return -sum(one["log_likelihoods"][one["label"]] for one in predictions) / len(predictions)
+
+
+def zero_shot(args: argparse.Namespace, task: str, files: TaskFiles) -> Found | None:
+    """The untouched model's accuracy by `lomo-ds evaluate`; None where it is not done and not to be run."""
+    recipe = parse_recipe(args.recipe, [*TASKS[task], *args.overrides])
+    wanted = {"model": recipe.model, "data": str(files.validation), "max_length": recipe.max_sequence_length}
+    path = args.runs / f"{task}-zero-shot.json"
+    if path.is_file() and (found := json.loads(path.read_text())).get("asked") == wanted:
+        return found
+    if args.report:
+        return None
+    command = [sys.executable, "-m", "lomo_ds.cli.main", "evaluate", recipe.model, "--task", task]
+    command += ["--data", str(files.validation), "--max-sequence-length", str(recipe.max_sequence_length)]
+    args.runs.mkdir(parents=True, exist_ok=True)
+    if subprocess.run([*command, "--json", str(path)], stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"{' '.join(command)} failed")
+    found = json.loads(path.read_text()) | {"asked": wanted, "task": task}
+    path.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def cells_of(args: argparse.Namespace, task: str, files: TaskFiles, method: str) -> Iterator[Found | None]:
+    """Run a method's cells on one task: the grid with the first seed, then its best rate with the others.
+
+    Yields:
+        Each cell's figures; None for one that is not done and not to be run.
+    """
+    searched = []
+    for rate in METHODS[method].rates:
+        searched.append(one_cell(args, task, files, method, rate, args.seeds[0]))
+        yield searched[-1]
+    if None in searched:
+        return
+    for seed in args.seeds[1:]:
+        yield one_cell(args, task, files, method, best_rate(searched), seed)
+
+
+def one_cell(
+    args: argparse.Namespace, task: str, files: TaskFiles, method: str, rate: float, seed: int
+) -> Found | None:
+    cell = make_cell(args, task, files, method, rate, seed)
+    if args.report and not finished(cell, args.ranks):
+        return None
+    run_cell(cell, args.ranks)
+    return figures(cell, task, rate, files)
+
+
+def report(
+    args: argparse.Namespace, files: dict[str, TaskFiles], found: list[Found], zero: list[Found]
+) -> None:
+    """Write the page from what there is."""
+    results = describe(args) | {"cells": found, "zero_shot": zero}
+    results["run"] |= {"tasks": {}, "methods": args.methods, "seeds": args.seeds, "slice": args.slice}
+    for task, own in files.items():
+        numbers = {name: getattr(own, name) for name in ("num_train", "num_slice", "num_validation")}
+        settings = {
+            one.partition("=")[0]: one for one in (*TASKS[task], *args.overrides)
+        }  # the last one wins
+        about = numbers | {"most_common": own.most_common, "settings": list(settings.values())}
+        results["run"]["tasks"][task] = about
+    results["versions"]["peft"] = version("peft")
+    results["summary"] = summarize(results)
+    write_report(args.out, results)
+
+
+def main() -> None:
+    args, console = parse_arguments(), Console()
+    try:
+        files = {task: split(task, args.data, args.slice, args.runs / "data") for task in args.tasks}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    found: list[Found] = []
+    zero: list[Found] = []
+    for task in args.tasks:
+        zero += [one for one in [zero_shot(args, task, files[task])] if one is not None]
+        for method in args.methods:
+            for one in cells_of(args, task, files[task], method):
+                if one is None:
+                    continue
+                found.append(one)
+                console.print(_one_line(one), highlight=False, soft_wrap=True)
+                report(args, files, found, zero)
+    report(args, files, found, zero)
+    console.print(f"report: {args.out / 'quality.md'}", highlight=False, soft_wrap=True)
+
+
+def _one_line(found: Found) -> str:
+    tried = f"  slice {found['slice']['accuracy']:.3f}" if found["slice"] else ""
+    return (
+        f"{found['task']:5} {METHODS[found['method']].label:12} {found['rate']:<7g} seed {found['seed']}"
+        f"  accuracy {found['accuracy']:.3f}{tried}"
+        f"  peak {found['peak_bytes'] / 1e9:.2f} GB  {found['cell_s'] or found['wall_s']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the task-quality benchmark compares: methods with their grids, and tasks with their budgets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters_report import ADAPTERS
+from cells import ROOT
+
+SHIPPED_JSON = ROOT / "ds_configs" / "lomo_bf16.json"
+ADAMW_JOB = Path(__file__).resolve().with_name("quality_job.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        label: in tables and plots.
+        color: in plots.
+        rates: the grid, learning rates.
+        rate_key: the recipe's key that they are of.
+        overrides: of the recipe.
+        optimizer: type in the DeepSpeed JSON.
+        max_grad_norm: ``gradient_clipping`` there; 0 for none.
+        job: script in place of ``lomo-ds train``.
+    """
+
+    label: str
+    color: str
+    rates: tuple[float, ...]
+    rate_key: str = "optimizer.lr"
+    overrides: tuple[str, ...] = ()
+    optimizer: str = "Lomo"
+    max_grad_norm: float = 1.0
+    job: Path | None = None
+
+    def at(self, rate: float) -> tuple[str, ...]:
+        """The overrides of one point of the grid."""
+        return (*self.overrides, f"{self.rate_key}={rate}")
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(
+        label="LoRA",
+        color="#5b6fb5",
+        rates=(2e-3, 5e-3),
+        rate_key="lora.lr",
+        overrides=(*ADAPTERS, "lora.train_base=false"),
+    ),
+    "adamw": Method(label="AdamW", color="#b4532a", rates=(2e-5, 1e-4), job=ADAMW_JOB),
+    "lomo": Method(label="LOMO", color="#2a7f62", rates=(3e-2, 1e-1)),
+    "adalomo": Method(
+        label="AdaLomo", color="#7fb069", rates=(5e-4, 1e-3), optimizer="AdaLomo", max_grad_norm=0.0
+    ),
+    "lomo+lora": Method(
+        label="LOMO + LoRA",
+        color="#8c5aa8",
+        rates=(3e-2, 1e-1),
+        overrides=(*ADAPTERS, "lora.lr=5e-4", "lora.train_base=true"),
+    ),
+}
+"""Each grid holds as many rates. The adapters are the LOMO paper's (arXiv 2306.09782)."""
+
+COMMON = ("schedule.type=linear", "schedule.warmup_ratio=0.1", "evaluation.batch_size=16")
+"""Overrides of every cell, beside the quickstart's recipe."""
+
+TASKS: dict[str, tuple[str, ...]] = {
+    "sst2": ("steps=32", "batch.train_batch_size=16", "max_sequence_length=128"),
+    "rte": ("steps=16", "batch.train_batch_size=8", "max_sequence_length=256"),
+}
+"""Task -> its budget, the same for every method."""
+
+
+def ds_json(method: Method, seed: int) -> dict[str, Any]:
+    """The shipped JSON with this method's optimizer and clipping; weights are rounded stochastically.
+
+    torch's AdamW keeps fp32 copies of the weights and rounds those to bf16.
+    """
+    content = json.loads(SHIPPED_JSON.read_text())
+    params = {"lr": "auto", "weight_decay": 0.0, "rounding": "stochastic", "seed": seed}
+    optimizer = {"type": method.optimizer, "params": params}
+    return content | {"optimizer": optimizer, "gradient_clipping": method.max_grad_norm}

@@ -1,0 +1,110 @@
+"""What the task-quality benchmark makes of its cells: the best of each grid, means and spreads, a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import mean, stdev
+from typing import Any
+
+from quality_methods import METHODS
+
+Cells = Sequence[dict[str, Any]]
+
+
+def best_rate(cells: Cells) -> float:
+    """The rate of the grid with the highest accuracy on the slice; of equals, the one with the lower loss.
+
+    Args:
+        cells: one for each rate, all with ``slice``.
+    """
+    best = max(cells, key=lambda cell: (cell["slice"]["accuracy"], -cell["slice"]["loss"]))
+    return best["rate"]
+
+
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """Figures of each task and method, whatever part of the cells is done.
+
+    Args:
+        results: ``run``, ``cells`` and ``zero_shot`` of ``quality.py``.
+
+    Returns:
+        ``tasks``: task -> ``zero_shot`` (accuracy or None), ``chance_error`` (standard error of an accuracy
+        at the most common label's share), ``methods`` (of each with a cell, see ``_method``), ``verdict``
+        (LOMO beside AdamW, see ``_verdict``). ``missing``: cells that are not done, in words.
+        ``times``: ``cell_s`` and ``cpu_s`` of the cells where they are known, each with ``most`` and ``sum``.
+    """
+    run = results["run"]
+    zero_shot = {one["task"]: one["accuracy"] for one in results["zero_shot"]}
+    tasks, missing = {}, []
+    for task, about in run["tasks"].items():
+        if task not in zero_shot:
+            missing.append(f"{task}: zero-shot")
+        own = {
+            name: [c for c in results["cells"] if (c["task"], c["method"]) == (task, name)]
+            for name in METHODS
+        }
+        methods = {name: _method(own[name], name, run["seeds"]) for name in run["methods"]}
+        for name, figures in methods.items():
+            missing += [f"{task}: {METHODS[name].label}, {cell}" for cell in figures["missing"]]
+        share = about["most_common"]
+        tasks[task] = {
+            "zero_shot": zero_shot.get(task),
+            "chance_error": sqrt(share * (1 - share) / about["num_validation"]),
+            "methods": {name: figures for name, figures in methods.items() if figures["grid"]},
+            "verdict": _verdict(methods),
+        }
+    return {"tasks": tasks, "missing": missing, "times": _times(results["cells"])}
+
+
+def _times(cells: Cells) -> dict[str, dict[str, float]]:
+    times = {}
+    for key in ("cell_s", "cpu_s"):
+        known = [cell[key] for cell in cells if cell.get(key) is not None]
+        if known:
+            times[key] = {"most": max(known), "sum": sum(known)}
+    return times
+
+
+def _method(cells: Cells, name: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """A method on one task.
+
+    Returns:
+        ``grid``: rate -> its figures on the slice. ``rate``: the best; None while the grid is not done.
+        ``accuracy`` and ``peak_bytes``: mean, deviation and values of the best rate's runs; None without.
+        ``missing``: what is not done, in words.
+    """
+    first, *others = seeds
+    tried = {cell["rate"]: cell for cell in cells if cell["seed"] == first}
+    untried = [rate for rate in METHODS[name].rates if rate not in tried]
+    found: dict[str, Any] = {"grid": {rate: cell["slice"] for rate, cell in tried.items()}, "rate": None}
+    found |= {"accuracy": None, "peak_bytes": None}
+    found["missing"] = [f"{rate:g}, seed {first}" for rate in untried]
+    if untried:
+        found["missing"] += [f"the best rate, seed {seed}" for seed in others]
+        return found
+    rate = found["rate"] = best_rate(list(tried.values()))
+    runs = {cell["seed"]: cell for cell in cells if cell["rate"] == rate}
+    found["missing"] += [f"{rate:g}, seed {seed}" for seed in seeds if seed not in runs]
+    for key in ("accuracy", "peak_bytes"):
+        found[key] = _spread({seed: run[key] for seed, run in runs.items()})
+    return found
+
+
+def _spread(by_seed: dict[int, float]) -> dict[str, Any]:
+    values = list(by_seed.values())
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return {"mean": mean(values), "deviation": deviation, "by_seed": by_seed}
+
+
+def _verdict(methods: dict[str, Any]) -> dict[str, Any] | None:
+    """LOMO beside AdamW: the difference of the means, and whether it is at least minus the spread.
+
+    The spread is the larger of the two standard deviations over the seeds. None while either lacks a run.
+    """
+    found = [methods.get(name) for name in ("lomo", "adamw")]
+    if any(one is None or one["accuracy"] is None or one["missing"] for one in found):
+        return None
+    lomo, adamw = (one["accuracy"] for one in found)
+    difference, spread = lomo["mean"] - adamw["mean"], max(lomo["deviation"], adamw["deviation"])
+    return {"difference": difference, "spread": spread, "matches": difference >= -spread}
