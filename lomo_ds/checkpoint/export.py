@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from lomo_ds.checkpoint.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
 from lomo_ds.checkpoint.aside import make_aside, put_in_place
 from lomo_ds.checkpoint.folder import MAX_FILE_BYTES, plan_files, write_index
+from lomo_ds.checkpoint.tensors import named_buffers
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 from lomo_ds.zero3.agreement import failing_together
 
@@ -102,10 +103,8 @@ def stored_tensors(model: Module) -> dict[str, Stored]:
         ValueError: adapters that cannot be merged.
     """
     params = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: model.get_buffer(name) for name in model.state_dict() if name not in tied}
     layers = adapted_layers(model)
-    named = {plain_name(name, layers): tensor for name, tensor in (params | buffers).items()}
+    named = {plain_name(name, layers): tensor for name, tensor in (params | named_buffers(model)).items()}
     named.pop(None, None)  # the adapters themselves
     adapters = {f"{name}.weight": adapters_of(layer) for name, layer in layers.items()}
     for name in adapters:

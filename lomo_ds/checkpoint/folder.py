@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lomo_ds.checkpoint.json_file import read_json, write_json
 from lomo_ds.checkpoint.tensor_file import TensorFile, read_tensor_file
+from lomo_ds.zero3.piecewise import pieces_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -96,14 +97,7 @@ def _names_in_index(index: Path) -> list[str]:
 
 def plan_files(num_bytes: Mapping[str, int], max_file_bytes: int) -> dict[str, list[str]]:
     """File name -> the tensors it holds, in order; a tensor larger than a file gets its own."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, size in num_bytes.items():
-        if not groups or size > room:
-            groups.append([])
-            room = max_file_bytes
-        groups[-1].append(name)
-        room -= size
+    groups = list(pieces_of(num_bytes, max_file_bytes, num_bytes.__getitem__))
     if len(groups) == 1:
         return {SINGLE_FILE: groups[0]}
     total = len(groups)

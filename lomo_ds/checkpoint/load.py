@@ -21,6 +21,7 @@ from torch.nn import Module, Parameter
 
 from lomo_ds.checkpoint.folder import read_folder
 from lomo_ds.checkpoint.foreign_code import plain_refusals, refuse_foreign_kernels
+from lomo_ds.checkpoint.tensors import named_buffers
 from lomo_ds.checkpoint.universal import UniversalFolder, read_universal
 from lomo_ds.zero3._internals import is_sharded, local_shard, shard_spec
 from lomo_ds.zero3.agreement import failing_together
@@ -199,7 +200,7 @@ def load_shards(model: Module, source: WeightSource) -> None:
     """
     with failing_together():
         names_of = _names_of_params(model)
-        for name, buffer in _buffers(model).items():
+        for name, buffer in named_buffers(model).items():
             if not isinstance(source, UniversalFolder) or name in source.files:
                 names_of[buffer] = [name]
         _fill(_match(model, source, names_of), source)
@@ -209,7 +210,7 @@ def load_shards(model: Module, source: WeightSource) -> None:
 def _load_remaining_buffers(model: Module, source: UniversalFolder, path: Path) -> None:
     """Take from the model folder what a universal checkpoint does not hold. Collective."""
     with failing_together():
-        buffers = {name: buffer for name, buffer in _buffers(model).items() if name not in source.files}
+        buffers = {name: buffer for name, buffer in named_buffers(model).items() if name not in source.files}
         if buffers:
             folder = read_folder(path)
             missing = [name for name in buffers if name not in folder.files]
@@ -229,11 +230,6 @@ def _names_of_params(model: Module) -> dict[Tensor, list[str]]:
     for name, param in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(param, []).append(name)
     return names_of
-
-
-def _buffers(model: Module) -> dict[str, Tensor]:
-    params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: model.get_buffer(name) for name in model.state_dict() if name not in params}
 
 
 def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[str]]) -> dict[str, _Target]:

@@ -20,7 +20,7 @@ from lomo_ds.checkpoint.json_file import read_json
 from lomo_ds.checkpoint.newest import damage_of
 from lomo_ds.checkpoint.planners import PieceLoadPlanner
 from lomo_ds.checkpoint.random_state import RandomState, reseed
-from lomo_ds.checkpoint.shard_files import ShardFiles
+from lomo_ds.checkpoint.shard_files import ShardFiles, buffer_key
 from lomo_ds.checkpoint.snapshot import named_params, param_record
 from lomo_ds.checkpoint.storage import ShardReader
 from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces
@@ -150,7 +150,7 @@ def _pieces(
 ) -> dict[str, Piece]:
     """What is filled from the checkpoint's tensors, by their names there."""
     pieces = model_pieces(engine.module, params)
-    known = {f"buffers/{name}" for name in description.buffers}
+    known = {buffer_key(name) for name in description.buffers}
     pieces = {key: piece for key, piece in pieces.items() if not key.startswith("buffers/") or key in known}
     return pieces | (
         optimizer_pieces(params, engine.optimizer.updater.entries) if options.with_optimizer else {}

@@ -18,6 +18,16 @@ SHARDING_KEY = "DCP_SHARDING_INFO"
 """Where torch's own reader of such files, too, finds in the header at which element their parts begin."""
 
 
+def weight_key(name: str) -> str:
+    """What a parameter is called in the checkpoint's files."""
+    return f"weights/{name}"
+
+
+def buffer_key(name: str) -> str:
+    """What a buffer is called there."""
+    return f"buffers/{name}"
+
+
 @dataclass(frozen=True)
 class _PlainTensor:
     """A tensor that stands in a file as it is; ``PackedTensor`` is the other kind."""
@@ -53,7 +63,7 @@ class _Part:
 
 
 class ShardFiles:
-    """A checkpoint's tensors by the names of ``tensors.weight_key`` and its like.
+    """A checkpoint's tensors by the names of ``weight_key`` and its like.
 
     Args:
         paths: of all safetensors files of the checkpoint.

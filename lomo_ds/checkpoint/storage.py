@@ -34,6 +34,7 @@ from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, parts_of
 from lomo_ds.checkpoint.packing import Packer
 from lomo_ds.checkpoint.shard_files import SHARDING_KEY, ShardFiles
 from lomo_ds.checkpoint.tensor_file import PIECE_BYTES, TensorRecord, write_tensor_file
+from lomo_ds.zero3.piecewise import pieces_of
 
 _MAX_FILE_BYTES = 1 << 27
 """Of a safetensors file, but for a larger shard: one goes to the disk while the next is written."""
@@ -66,7 +67,8 @@ class ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with ThreadPoolExecutor(_NUM_SYNCING) as threads:
             on_disk = []
-            for number, items in enumerate(_by_file(plan.items), start=1):
+            files = pieces_of(plan.items, _MAX_FILE_BYTES, _num_bytes)
+            for number, items in enumerate(files, start=1):
                 path = self._folder / f"shard-{self._rank + 1:05d}-{number:05d}.safetensors"
                 self.records[path.name] = _write_file(path, items, planner, self._packer)
                 on_disk.append(threads.submit(sync, path))
@@ -147,24 +149,9 @@ class ShardReader(StorageReader):
         return True
 
 
-def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    """Cut a plan into files of at most _MAX_FILE_BYTES, but for a larger shard."""
-    file: list[WriteItem] = []
-    size = 0
-    for item in items:
-        num_bytes = _record(item).num_bytes
-        if file and size + num_bytes > _MAX_FILE_BYTES:
-            yield file
-            file, size = [], 0
-        file.append(item)
-        size += num_bytes
-    if file:
-        yield file
-
-
-def _record(item: WriteItem) -> TensorRecord:
+def _num_bytes(item: WriteItem) -> int:
     data = item.tensor_data
-    return TensorRecord(dtype=data.properties.dtype, shape=tuple(data.chunk.sizes))
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 def _write_file(

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lomo_ds.checkpoint.adapters import Adapter, plain_name
 from lomo_ds.checkpoint.description import AdapterRecord, Description
-from lomo_ds.checkpoint.shard_files import ShardFiles
+from lomo_ds.checkpoint.shard_files import ShardFiles, buffer_key, weight_key
 from lomo_ds.checkpoint.tensor_file import TensorRecord
 
 _BASE = ".base_layer.weight"
@@ -91,12 +91,8 @@ class StoredModel:
         return weight
 
     def _adapter_part(self, name: str) -> Parameter:
-        whole = self._files.whole(_weight_key(name), self._description.params[name].shape)
+        whole = self._files.whole(weight_key(name), self._description.params[name].shape)
         return Parameter(whole, requires_grad=False)
-
-
-def _weight_key(name: str) -> str:
-    return f"weights/{name}"
 
 
 def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -110,12 +106,12 @@ def _tensors_of(description: Description, files: ShardFiles) -> dict[str, _Store
     """All parameters and buffers by their names in the checkpoint."""
     tensors = {}
     for name, param in description.params.items():
-        record = files.record(_weight_key(name), param.shape)
+        record = files.record(weight_key(name), param.shape)
         if str(record.dtype) != f"torch.{param.dtype}":
             raise ValueError(f"{name} is {record.dtype} in the files and {param.dtype} in the description")
-        tensors[name] = _Stored(key=_weight_key(name), record=record)
+        tensors[name] = _Stored(key=weight_key(name), record=record)
     for name in description.buffers:
-        tensors[name] = _Stored(key=f"buffers/{name}", record=files.record(f"buffers/{name}"))
+        tensors[name] = _Stored(key=buffer_key(name), record=files.record(buffer_key(name)))
     return tensors
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from lomo_ds.checkpoint.shard_files import buffer_key, weight_key
 from lomo_ds.zero3._internals import local_shard, shard_spec
 
 
@@ -41,15 +42,10 @@ class Piece:
         return replace(self, local=self.local.detach().to("cpu", copy=True))
 
 
-def weight_key(name: str) -> str:
-    """What a parameter is called in the checkpoint's files."""
-    return f"weights/{name}"
-
-
 def model_pieces(model: Module, params: Mapping[str, Parameter]) -> dict[str, Piece]:
     """The weights of ``params`` (cut by ZeRO-3) and the persistent buffers."""
     pieces = {weight_key(name): _shard(param, local_shard(param)) for name, param in params.items()}
-    return pieces | {f"buffers/{name}": Piece(local=buffer) for name, buffer in persistent_buffers(model)}
+    return pieces | {buffer_key(name): Piece(local=buffer) for name, buffer in persistent_buffers(model)}
 
 
 def optimizer_pieces(params: Mapping[str, Parameter], entries: Mapping[Parameter, Any]) -> dict[str, Piece]:
@@ -71,12 +67,17 @@ def optimizer_pieces(params: Mapping[str, Parameter], entries: Mapping[Parameter
     return pieces
 
 
-def persistent_buffers(model: Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of every buffer that belongs to the model's state."""
+def named_buffers(model: Module) -> dict[str, Tensor]:
+    """Every buffer that belongs to the model's state, under each of its names."""
     params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: model.get_buffer(name) for name in model.state_dict() if name not in params}
+
+
+def persistent_buffers(model: Module) -> Iterator[tuple[str, Tensor]]:
+    """The same under the first of its names."""
     seen: set[int] = set()
-    for name in model.state_dict():
-        if name not in params and id(buffer := model.get_buffer(name)) not in seen:
+    for name, buffer in named_buffers(model).items():
+        if id(buffer) not in seen:
             seen.add(id(buffer))
             yield name, buffer
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _PIECE_BYTES = 1 << 28
 
@@ -30,16 +34,18 @@ def defragment_in_pieces(defragment: Callable[[list[Tensor]], Tensor], shards: S
     return torch.empty(0, dtype=shards[0].dtype, device=shards[0].device)
 
 
-def pieces_of(shards: Sequence[Tensor], max_bytes: int) -> Iterator[list[Tensor]]:
-    """Cut a list into runs of at most ``max_bytes``; a larger tensor stands alone."""
-    piece: list[Tensor] = []
+def pieces_of(
+    items: Iterable[T], max_bytes: int, num_bytes_of: Callable[[T], int] = attrgetter("nbytes")
+) -> Iterator[list[T]]:
+    """Cut tensors, or items of other sizes, into runs of at most ``max_bytes``; a larger one stands alone."""
+    piece: list[T] = []
     total = 0
-    for shard in shards:
-        num_bytes = shard.numel() * shard.element_size()
+    for item in items:
+        num_bytes = num_bytes_of(item)
         if piece and total + num_bytes > max_bytes:
             yield piece
             piece, total = [], 0
-        piece.append(shard)
+        piece.append(item)
         total += num_bytes
     if piece:
         yield piece
