@@ -46,10 +46,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
-        "--slice", type=int, default=200, help="training rows on which rates are chosen (200)"
+        "--slice", type=int, help="training rows on which rates are chosen; each task has its own"
     )
     parser.add_argument("--report", action="store_true", help="write the report of what is done")
     return parser.parse_intermixed_args()
+
+
+def split_task(args: argparse.Namespace, task: str) -> TaskFiles:
+    num_rows = TASKS[task].num_slice_rows if args.slice is None else args.slice
+    return split(task, args.data, num_rows, args.runs / "data")
 
 
 def make_cell(
@@ -63,7 +68,7 @@ def make_cell(
     own = (f"deepspeed={json_path.resolve()}", f"task={task}", f"data.train={files.train.resolve()}")
     scored = files.both.resolve() if seed == args.seeds[0] else files.validation
     own += (f"data.evaluation={scored}", "evaluation.before=false", "evaluation.num_examples=null")
-    settings = (*COMMON, *TASKS[task], *METHODS[method].at(rate), *args.overrides)
+    settings = (*COMMON, *TASKS[task].overrides, *METHODS[method].at(rate), *args.overrides)
     return Cell(
         method=method,
         label=METHODS[method].label,
@@ -106,7 +111,7 @@ def _loss(predictions: list[Found]) -> float:
 
 def zero_shot(args: argparse.Namespace, task: str, files: TaskFiles) -> Found | None:
     """The untouched model's accuracy by `lomo-ds evaluate`; None where it is not done and not to be run."""
-    recipe = parse_recipe(args.recipe, [*TASKS[task], *args.overrides])
+    recipe = parse_recipe(args.recipe, [*TASKS[task].overrides, *args.overrides])
     wanted = {"model": recipe.model, "data": str(files.validation), "max_length": recipe.max_sequence_length}
     path = args.runs / f"{task}-zero-shot.json"
     if path.is_file() and (found := json.loads(path.read_text())).get("asked") == wanted:
@@ -154,11 +159,11 @@ def report(
 ) -> None:
     """Write the page from what there is."""
     results = describe(args) | {"cells": found, "zero_shot": zero}
-    results["run"] |= {"tasks": {}, "methods": args.methods, "seeds": args.seeds, "slice": args.slice}
+    results["run"] |= {"tasks": {}, "methods": args.methods, "seeds": args.seeds}
     for task, own in files.items():
         numbers = {name: getattr(own, name) for name in ("num_train", "num_slice", "num_validation")}
         settings = {
-            one.partition("=")[0]: one for one in (*TASKS[task], *args.overrides)
+            one.partition("=")[0]: one for one in (*TASKS[task].overrides, *args.overrides)
         }  # the last one wins
         about = numbers | {"most_common": own.most_common, "settings": list(settings.values())}
         results["run"]["tasks"][task] = about
@@ -170,7 +175,7 @@ def report(
 def main() -> None:
     args, console = parse_arguments(), Console()
     try:
-        files = {task: split(task, args.data, args.slice, args.runs / "data") for task in args.tasks}
+        files = {task: split_task(args, task) for task in args.tasks}
     except ValueError as error:
         sys.exit(f"error: {error}")
     found: list[Found] = []

@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
         rate_key="lora.lr",
         overrides=(*ADAPTERS, "lora.train_base=false"),
     ),
-    "adamw": Method(label="AdamW", color="#b4532a", rates=(2e-5, 1e-4), job=ADAMW_JOB),
+    "adamw": Method(label="AdamW", color="#b4532a", rates=(1e-4, 3e-4), job=ADAMW_JOB),
     "lomo": Method(label="LOMO", color="#2a7f62", rates=(3e-2, 1e-1)),
     "adalomo": Method(
         label="AdaLomo", color="#7fb069", rates=(5e-4, 1e-3), optimizer="AdaLomo", max_grad_norm=0.0
@@ -63,16 +63,38 @@ METHODS: dict[str, Method] = {
         overrides=(*ADAPTERS, "lora.lr=5e-4", "lora.train_base=true"),
     ),
 }
-"""Each grid holds as many rates. The adapters are the LOMO paper's (arXiv 2306.09782)."""
+"""Each grid holds as many rates. The adapters are the LOMO paper's (arXiv 2306.09782).
+
+They were placed by earlier tries on SST-2's slice, seed 0: there LoRA at its paper's 5e-4 and AdamW at 2e-5
+were worse than at the lowest rate that they have now.
+"""
 
 COMMON = ("schedule.type=linear", "schedule.warmup_ratio=0.1", "evaluation.batch_size=16")
 """Overrides of every cell, beside the quickstart's recipe."""
 
-TASKS: dict[str, tuple[str, ...]] = {
-    "sst2": ("steps=32", "batch.train_batch_size=16", "max_sequence_length=128"),
-    "rte": ("steps=16", "batch.train_batch_size=8", "max_sequence_length=256"),
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every method gets on a task.
+
+    Attributes:
+        overrides: of the recipe.
+        num_slice_rows: training rows that are held out for the choice of rates. Few rows cannot tell rates
+            apart: the standard error of an accuracy of 0.8 is 0.028 on 200 rows, 0.013 on 1000.
+    """
+
+    overrides: tuple[str, ...]
+    num_slice_rows: int
+
+
+TASKS: dict[str, Budget] = {
+    "sst2": Budget(
+        overrides=("steps=32", "batch.train_batch_size=16", "max_sequence_length=128"), num_slice_rows=1000
+    ),
+    "rte": Budget(
+        overrides=("steps=16", "batch.train_batch_size=8", "max_sequence_length=256"), num_slice_rows=300
+    ),
 }
-"""Task -> its budget, the same for every method."""
 
 
 def ds_json(method: Method, seed: int) -> dict[str, Any]:

@@ -59,7 +59,6 @@ def results(summary: ModuleType, cells: list[dict], zero: float | None = 0.5) ->
         "tasks": {"sst2": about},
         "methods": list(METHODS),
         "seeds": [0, 1],
-        "slice": 20,
         "environment": {"MALLOC_TRIM_THRESHOLD_": "262144"},
     }
     found: dict[str, Any] = {"run": run, "cells": cells, "machine": {"cpu": "a", "cores": "2", "memory": "8"}}
