@@ -169,9 +169,9 @@ def _settings(run: Found) -> str:
     return (
         f"## Settings\n\nAll cells: `recipes/quickstart.yaml`{listed(COMMON)}.\n\n{methods}\n\n"
         "The grids of LoRA and AdamW were placed by earlier tries of one seed on a slice of SST-2: a rate\n"
-        "that was worse there than a higher one made room for a still higher one. The\n"
-        "slice was of 200 rows then and could not tell LOMO's two rates apart; it was made larger after LOMO, at\n"
-        "the rate that the lower loss chose, had scored less than AdamW on SST-2's validation file.\n\n"
+        "that was worse there than a higher one made room for a still higher one. That slice, of 200 rows,\n"
+        "could not tell LOMO's two rates apart; slices were made larger after LOMO, at the rate that the\n"
+        "lower loss chose, had scored less than AdamW on SST-2's validation file.\n\n"
         "The adapters have the LOMO paper's rank, alpha and targets. AdaLomo has, as in its paper,\n"
         "no clipping of the global norm; AdamW takes its clipping from the same JSON, which for LOMO is:\n\n"
         f"```json\n{example}\n```\n"

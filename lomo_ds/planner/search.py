@@ -35,15 +35,17 @@ def search(job: Job, goal: Goal, run: Callable[[Job], DryRun] = dry_run) -> tupl
         ValueError: nothing fits, or a model that the closed form does not know.
     """
     candidates = _candidates(job, goal)
-    best = last_that_fits(candidates, lambda one: closed_form(one).peak_bytes <= one.usable_bytes)
-    while best >= 0:
-        found, result = candidates[best], run(candidates[best])
-        if result.device.num_bytes <= found.usable_bytes:
-            return _tuned(found, result, run)
-        best -= 1
+    above = last_that_fits(-1, len(candidates), lambda at: _expected_to_fit(candidates[at]))
+    proved = _proved(candidates[: above + 1], run)
+    if proved:
+        return _tuned(*proved, run)
     peak = closed_form(candidates[0]).peak_bytes / GIB
     raise ValueError(f"--search {goal}: nothing fits; the smallest job takes {peak:.2f} GiB of "
                      f"{job.usable_bytes / GIB:.2f} GiB a card")  # fmt: skip
+
+
+def _expected_to_fit(job: Job) -> bool:
+    return closed_form(job).peak_bytes <= job.usable_bytes
 
 
 def _candidates(job: Job, goal: Goal) -> list[Job]:
@@ -66,15 +68,38 @@ def _gpu_counts(job: Job) -> Iterator[int]:
     yield from (nodes * job.gpus_per_node for nodes in range(1, _MOST_NODES + 1))
 
 
-def last_that_fits(jobs: list[Job], fits: Callable[[Job], bool]) -> int:
-    """Index of the last job that fits, where all before it do; -1 where none does."""
-    low, high = -1, len(jobs)
+def _proved(jobs: list[Job], run: Callable[[Job], DryRun]) -> tuple[Job, DryRun] | None:
+    """The last job that fits by its dry run, which the formula expects to be the last of the list.
+
+    Goes back from there, twice as far each time, and then halves what it went too far.
+    """
+    runs: dict[int, DryRun] = {}
+
+    def fits(at: int) -> bool:
+        runs[at] = run(jobs[at])
+        return runs[at].device.num_bytes <= jobs[at].usable_bytes
+
+    low, high, step = len(jobs) - 1, len(jobs), 1
+    while low >= 0 and not fits(low):
+        low, high, step = low - step, low, 2 * step
+    low = last_that_fits(max(low, -1), high, fits)
+    return (jobs[low], runs[low]) if low >= 0 else None
+
+
+def last_that_fits(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """Halve until what fits and what does not are neighbours.
+
+    Args:
+        low: known to fit, or one below the first.
+        high: known not to fit, or one above the last.
+        fits: true up to some number.
+
+    Returns:
+        The last number that fits, or ``low``.
+    """
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(jobs[middle]):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
@@ -89,7 +114,10 @@ def _tuned(job: Job, result: DryRun, run: Callable[[Job], DryRun]) -> tuple[Job,
 
 
 def with_limits(ds_json: Any, free_numel: int) -> dict[str, Any]:
-    """A copy of the JSON whose limits on gathered weights are higher by ``free_numel`` elements."""
+    """A copy of the JSON whose limits on gathered weights are higher by ``free_numel`` elements.
+
+    The reduce bucket stays: a gradient that fills it is reduced where it is, a larger bucket would copy it.
+    """
     changed = copy.deepcopy(dict(ds_json))
     zero = changed["zero_optimization"]
     live = min(_MOST_LIVE, int(zero.get("stage3_max_live_parameters", 1e9)) + free_numel)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
+from lomo_ds.planner.child import in_child
 from lomo_ds.planner.closed_form import closed_form
+from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.job import GIB, Job, default_ds_json
 from lomo_ds.planner.presets import model_config
 from lomo_ds.planner.search import last_that_fits, search, with_limits
+from tests.planner.small_jobs import gpu_job
 
 
 @dataclass
@@ -38,8 +41,7 @@ def llama_7b(**settings: object) -> Job:
 
 @pytest.mark.parametrize("num_fitting", [0, 1, 5, 6])
 def test_bisection(num_fitting: int) -> None:
-    jobs = list(range(6))
-    assert last_that_fits(jobs, lambda one: one < num_fitting) == num_fitting - 1
+    assert last_that_fits(-1, 6, lambda at: at < num_fitting) == num_fitting - 1
 
 
 EDGES = [("micro-batch", {"seq_len": 512}, "micro_batch", 1), ("seq-len", {"micro_batch": 8}, "seq_len", 64)]
@@ -59,10 +61,26 @@ def test_fewest_gpus() -> None:
     assert job.num_gpus == 4
 
 
-def test_a_dry_run_that_takes_more_steps_back() -> None:
-    plain, _ = search(llama_7b(seq_len=512), "micro-batch", by_formula())
-    careful, _ = search(llama_7b(seq_len=512), "micro-batch", by_formula(surplus=GIB))
-    assert 0 < careful.micro_batch < plain.micro_batch
+@pytest.mark.parametrize("surplus", [GIB // 10, GIB, 9 * GIB])
+def test_a_dry_run_that_takes_more_steps_back(surplus: int) -> None:
+    job, run = llama_7b(seq_len=512), by_formula(surplus=surplus)
+    found, result = search(job, "micro-batch", run)
+    assert result.device.num_bytes <= job.usable_bytes
+    assert run(replace(job, micro_batch=found.micro_batch + 1)).device.num_bytes > job.usable_bytes
+
+
+def search_and_one_more(job: Job) -> tuple[Job, DryRun, DryRun]:
+    found, run = search(job, "micro-batch")
+    return found, run, dry_run(replace(job, micro_batch=found.micro_batch + 1))
+
+
+def test_the_edge_of_real_dry_runs() -> None:
+    job = gpu_job(gpu_memory_bytes=40 << 20, reserve_bytes=0)
+    ((found, run, more),) = in_child(search_and_one_more, [job])
+    assert found.micro_batch > 1
+    assert run.device.num_bytes <= job.usable_bytes < more.device.num_bytes
+    live = "stage3_max_live_parameters"
+    assert found.ds_json["zero_optimization"][live] > job.ds_json["zero_optimization"][live]
 
 
 def test_nothing_fits() -> None:
