@@ -4,7 +4,8 @@ Usage: python benchmarks/quality.py --data DIR [--tasks sst2 rte] [--methods ...
 
 DIR holds SST-2 and SuperGLUE as JSON lines. Each cell is one training; key=value changes the recipe of
 every cell. Of each method's grid the first seed tries every rate, scored on a slice of the training file
-that no cell trains on; the best rate's runs are scored on the validation file. A cell that is done is not
+that no cell trains on; the best rate's runs are scored on the validation file. AdamW runs all its rates with
+all seeds. A cell that is done is not
 run again, and the report is written anew after each: --report writes it and runs nothing.
 """
 
@@ -131,6 +132,8 @@ def zero_shot(args: argparse.Namespace, task: str, files: TaskFiles) -> Found | 
 def cells_of(args: argparse.Namespace, task: str, files: TaskFiles, method: str) -> Iterator[Found | None]:
     """Run a method's cells on one task: the grid with the first seed, then its best rate with the others.
 
+    A baseline's other rates come last.
+
     Yields:
         Each cell's figures; None for one that is not done and not to be run.
     """
@@ -140,8 +143,12 @@ def cells_of(args: argparse.Namespace, task: str, files: TaskFiles, method: str)
         yield searched[-1]
     if None in searched:
         return
-    for seed in args.seeds[1:]:
-        yield one_cell(args, task, files, method, best_rate(searched), seed)
+    rates = [best_rate(searched)]
+    if METHODS[method].is_baseline:
+        rates += [rate for rate in METHODS[method].rates if rate not in rates]
+    for rate in rates:
+        for seed in args.seeds[1:]:
+            yield one_cell(args, task, files, method, rate, seed)
 
 
 def one_cell(

@@ -27,6 +27,7 @@ class Method:
         optimizer: type in the DeepSpeed JSON.
         max_grad_norm: ``gradient_clipping`` there; 0 for none.
         job: script in place of ``lomo-ds train``.
+        is_baseline: trains with every seed at every rate, so that what is held against it rides on no choice.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Method:
     optimizer: str = "Lomo"
     max_grad_norm: float = 1.0
     job: Path | None = None
+    is_baseline: bool = False
 
     def at(self, rate: float) -> tuple[str, ...]:
         """The overrides of one point of the grid."""
@@ -51,7 +53,7 @@ METHODS: dict[str, Method] = {
         rate_key="lora.lr",
         overrides=(*ADAPTERS, "lora.train_base=false"),
     ),
-    "adamw": Method(label="AdamW", color="#b4532a", rates=(1e-4, 3e-4), job=ADAMW_JOB),
+    "adamw": Method(label="AdamW", color="#b4532a", rates=(1e-4, 3e-4), job=ADAMW_JOB, is_baseline=True),
     "lomo": Method(label="LOMO", color="#2a7f62", rates=(3e-2, 1e-1)),
     "adalomo": Method(
         label="AdaLomo", color="#7fb069", rates=(5e-4, 1e-3), optimizer="AdaLomo", max_grad_norm=0.0

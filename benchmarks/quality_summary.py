@@ -72,23 +72,37 @@ def _method(cells: Cells, name: str, seeds: Sequence[int]) -> dict[str, Any]:
     Returns:
         ``grid``: rate -> its figures on the slice. ``rate``: the best; None while the grid is not done.
         ``accuracy`` and ``peak_bytes``: mean, deviation and values of the best rate's runs; None without.
+        ``others``: rate -> the same for the rates of a baseline that were not chosen; empty for the rest.
         ``missing``: what is not done, in words.
     """
     first, *others = seeds
     tried = {cell["rate"]: cell for cell in cells if cell["seed"] == first}
     untried = [rate for rate in METHODS[name].rates if rate not in tried]
     found: dict[str, Any] = {"grid": {rate: cell["slice"] for rate, cell in tried.items()}, "rate": None}
-    found |= {"accuracy": None, "peak_bytes": None}
+    found |= {"accuracy": None, "peak_bytes": None, "others": {}}
     found["missing"] = [f"{rate:g}, seed {first}" for rate in untried]
     if untried:
-        found["missing"] += [f"the best rate, seed {seed}" for seed in others]
+        rates = (
+            [f"{rate:g}" for rate in METHODS[name].rates] if METHODS[name].is_baseline else ["the best rate"]
+        )
+        found["missing"] += [f"{rate}, seed {seed}" for rate in rates for seed in others]
         return found
     rate = found["rate"] = best_rate(list(tried.values()))
-    runs = {cell["seed"]: cell for cell in cells if cell["rate"] == rate}
-    found["missing"] += [f"{rate:g}, seed {seed}" for seed in seeds if seed not in runs]
-    for key in ("accuracy", "peak_bytes"):
-        found[key] = _spread({seed: run[key] for seed, run in runs.items()})
+    found |= _runs(cells, rate)
+    if METHODS[name].is_baseline:
+        found["others"] = {other: _runs(cells, other) for other in tried if other != rate}
+    for own_rate, runs in {rate: found, **found["others"]}.items():
+        done = runs["accuracy"]["by_seed"]
+        found["missing"] += [f"{own_rate:g}, seed {seed}" for seed in seeds if seed not in done]
     return found
+
+
+def _runs(cells: Cells, rate: float) -> dict[str, Any]:
+    """``accuracy`` and ``peak_bytes`` of the runs at one rate."""
+    runs = {cell["seed"]: cell for cell in cells if cell["rate"] == rate}
+    return {
+        key: _spread({seed: run[key] for seed, run in runs.items()}) for key in ("accuracy", "peak_bytes")
+    }
 
 
 def _spread(by_seed: dict[int, float]) -> dict[str, Any]:
@@ -100,11 +114,16 @@ def _spread(by_seed: dict[int, float]) -> dict[str, Any]:
 def _verdict(methods: dict[str, Any]) -> dict[str, Any] | None:
     """LOMO beside AdamW: the difference of the means, and whether it is at least minus the spread.
 
-    The spread is the larger of the two standard deviations over the seeds. None while either lacks a run.
+    AdamW's is the higher mean of all its rates. The spread is the larger of the two standard deviations over
+    the seeds. None while either lacks a run.
     """
     found = [methods.get(name) for name in ("lomo", "adamw")]
     if any(one is None or one["accuracy"] is None or one["missing"] for one in found):
         return None
-    lomo, adamw = (one["accuracy"] for one in found)
-    difference, spread = lomo["mean"] - adamw["mean"], max(lomo["deviation"], adamw["deviation"])
-    return {"difference": difference, "spread": spread, "matches": difference >= -spread}
+    lomo, adamw = found
+    rates = {adamw["rate"]: adamw, **adamw["others"]}
+    rate = max(rates, key=lambda one: rates[one]["accuracy"]["mean"])
+    own, other = lomo["accuracy"], rates[rate]["accuracy"]
+    difference, spread = own["mean"] - other["mean"], max(own["deviation"], other["deviation"])
+    matches = difference >= -spread
+    return {"difference": difference, "spread": spread, "matches": matches, "adamw_rate": rate}
