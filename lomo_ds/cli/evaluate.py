@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         result = evaluate(arguments)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     measure, what = ("accuracy", "questions") if "accuracy" in result else ("loss", "responses")
     print(f"{result['task']}: {measure} {result[measure]:.3f} on {result['num_examples']} {what}")
     return 0
@@ -66,6 +67,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     task = named_task(arguments.task)
     if not arguments.model.is_dir():
         raise ValueError(f"there is no folder {arguments.model}")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: there is no folder {arguments.json.absolute().parent}")
     path = task.validation_file(arguments.data)
     examples = task.read(path)[: arguments.num_examples]
     return {
@@ -73,29 +76,22 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": str(arguments.model),
         "data": str(path),
         "num_examples": len(examples),
-        **_figure(arguments, examples),
+        **_figures(arguments, examples),
     }
 
 
-def _figure(arguments: argparse.Namespace, examples: Sequence[Any]) -> dict[str, float]:
-    """Accuracy for questions with options, loss for responses."""
-    from lomo_ds.tasks.encoding import encode_responses
-    from lomo_ds.tasks.evaluation import response_queries
-    from lomo_ds.tasks.prompts import ResponseExample
-    from lomo_ds.tasks.scoring import accuracy, answer_loss, queries_for
+def _figures(arguments: argparse.Namespace, examples: Sequence[Any]) -> dict[str, float]:
+    """Accuracy for questions with options; the loss of the right answers."""
+    from rich.progress import track
 
-    tokenizer, length = _load_tokenizer(arguments.model), arguments.max_sequence_length
-    if isinstance(examples[0], ResponseExample):
-        answers = encode_responses(tokenizer, examples, length)
-        scores = _scores(arguments, tokenizer, response_queries(answers), (len(answers), 1))
-        num_tokens = sum(len(answer.target_ids) for answer in answers)
-        return {
-            "loss": answer_loss(scores, [0] * len(answers), num_tokens),
-            "num_cut_answers": sum(answer.is_cut for answer in answers),
-        }
-    shape = (len(examples), max(len(example.options) for example in examples))
-    scores = _scores(arguments, tokenizer, queries_for(tokenizer, examples, length), shape)
-    return {"accuracy": accuracy(scores, [example.label for example in examples])}
+    from lomo_ds.tasks.evaluation import evaluation_of
+
+    tokenizer = _load_tokenizer(arguments.model)
+    evaluation = evaluation_of(tokenizer, examples, arguments.max_sequence_length, arguments.batch_size)
+    watched = partial(track, description="scoring", disable=not sys.stdout.isatty())
+    found = evaluation.evaluate_alone(_load_model(arguments.model), watched)
+    accuracy = {} if found.accuracy is None else {"accuracy": found.accuracy}
+    return accuracy | {"loss": found.loss, "num_cut_answers": evaluation.num_cut}
 
 
 def _load_tokenizer(model: Path) -> Any:
@@ -108,21 +104,15 @@ def _load_tokenizer(model: Path) -> Any:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
-def _scores(arguments: argparse.Namespace, tokenizer: Any, queries: Sequence[Any], shape: tuple) -> Any:
-    """Load the model and read everything; log-likelihoods of ``shape``."""
+def _load_model(path: Path) -> Any:
     import torch
-    from rich.progress import track
     from transformers import AutoModelForCausalLM
 
     from lomo_ds.checkpoint.foreign_code import plain_refusals
-    from lomo_ds.tasks.scoring import option_scores, rank_batches
 
-    with plain_refusals(arguments.model):
+    with plain_refusals(path):
         model = AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype="auto", trust_remote_code=False, use_safetensors=True
+            path, dtype="auto", trust_remote_code=False, use_safetensors=True
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = model.to(device).eval()
-    batches = rank_batches(queries, arguments.batch_size, 0, 1)
-    pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-    return option_scores(model, track(batches, "scoring", disable=not sys.stdout.isatty()), shape, pad)
+    return model.to(device).eval()

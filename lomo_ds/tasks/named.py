@@ -24,7 +24,8 @@ class NamedTask:
     Attributes:
         label: how people call it.
         examples: the questions that a row of the data asks (MultiRC's ask many), or its prompt and response.
-        train, validation: names that its files may have, below the folder that the user names.
+        train, validation: names, or patterns that one file has to match, of its files below the folder that
+            the user names.
     """
 
     label: str
@@ -87,8 +88,9 @@ def _first(folder: Path, names: Sequence[str], label: str) -> Path:
     if folder.is_file():
         return folder
     for name in names:
-        if (folder / name).is_file():
-            return folder / name
+        files = list(folder.glob(name))
+        if len(files) == 1:
+            return files[0]
     raise ValueError(f"data: {folder} holds none of {label}'s files: {', '.join(names)}")
 
 
@@ -200,7 +202,7 @@ TASKS: dict[str, NamedTask] = {
     "sst2": NamedTask(
         label="SST-2",
         examples=_sst2,
-        train=("train.jsonl", "train_10k.jsonl", "sst2/train.jsonl", "sst2/train_10k.jsonl"),
+        train=("train.jsonl", "train*.jsonl", "sst2/train.jsonl", "sst2/train*.jsonl"),
         validation=("validation.jsonl", "val.jsonl", "dev.jsonl", "sst2/validation.jsonl"),
     ),
     "instructions": NamedTask(

@@ -8,9 +8,8 @@ from typing import Any
 
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, encode_right_answers
-from lomo_ds.tasks.evaluation import ChoiceEvaluation, Evaluation, ResponseEvaluation
+from lomo_ds.tasks.evaluation import Evaluation, evaluation_of
 from lomo_ds.tasks.prompts import Example, ResponseExample
-from lomo_ds.tasks.scoring import queries_for
 from lomo_ds.training.plan import RunPlan
 
 
@@ -39,11 +38,12 @@ def encode_data_sets(plan: RunPlan, tokenizer: Any) -> DataSets:
     """
     pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
     train = _encoded("data.train", tokenizer, plan.train_examples, plan.recipe)
-    held_out, num_cut = _evaluation(plan, tokenizer, pad_token_id)
+    held_out = _evaluation(plan, tokenizer)
+    num_cut_held_out = held_out.num_cut if held_out else 0
     return DataSets(
         train=train,
         held_out=held_out,
-        num_cut=num_cut + sum(answer.is_cut for answer in train),
+        num_cut=num_cut_held_out + sum(answer.is_cut for answer in train),
         pad_token_id=pad_token_id,
     )
 
@@ -56,19 +56,11 @@ def _encoded(key: str, tokenizer: Any, examples: Sequence[Example], recipe: Reci
         raise ValueError(f"{key}: {error}") from None
 
 
-def _evaluation(plan: RunPlan, tokenizer: Any, pad_token_id: int) -> tuple[Evaluation | None, int]:
-    """(the held-out set, answers of it that have lost their end)."""
+def _evaluation(plan: RunPlan, tokenizer: Any) -> Evaluation | None:
     recipe, examples = plan.recipe, plan.held_out_examples
-    shared = {"batch_size": recipe.evaluation.batch_size, "pad_token_id": pad_token_id}
     if not examples:
-        return None, 0
-    if isinstance(examples[0], ResponseExample):
-        answers = _encoded("data.evaluation", tokenizer, examples, recipe)
-        return ResponseEvaluation(answers=answers, **shared), sum(answer.is_cut for answer in answers)
-    evaluation = ChoiceEvaluation(
-        queries=queries_for(tokenizer, examples, recipe.max_sequence_length),
-        labels=[example.label for example in examples],
-        num_options=max(len(example.options) for example in examples),
-        **shared,
-    )
-    return evaluation, 0
+        return None
+    try:
+        return evaluation_of(tokenizer, examples, recipe.max_sequence_length, recipe.evaluation.batch_size)
+    except ValueError as error:
+        raise ValueError(f"data.evaluation: {error}") from None

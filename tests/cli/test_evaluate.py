@@ -20,8 +20,8 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def likeliest(model: torch.nn.Module, prompt: str, options: tuple[str, ...]) -> int:
-    """The option with the highest log-likelihood, one token after the other."""
+def log_likelihoods(model: torch.nn.Module, prompt: str, options: tuple[str, ...]) -> list[float]:
+    """Of each option, one token after the other."""
     tokenizer = tiny_tokenizer()
     begin = len(tokenizer(prompt).input_ids)
     scores = []
@@ -29,7 +29,12 @@ def likeliest(model: torch.nn.Module, prompt: str, options: tuple[str, ...]) -> 
         ids = torch.tensor([tokenizer(prompt + option).input_ids])
         log_probs = model(ids).logits.log_softmax(-1)
         scores.append(sum(log_probs[0, at - 1, ids[0, at]].item() for at in range(begin, ids.shape[1])))
-    return max(range(len(options)), key=scores.__getitem__)
+    return scores
+
+
+def num_tokens_of(prompt: str, answer: str) -> int:
+    tokenizer = tiny_tokenizer()
+    return len(tokenizer(prompt + answer).input_ids) - len(tokenizer(prompt).input_ids)
 
 
 def test_the_score_is_that_of_plain_transformers(model: Path, tmp_path: Path) -> None:
@@ -43,9 +48,13 @@ def test_the_score_is_that_of_plain_transformers(model: Path, tmp_path: Path) ->
     plain = AutoModelForCausalLM.from_pretrained(model).eval()
     questions = named_task("copa").read(data)[:6]
     with torch.no_grad():
-        right = [likeliest(plain, one.prompt, one.options) == one.label for one in questions]
+        scores = [log_likelihoods(plain, one.prompt, one.options) for one in questions]
+    of_right = [row[one.label] for row, one in zip(scores, questions, strict=True)]
+    num_right = sum(value == max(row) for value, row in zip(of_right, scores, strict=True))
+    num_tokens = sum(num_tokens_of(one.prompt, one.options[one.label]) for one in questions)
     found = json.loads(result.read_text())
-    assert found["accuracy"] == pytest.approx(sum(right) / 6) and found["num_examples"] == 6
+    assert found["accuracy"] == pytest.approx(num_right / 6) and found["num_examples"] == 6
+    assert found["loss"] == pytest.approx(-sum(of_right) / num_tokens, rel=1e-5)
 
 
 def test_the_loss_of_responses_is_that_of_plain_transformers(model: Path, tmp_path: Path) -> None:
@@ -75,6 +84,7 @@ def test_the_loss_of_responses_is_that_of_plain_transformers(model: Path, tmp_pa
     [
         ({"--task": "rtx"}, "did you mean 'rte'"),
         ({"--data": "nowhere"}, "holds none of COPA's files"),
+        ({"--json": "nowhere/result.json"}, "--json: there is no folder"),
         ({"--batch-size": "0"}, "--batch-size has to be at least 1"),
         ({"--max-sequence-length": "3"}, "max_sequence_length 3 leaves no room"),
     ],

@@ -133,3 +133,14 @@ def test_every_task_is_tried() -> None:
 def test_an_unknown_task_names_the_closest() -> None:
     with pytest.raises(ValueError, match="did you mean 'boolq'"):
         named_task("bolq")
+
+
+def test_a_training_file_of_any_name_serves_where_it_is_the_only_one(tmp_path: Path) -> None:
+    task, row = named_task("sst2"), {"sentence": "fine", "label": 1}
+    part = write(tmp_path / "sst2" / "train_10k.jsonl", row)
+    assert task.train_file(tmp_path) == part
+    write(tmp_path / "sst2" / "train_1k.jsonl", row)
+    with pytest.raises(ValueError, match="holds none of SST-2's files"):
+        task.train_file(tmp_path)
+    whole = write(tmp_path / "sst2" / "train.jsonl", row)
+    assert task.train_file(tmp_path) == whole
