@@ -98,9 +98,9 @@ def _read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[:1]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"model: transformers does not read {path}: {reason}") from None
     if getattr(config, "num_hidden_layers", None) is None or getattr(config, "vocab_size", None) is None:
         raise ValueError(f"model: {path} is not the config of a causal language model")
