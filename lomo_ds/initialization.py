@@ -163,9 +163,9 @@ def _make_optimizer(
     model: torch.nn.Module,
     model_parameters: Iterable | None,
 ) -> ShardedOptimizer:
-    """The user's optimizer, or the one the JSON names; one of ours in either case."""
+    """The user's optimizer, or the one the JSON names: one of ours, with something to train."""
     if optimizer is None:
-        return optimizer_from_json(ds_json.get("optimizer"))(model, model_parameters)
+        optimizer = optimizer_from_json(ds_json.get("optimizer"))(model, model_parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model.parameters() if model_parameters is None else model_parameters)
     _require(
@@ -173,6 +173,8 @@ def _make_optimizer(
         f"optimizer: {type(optimizer).__name__} is not an optimizer of lomo_ds ({', '.join(OPTIMIZERS)}); "
         "for others use deepspeed.initialize",
     )
+    trained = any(param.requires_grad for group in optimizer.param_groups for param in group["params"])
+    _require(trained, "nothing is trained: every parameter of the optimizer has requires_grad False")
     return optimizer
 
 

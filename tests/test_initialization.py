@@ -40,6 +40,10 @@ BAD = {
         changed(zero_optimization__zero_quantized_gradients=True),
         "zero_quantized_gradients",
     ),
+    "fp16_master_weights": (
+        changed(fp16={"enabled": True, "fp16_master_weights_and_grads": True}),
+        '"fp16.fp16_master_weights_and_grads"',
+    ),
     "mics": (changed(zero_optimization__mics_shard_size=2), "mics_shard_size"),
     "other_optimizer": (changed(optimizer__type="AdamW"), "'AdamW' is not an optimizer of lomo_ds"),
     "misspelt_optimizer": (changed(optimizer__type="Lomoo"), "did you mean 'Lomo'"),
@@ -116,7 +120,8 @@ def refusals_of_arguments() -> list[str]:
 
     model = TinyModel()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    calls = [{"optimizer": sgd}, {"mpu": object()}, {"model": None}, {"config": None}]
+    frozen = TinyModel().requires_grad_(False)
+    calls = [{"optimizer": sgd}, {"mpu": object()}, {"model": None}, {"config": None}, {"model": frozen}]
     messages = []
     for call in calls:
         with pytest.raises(ValueError) as refusal:
@@ -126,9 +131,10 @@ def refusals_of_arguments() -> list[str]:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    sgd, mpu, model, config = run_ranks(2, refusals_of_arguments)[1]
+    sgd, mpu, model, config, frozen = run_ranks(2, refusals_of_arguments)[1]
     assert "SGD is not an optimizer of lomo_ds" in sgd
     assert mpu.startswith("mpu") and model.startswith("model") and "no DeepSpeed JSON" in config
+    assert frozen.startswith("nothing is trained")
 
 
 def initialize_from_args(path: str) -> tuple[float, float]:

@@ -41,6 +41,7 @@ class AdaLomoRule:
     """
 
     needs_sums: ClassVar[bool] = True
+    keeps_copy: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset({"row", "column"})
     eps: tuple[float, float] = (1e-30, 1e-3)
     clip_threshold: float = 1.0

@@ -26,6 +26,7 @@ class AdamWRule:
     """
 
     needs_sums: ClassVar[bool] = False
+    keeps_copy: ClassVar[bool] = True
     replicated_state: ClassVar[frozenset[str]] = frozenset()
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

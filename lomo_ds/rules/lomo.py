@@ -19,6 +19,7 @@ class LomoRule:
     """
 
     needs_sums: ClassVar[bool] = False
+    keeps_copy: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
 
     def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:

@@ -76,9 +76,11 @@ class Rule(Protocol):
         needs_sums: whether ``update_`` yields anything; the gradient then has to outlive its bucket.
         replicated_state: names of the state's tensors that every rank holds whole; the others are cut
             like the parameter, shape (shard_numel,).
+        keeps_copy: whether the state has an fp32 copy of the weights, so that rounding loses nothing.
     """
 
     needs_sums: ClassVar[bool]
+    keeps_copy: ClassVar[bool]
     replicated_state: ClassVar[frozenset[str]]
 
     def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ class LomoEngine(EngineSeam):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""
         self.optimizer.refresh_gathered_params()
-        with self.optimizer.accepting_gradients(), self._saving_activations():
+        with self.optimizer.accepting_gradients(in_forward=True), self._saving_activations():
             return super().forward(*inputs, **kwargs)
 
     def _saving_activations(self) -> AbstractContextManager:
@@ -71,16 +72,22 @@ class LomoEngine(EngineSeam):
         Raises:
             ValueError: no scalar with a gradient; nothing has changed then.
         """
-        _require_differentiable_scalar(loss)
         one_pass = partial(self._one_backward, scale_wrt_gas=scale_wrt_gas)
-        if self.optimizer.choice.policy == "two_pass":
-            return backward_twice(self.optimizer, one_pass, loss, retain_graph)
-        return one_pass(loss, retain_graph=retain_graph)
+        with self._telling_of_failures():
+            _require_differentiable_scalar(loss)
+            if self.optimizer.choice.policy == "two_pass":
+                return backward_twice(self.optimizer, one_pass, loss, retain_graph)
+            return one_pass(loss, retain_graph=retain_graph)
 
     def _one_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> Tensor:
+        with self.optimizer.accepting_gradients():
+            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    @contextmanager
+    def _telling_of_failures(self) -> Iterator[None]:
+        """Log which rank failed in backward: the others cannot know, and wait."""
         try:
-            with self.optimizer.accepting_gradients():
-                return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            yield
         except Exception as error:
             logger.error(
                 f"rank {self.global_rank}: backward failed: {type(error).__name__}: {error}. Unless all "

@@ -54,6 +54,7 @@ class LomoZeroOptimizer(Stage3Seam):
         self._measuring = False
         self._warned_stray = False
         self._shards_changed = False
+        self._num_taken = 0
         self._group_index = self.group_index()
         self._squares: dict[Parameter, Tensor] = {}
         self._norm: float | None = None
@@ -69,10 +70,11 @@ class LomoZeroOptimizer(Stage3Seam):
     def _make_parking(self) -> Parking | NvmeParking:
         shard_numel = {param: shard_spec(param).shard_numel for param in self.trainable_params()}
         device = torch.device(get_accelerator().current_device_name())
+        dtype = self.gradient_accumulation_dtype
         if self.choice.nvme is None:
-            return Parking(shard_numel, self.gradient_accumulation_dtype, device)
+            return Parking(shard_numel, dtype, device, max_numel_moving=self.reduce_bucket_size)
         with failing_together():
-            return NvmeParking(shard_numel, self.gradient_accumulation_dtype, device, self.choice.nvme)
+            return NvmeParking(shard_numel, dtype, device, self.choice.nvme)
 
     @property
     def parked_host_bytes(self) -> int:
@@ -87,20 +89,25 @@ class LomoZeroOptimizer(Stage3Seam):
     # Whose gradients ---------------------------------------------------------------------------
 
     @contextmanager
-    def accepting_gradients(self) -> Iterator[None]:
+    def accepting_gradients(self, in_forward: bool = False) -> Iterator[None]:
         """Take the gradients that arrive meanwhile as the engine's own; others are dropped.
 
-        An exception leaves no gradient of the broken backward behind. What had been applied inside
-        that backward stays applied.
+        An exception leaves no gradient since the last step behind, but for one in a forward in which none
+        had arrived: those of earlier micro-batches stay. What had been applied stays applied.
+
+        Args:
+            in_forward: gradients are not to be expected; a model may compute them as soon as its loss.
         """
         before, self._accepting = self._accepting, True
+        num_taken = self._num_taken
         try:
             yield
         except BaseException:
             self.forget_unfinished_backward()
             self.updater.forget_pending()
-            self._rounding_watch.forget()
-            self.zero_grad()
+            if not in_forward or self._num_taken > num_taken:
+                self._rounding_watch.forget()
+                self.zero_grad()
             raise
         finally:
             self._accepting = before
@@ -135,6 +142,7 @@ class LomoZeroOptimizer(Stage3Seam):
 
         Collective where a rule needs sums over shards: one small all-reduce.
         """
+        self._num_taken += len(gradients)
         for param, grad_shard in gradients:
             if self._parking:
                 grad_shard = self._parking.add(param, grad_shard)
@@ -181,12 +189,13 @@ class LomoZeroOptimizer(Stage3Seam):
             yield
         finally:
             self._measuring = False
-        self._norm = float(self._measure_norm())
+        if self._squares:
+            self._norm = float(self._measure_norm())
 
     @property
     def step_will_apply(self) -> bool:
-        """Whether the norm that has been measured is finite, so that the second pass is worth running."""
-        return math.isfinite(self._norm)
+        """Whether a norm has been measured and is finite, so that the second pass is worth running."""
+        return self._norm is not None and math.isfinite(self._norm)
 
     # One update --------------------------------------------------------------------------------
 
@@ -205,7 +214,7 @@ class LomoZeroOptimizer(Stage3Seam):
     def _begin_update(self, param: Parameter, grad_shard: Tensor) -> None:
         self._shards_changed = True
         group = self._group(param)
-        if group["lr"] > 0:
+        if group["lr"] > 0 and not self.updater.entries[param].rule.keeps_copy:
             self._rounding_watch.before_update(local_shard(param), grad_shard)
 
         def update(rule: Rule, shard: Shard, num_updates: int) -> Sums:

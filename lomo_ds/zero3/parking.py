@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -24,17 +26,24 @@ class Parking:
         shard_numel: for each parameter the real elements of this rank's shard.
         dtype: of the parked gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
         device: where the gradients come from.
+        max_numel_moving: elements that may be on their way to the host at a time, but for the newest shard.
 
     Cost: ``num_bytes`` of host memory per rank, for all ranks together one gradient of the model.
     """
 
     def __init__(
-        self, shard_numel: Mapping[Parameter, int], dtype: torch.dtype, device: torch.device
+        self,
+        shard_numel: Mapping[Parameter, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_numel_moving: int,
     ) -> None:
         self._pieces, self._places = _allocate(shard_numel, dtype, pinned=device.type != "cpu")
         self._device = device
         self._parked: set[Parameter] = set()
         self._copies = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
+        self._max_numel_moving = max_numel_moving
+        self._moving: deque[tuple[Any, int]] = deque()
 
     @property
     def num_bytes(self) -> int:
@@ -45,7 +54,8 @@ class Parking:
         """Park a shard, or add it to what is parked for ``param`` already.
 
         The copy runs on a stream of its own, behind the current stream's work so far and beside what
-        follows; ``wait`` waits for it. The sum is done on the device.
+        follows; ``wait`` waits for it. The sum is done on the device. Where the link to the host is slower
+        than backward, the call waits for older copies.
 
         Returns:
             What is parked for ``param`` now, on the device; valid until the next call.
@@ -54,7 +64,8 @@ class Parking:
         """
         place = self._places[param]
         if param in self._parked:
-            self.wait()
+            if self._copies is not None:
+                get_accelerator().current_stream().wait_stream(self._copies)
             grad_shard = place.to(self._device, non_blocking=True).add_(grad_shard)
         self._parked.add(param)
         if self._copies is None:
@@ -69,11 +80,18 @@ class Parking:
         with accelerator.stream(self._copies):
             place.copy_(grad_shard, non_blocking=True)
         grad_shard.record_stream(self._copies)
+        copied = accelerator.Event()
+        copied.record(self._copies)
+        self._moving.append((copied, grad_shard.numel()))
+        while len(self._moving) > 1 and sum(numel for _, numel in self._moving) > self._max_numel_moving:
+            oldest, _ = self._moving.popleft()
+            oldest.synchronize()
 
     def wait(self) -> None:
         """Wait until every copy to the host has ended."""
         if self._copies is not None:
             self._copies.synchronize()
+            self._moving.clear()
 
     def fetch(self, param: Parameter) -> Tensor:
         """The parked shard on the device, shape (shard_numel,); on CPU the place itself, not a copy.

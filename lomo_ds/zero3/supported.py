@@ -51,6 +51,7 @@ REFUSALS = (
     Refusal("torch_autocast", _enabled, 'use "bf16" or "fp16", or neither for fp32'),
     Refusal("bf16.bf16_master_weights_and_grads", bool, _NO_STATE),
     Refusal("bf16.bf16_optimizer_states", bool, _NO_STATE),
+    Refusal("fp16.fp16_master_weights_and_grads", bool, _NO_STATE),
     Refusal("compile.deepcompile", bool, _NOT_YET),
     Refusal(
         "checkpoint.load_universal",

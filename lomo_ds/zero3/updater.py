@@ -26,7 +26,7 @@ class Entry:
         spec: this rank's place in it.
         rule: how it is updated.
         state: the rule's tensors.
-        error: what rounding keeps, or None.
+        error: what rounding keeps, or None; always None for a rule with its own copy of the weights.
         num_updates: how many updates it has had.
     """
 
@@ -72,7 +72,8 @@ class Updater:
         shard = local_shard(param)
         spec = shard_spec(param)
         state = rule.init_state(spec, shard)
-        return Entry(index=index, spec=spec, rule=rule, state=state, error=error_state(self._rounding, shard))
+        error = None if rule.keeps_copy else error_state(self._rounding, shard)
+        return Entry(index=index, spec=spec, rule=rule, state=state, error=error)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -90,6 +90,43 @@ def test_two_backwards_are_refused_where_they_cannot_add_up(ds_json: dict[str, A
         run_ranks(2, two_backwards, ds_json)
 
 
+def accumulate(ds_json: dict[str, Any], with_broken_forward: bool) -> dict[str, torch.Tensor]:
+    """A step of two micro-batches; between them a forward may fail on all ranks and be survived."""
+    engine, batch = start(ds_json)
+    engine.backward(engine(batch) / 2)
+    if with_broken_forward:
+        with pytest.raises(IndexError):
+            engine(batch + 10**6)
+    engine.backward(engine(batch.flip(1)) / 2)
+    engine.step()
+    return jobs.whole_params(engine.module)
+
+
+def test_a_broken_forward_loses_nothing_that_has_accumulated() -> None:
+    ds_json = jobs.lomo_json("deferred")
+    expected = run_ranks(2, accumulate, ds_json, False)[0]
+    for params in run_ranks(2, accumulate, ds_json, True):
+        assert same(params, expected)
+
+
+def backward_that_reaches_nothing(ds_json: dict[str, Any]) -> dict[str, torch.Tensor]:
+    engine, batch = start(ds_json)
+    engine(batch)
+    engine.backward(torch.ones((), requires_grad=True) * 2)
+    with pytest.raises(RuntimeError, match="no gradient since the last step"):
+        engine.step()
+    engine.backward(engine(batch))
+    engine.step()
+    return jobs.whole_params(engine.module)
+
+
+@pytest.mark.parametrize("policy", ["deferred", "two_pass"])
+def test_a_loss_that_reaches_nothing_trained_changes_nothing(policy: str) -> None:
+    ds_json = jobs.lomo_json(policy)
+    for params in run_ranks(2, backward_that_reaches_nothing, ds_json):
+        assert same(params, run_ranks(2, one_step, ds_json)[0])
+
+
 def step_without_gradient(ds_json: dict[str, Any]) -> None:
     engine, batch = start(ds_json)
     engine(batch)

@@ -53,6 +53,12 @@ def test_no_warning_where_nothing_is_lost(rounding: str, lr: float) -> None:
     ]
 
 
+def test_no_warning_for_a_group_that_keeps_fp32_copies() -> None:
+    ds_json = json_with("nearest", 1e-6)
+    ds_json["optimizer"]["params"]["param_groups"] = [{"params": ["*"], "type": "AdamW"}]
+    assert [messages for messages, _ in run_ranks(2, train_and_listen, ds_json, 2)] == [[], []]
+
+
 @pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
 @pytest.mark.parametrize("policy", ["immediate", "deferred", "two_pass"])
 def test_stochastic_rounding_is_the_same_however_shards_are_applied(optimizer: str, policy: str) -> None:
