@@ -51,10 +51,10 @@ def page(results: dict[str, dict[str, Any]], num_ranks: int) -> str:
     return f"""# Bytes on the wire
 
 What one rank of {num_ranks} sends in one step with `gradient_clipping` 1.0, in multiples of the model's
-size in bf16. Nothing is kept gathered, as in a model much larger than the live-parameter limit;
-activation checkpointing is on, so that weights are gathered for forward, recomputation and backward. Messages
-are counted by DeepSpeed's communication logger; a ring sends (n - 1) / n of a gathered or scattered message,
-and twice that of an all-reduced one.
+size in bf16. Nothing is kept gathered, as in a model much larger than the live-parameter limit; activation
+checkpointing is on, so that in every row weights are gathered for the forward, the recomputation and the
+backward of each pass (`two_pass` has no second forward). Messages are counted by DeepSpeed's communication
+logger; a ring sends (n - 1) / n of a gathered or scattered message and twice that of an all-reduced one.
 
 {table(results)}
 

@@ -14,6 +14,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
+from lomo_ds.config import shown_bytes
 from lomo_ds.optimizers import rule_of
 from lomo_ds.rules.clipping import clip_factor, clipped_per_parameter, sum_of_squares
 from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
@@ -173,10 +174,12 @@ class LomoZeroOptimizer(Stage3Seam):
 
     def _refuse_second_part(self, param: Parameter) -> None:
         if param in self._squares:
+            numel = sum(shard_spec(param).shard_numel for param in self.trainable_params())
+            parked = shown_bytes(numel * self.gradient_accumulation_dtype.itemsize)
             raise RuntimeError(
                 f"a second gradient for {self.name_of(param)!r} since the last engine.step(): the first "
                 f'was {"measured" if self._measuring else "applied"} already. Set "optimizer.params.apply" '
-                'to "deferred", where they add up'
+                f'to "deferred", where they add up; it takes {parked} of host memory on this rank'
             )
 
     @contextmanager

@@ -9,12 +9,11 @@ from typing import Literal
 
 import psutil
 
+from lomo_ds.config import shown_bytes
 from lomo_ds.optimizers import Apply
 from lomo_ds.zero3.nvme import NvmeSettings
 
 Policy = Literal["immediate", "deferred", "two_pass"]
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +77,8 @@ def refuse_contradictions(apply: Apply, demands: Demands, parked_bytes: int) -> 
         return
     raise ValueError(
         f'"optimizer.params.apply": "{apply}" applies each gradient inside backward and cannot honour '
-        f'{" and ".join(refused)}: set apply to "deferred" or "auto", which takes {_gib(parked_bytes)} '
-        f"of host memory per rank, or {_remedy(refused)}"
+        f'{" and ".join(refused)}: set apply to "deferred" or "auto", which takes '
+        f"{shown_bytes(parked_bytes)} of host memory per rank, or {_remedy(refused)}"
     )
 
 
@@ -101,11 +100,10 @@ def choose(apply: Apply, demands: Demands, parked_bytes: int, host_room_bytes: i
     why = f"asked for by {' and '.join(named)}" if named else 'asked for by "apply"'
     if apply == "two_pass":
         return Choice(policy="two_pass", reason=f"{why}; a second backward a step")
+    parked, free = shown_bytes(parked_bytes), shown_bytes(host_room_bytes)
     if parked_bytes <= host_room_bytes:
-        return Choice(policy="deferred", reason=f"{why}; {_gib(parked_bytes)} of host memory per rank")
-    room = (
-        f"{_gib(host_room_bytes)} of host memory per rank are free where parking takes {_gib(parked_bytes)}"
-    )
+        return Choice(policy="deferred", reason=f"{why}; {parked} of host memory per rank")
+    room = f"{free} of host memory per rank are free where parking takes {parked}"
     if apply == "auto" and not demands.accumulation:
         return Choice(policy="two_pass", reason=f"{why}; a second backward a step, since {room}")
     raise ValueError(
@@ -118,10 +116,6 @@ def _remedy(refused: list[str]) -> str:
     off = {"gradient_clipping": "0", "gradient_accumulation_steps": "1", "fp16": "off"}
     keys = [item.split('"')[1] for item in refused]
     return "set " + " and ".join(f'"{key}" to {off[key]}' for key in keys)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.2f} GiB"
 
 
 def host_room_bytes(num_local_ranks: int) -> int:

@@ -84,10 +84,30 @@ def test_two_backwards_add_up_when_deferred() -> None:
     assert largest_relative_difference(run_ranks(2, two_backwards, ds_json)[0], expected) <= 1e-6
 
 
+def refusal_of_two_backwards(ds_json: dict[str, Any]) -> str:
+    with pytest.raises(RuntimeError) as refusal:
+        two_backwards(ds_json)
+    return str(refusal.value)
+
+
+def refusal_of_accumulation(ds_json: dict[str, Any]) -> str:
+    with pytest.raises(ValueError) as refusal:
+        start(ds_json | {"gradient_accumulation_steps": 4})
+    return str(refusal.value)
+
+
+def parked_host_bytes() -> int:
+    return start(DEFERRED)[0].optimizer.parked_host_bytes
+
+
 @pytest.mark.parametrize("ds_json", [IMMEDIATE, jobs.lomo_json("two_pass")], ids=["immediate", "two_pass"])
-def test_two_backwards_are_refused_where_they_cannot_add_up(ds_json: dict[str, Any]) -> None:
-    with pytest.raises(RuntimeError, match='"deferred"'):
-        run_ranks(2, two_backwards, ds_json)
+def test_what_cannot_add_up_is_refused_with_the_bytes_that_it_would_take(ds_json: dict[str, Any]) -> None:
+    parked = run_ranks(2, parked_host_bytes)
+    for message, num_bytes in zip(run_ranks(2, refusal_of_two_backwards, ds_json), parked, strict=True):
+        assert '"deferred"' in message and f"takes {num_bytes} bytes of host memory" in message
+    for message in run_ranks(2, refusal_of_accumulation, ds_json):
+        assert '"gradient_accumulation_steps": 4' in message
+        assert f"takes {max(parked)} bytes of host memory per rank" in message
 
 
 def accumulate(ds_json: dict[str, Any], with_broken_forward: bool) -> dict[str, torch.Tensor]:
