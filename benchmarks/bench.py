@@ -1,6 +1,6 @@
 """lomo_ds beside ZeRO-3, plain torch and lomo-optim in one alternated run: memory, time, bytes on the wire.
 
-Usage: python benchmarks/bench.py [--rounds 3] [--steps 3] [--contestants lomo-immediate sgd] [--out FOLDER]
+Usage: python benchmarks/bench.py [--rounds 2] [--steps 3] [--contestants lomo-immediate sgd] [--out FOLDER]
        python benchmarks/bench.py --growth-layers --growth-ranks     (the main tables alone)
        python benchmarks/bench.py --profile lomo-immediate
 
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of the main tables, each in fresh processes")
+    parser.add_argument("--rounds", type=int, default=2, help="of the main tables, each in fresh processes (2)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in each")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them")
     parser.add_argument("--ranks", type=int, default=2, help="of the main table")
