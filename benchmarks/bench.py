@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=2, help="of the main tables, each in fresh processes (2)")
+    parser.add_argument("--rounds", type=int, default=2, help="of the main tables; fresh processes each")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in each")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them")
     parser.add_argument("--ranks", type=int, default=2, help="of the main table")
