@@ -120,11 +120,8 @@ def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
     Raises:
         ValueError: they do not multiply up, or none of the two batch sizes is given.
     """
+    check_batch_numbers(ds_json)
     names = BATCH_KEYS
-    for name in names:
-        value = ds_json.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f'"{name}" has to be a whole number of at least 1, not {shown(value)}')
     total, micro, steps = (ds_json.get(name) for name in names)
     if total is None and micro is None:
         raise ValueError(f'the JSON gives no batch: set "{names[0]}" or "{names[1]}"')
@@ -138,6 +135,18 @@ def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
             if not (micro and steps)
             else f'"train_batch_size": {total} is not {world_size} ranks x {given}: set it to {factor}'
         )
+
+
+def check_batch_numbers(ds_json: Mapping[str, Any]) -> None:
+    """Check each of the three batch keys by itself.
+
+    Raises:
+        ValueError: one is given and no whole number of at least 1.
+    """
+    for name in BATCH_KEYS:
+        value = ds_json.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f'"{name}" has to be a whole number of at least 1, not {shown(value)}')
 
 
 def check_secondary_partitions(ds_json: Mapping[str, Any], world_size: int) -> None:
