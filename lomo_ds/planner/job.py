@@ -27,7 +27,8 @@ class Job:
     Attributes:
         model: a transformers config.
         ds_json: DeepSpeed JSON, without what it leaves open.
-        optimizer: one of ``OWN_OPTIMIZERS`` and ``STOCK_OPTIMIZERS``; the JSON's type is set to it.
+        optimizer: one of ``OWN_OPTIMIZERS`` and ``STOCK_OPTIMIZERS``, in any case; that of the JSON is
+            set to it.
         num_gpus: ranks.
         gpus_per_node: of them.
         gpu_memory_bytes: of each.
@@ -66,9 +67,9 @@ class Job:
         positions = getattr(self.model, "max_position_embeddings", None)
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"seq-len {self.seq_len} is longer than the model's {positions} positions")
-        known = OWN_OPTIMIZERS + STOCK_OPTIMIZERS
-        if self.optimizer not in known:
-            raise ValueError(f"optimizer {self.optimizer!r}: the planner knows {', '.join(known)}")
+        object.__setattr__(self, "optimizer", _known_optimizer(self.optimizer))
+        if not self.is_own:
+            _refuse_nvme(self.ds_json)
         _ = self.num_micro_batches  # refuses a batch that does not divide
 
     @property
@@ -115,7 +116,7 @@ class Job:
         section = ds_json.pop("optimizer", {})
         ds_json.pop("scheduler", None)
         if not self.is_own:
-            return ds_json | {"zero_allow_untested_optimizer": True}
+            return ds_json | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         params = section.get("params", {}) if self._is_named_in(section) else {}
         return ds_json | {"optimizer": {"type": self.optimizer, "params": {"lr": 1e-3, **params}}}
 
@@ -125,6 +126,29 @@ class Job:
     def _is_named_in(self, section: Mapping[str, Any]) -> bool:
         """Whether an "optimizer" section is this optimizer's; the rates of another are not its own."""
         return str(section.get("type", self.optimizer)).lower() == self.optimizer.lower()
+
+
+def _known_optimizer(name: str) -> str:
+    """The optimizer as the planner writes it; the engines take any case.
+
+    Raises:
+        ValueError: another one.
+    """
+    known = OWN_OPTIMIZERS + STOCK_OPTIMIZERS
+    for each in known:
+        if each.lower() == str(name).lower():
+            return each
+    raise ValueError(f"optimizer {name!r}: the planner knows {', '.join(known)}")
+
+
+def _refuse_nvme(ds_json: Mapping[str, Any]) -> None:
+    """DeepSpeed swaps by operations of its own, which move data and so cannot run dry."""
+    for key in ("offload_optimizer", "offload_param"):
+        section = ds_json.get("zero_optimization", {}).get(key, {})
+        if section.get("device") == "nvme":
+            raise ValueError(
+                f'"zero_optimization.{key}.device": the planner cannot run "nvme" dry: set it to "cpu"'
+            )
 
 
 def read_planned_json(path: str) -> dict[str, Any]:

@@ -135,3 +135,16 @@ def test_the_dry_runs_engine_gets_no_schedule() -> None:
     assert "scheduler" not in ds_json and "auto" not in str(ds_json)
     assert ds_json["optimizer"] == {"type": "Lomo", "params": {"lr": 1e-3, "weight_decay": 0.1}}
     assert [ds_json.get(key) for key in (TRAIN, MICRO, STEPS)] == [None, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["lomo", "AdaLOMO", "adamw", "sgd"])
+def test_an_optimizer_is_known_in_any_case(name: str) -> None:
+    assert small_job(optimizer=name).optimizer.lower() == name.lower()
+    assert small_job(optimizer=name) == small_job(optimizer=small_job(optimizer=name).optimizer)
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_what_cannot_run_dry_is_refused(key: str) -> None:
+    zero = small_json()["zero_optimization"] | {key: {"device": "nvme"}}
+    with pytest.raises(ValueError, match=f'"zero_optimization.{key}.device"'):
+        small_job(2, small_json(zero_optimization=zero), optimizer="AdamW")
