@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         return _plan(_parser().parse_args(argv))
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("LOMO_DS_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -73,11 +73,15 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    _refuse_outputs(arguments)
+    job = _job(arguments)
+
+    from lomo_ds.planner.checks import refuse_unplannable
     from lomo_ds.planner.plan import make_plan
     from lomo_ds.planner.report import print_plan
     from lomo_ds.planner.timeline import plot_timeline
 
-    job = _job(arguments)
+    refuse_unplannable(job)
     plan = make_plan(job, arguments.model, arguments.hardware, arguments.search)
     print_plan(plan, Console(width=max(120, Console().width)))
     print(_batch_line(plan.job), end="")
@@ -87,6 +91,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plot_timeline(plan, arguments.plot)
     return 0 if plan.fits else 1
+
+
+def _refuse_outputs(arguments: argparse.Namespace) -> None:
+    """Files that could not be written after the dry run, refused before it."""
+    for option in ("json", "write_config", "plot"):
+        given = getattr(arguments, option)
+        name = f"--{option.replace('_', '-')}"
+        if given and not Path(given).parent.is_dir():
+            raise ValueError(f"{name} {given}: there is no folder {Path(given).parent}")
+        if given and Path(given).is_dir():
+            raise ValueError(f"{name} {given} is a folder: name a file")
+    if arguments.plot:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        suffix = Path(arguments.plot).suffix[1:].lower()
+        if suffix and suffix not in known:
+            raise ValueError(f"--plot {arguments.plot}: matplotlib writes {', '.join(sorted(known))}")
 
 
 def _batch_line(job: Any) -> str:
@@ -119,6 +141,8 @@ def _job(arguments: argparse.Namespace) -> Any:
         "train_batch_follows": arguments.search in ("micro-batch", "gpus"),
         "checkpointing": arguments.checkpointing.replace("-", "_"),
     }
+    if given["reserve_bytes"] >= given["gpu_memory_bytes"]:
+        raise ValueError(f"--reserve {arguments.reserve} has to be below --gpu-memory {arguments.gpu_memory}")
     model = model_config(arguments.model)
     written = (
         read_planned_json(arguments.config) if arguments.config else default_ds_json(family=model.model_type)

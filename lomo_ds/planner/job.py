@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from lomo_ds.config import read_json_object
 from lomo_ds.planner.batch import MICRO, STEPS, TRAIN, num_micro_batches
 from lomo_ds.planner.device import DeviceKind
+from lomo_ds.zero3.supported import refuse_malformed
 
 GIB = 1 << 30
 Checkpointing = Literal["reentrant", "non_reentrant", "none"]
@@ -155,16 +155,13 @@ def read_planned_json(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
     Raises:
-        ValueError: no such file, not a JSON object, or another stage than 3.
+        ValueError: no such file, not a JSON object, another stage than 3, or a section that is none.
     """
     try:
-        ds_json = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"config: {path} is not a DeepSpeed JSON: {error}") from None
-    if not isinstance(ds_json, dict):
-        raise ValueError(f"config: {path} has to be a JSON object")
-    if (ds_json.get("zero_optimization") or {}).get("stage") != 3:
-        raise ValueError(f'config: {path} has to set "zero_optimization.stage" to 3')
+        ds_json = read_json_object(path, "config")
+    except OSError as error:
+        raise ValueError(f"config: {path} cannot be read: {error.strerror}") from None
+    refuse_malformed(split_open(ds_json)[0])
     return ds_json
 
 
