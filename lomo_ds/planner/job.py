@@ -195,6 +195,8 @@ PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str, Any]:
     """Settings for little memory: bf16, exact clipping, low limits on what stands gathered.
 
+    The limits are those of ds_configs/lomo_bf16_low_memory.json, which an installed package does not have.
+
     Args:
         optimizer: of the JSON.
         family: transformers' name of it; the vocabulary is in tiles for ``PLAIN_HEADS``.
