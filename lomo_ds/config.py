@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -40,6 +42,26 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"{where}: {problems}{rest}") from None
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
+
+
+def read_json_object(path: str | Path, where: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: of the file.
+        where: the setting that names it; begins each error.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: {path} has to be a JSON object")
+    return content
 
 
 def _refuse_unknown_keys(cls: type, mapping: Mapping[str, Any], where: str) -> None:

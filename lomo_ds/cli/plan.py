@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         return _plan(_parser().parse_args(argv))
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("LOMO_DS_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "workspaces, the allocator's losses (default 2GiB)")  # fmt: skip
     add("--host-memory", help="of a node; default: as much as is needed")
     add("--seq-len", type=int, default=1024, help="tokens of a sequence (default 1024)")
-    add("--micro-batch", type=int, default=1, help="sequences of a rank's forward (default 1)")
+    add("--micro-batch", type=int, help="sequences of a rank's forward; default: the JSON's, or 1")
     add("--config", metavar="DS.JSON", help="DeepSpeed JSON; default: bf16, clipping, low limits")
     add("--optimizer", help="Lomo, AdaLomo, SGD or AdamW; default: the JSON's, or Lomo")
     add("--checkpointing", default="reentrant", choices=["reentrant", "non-reentrant", "none"])
@@ -73,13 +73,18 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    _refuse_outputs(arguments)
+    job = _job(arguments)
+
+    from lomo_ds.planner.checks import refuse_unplannable
     from lomo_ds.planner.plan import make_plan
     from lomo_ds.planner.report import print_plan
     from lomo_ds.planner.timeline import plot_timeline
 
-    job = _job(arguments)
+    refuse_unplannable(job)
     plan = make_plan(job, arguments.model, arguments.hardware, arguments.search)
     print_plan(plan, Console(width=max(120, Console().width)))
+    print(_batch_line(plan.job), end="")
     for path, content in ((arguments.json, plan.as_json), (arguments.write_config, plan.job.full_ds_json)):
         if path:
             Path(path).write_text(json.dumps(content(), indent=2) + "\n", encoding="utf-8")
@@ -88,9 +93,40 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
+def _refuse_outputs(arguments: argparse.Namespace) -> None:
+    """Files that could not be written after the dry run, refused before it."""
+    for option in ("json", "write_config", "plot"):
+        given = getattr(arguments, option)
+        name = f"--{option.replace('_', '-')}"
+        if given and not Path(given).parent.is_dir():
+            raise ValueError(f"{name} {given}: there is no folder {Path(given).parent}")
+        if given and Path(given).is_dir():
+            raise ValueError(f"{name} {given} is a folder: name a file")
+    if arguments.plot:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        suffix = Path(arguments.plot).suffix[1:].lower()
+        if suffix and suffix not in known:
+            raise ValueError(f"--plot {arguments.plot}: matplotlib writes {', '.join(sorted(known))}")
+
+
+def _batch_line(job: Any) -> str:
+    """What the headline does not say: accumulation, and a ``train_batch_size`` that had to follow."""
+    asked = job.ds_json.get("train_batch_size", job.train_batch)
+    if job.num_micro_batches == 1 and asked == job.train_batch:
+        return ""
+    changed = "" if asked == job.train_batch else f' (the JSON\'s "train_batch_size" was {asked})'
+    return (
+        f"a step has {job.train_batch} sequences: {job.num_gpus} GPUs x {job.num_micro_batches} "
+        f"micro-batches x {job.micro_batch}{changed}\n"
+    )
+
+
 def _job(arguments: argparse.Namespace) -> Any:
     """What was asked, checked before anything heavy is imported."""
-    from lomo_ds.planner.job import Job, default_ds_json, read_planned_json
+    from lomo_ds.planner.batch import default_micro_batch
+    from lomo_ds.planner.job import Job, default_ds_json, read_planned_json, split_open
     from lomo_ds.planner.presets import model_config
     from lomo_ds.planner.sizes import parse_bytes
 
@@ -102,14 +138,21 @@ def _job(arguments: argparse.Namespace) -> Any:
         "reserve_bytes": parse_bytes(arguments.reserve, "--reserve"),
         "host_memory_bytes": None if host is None else parse_bytes(host, "--host-memory"),
         "seq_len": arguments.seq_len,
-        "micro_batch": arguments.micro_batch,
+        "train_batch_follows": arguments.search in ("micro-batch", "gpus"),
         "checkpointing": arguments.checkpointing.replace("-", "_"),
     }
+    if given["reserve_bytes"] >= given["gpu_memory_bytes"]:
+        raise ValueError(f"--reserve {arguments.reserve} has to be below --gpu-memory {arguments.gpu_memory}")
     model = model_config(arguments.model)
-    default = default_ds_json(family=model.model_type)
-    ds_json = read_planned_json(arguments.config) if arguments.config else default
-    named = (ds_json.get("optimizer") or {}).get("type", "Lomo")
-    return Job(model=model, ds_json=ds_json, optimizer=arguments.optimizer or named, **given)
+    written = (
+        read_planned_json(arguments.config) if arguments.config else default_ds_json(family=model.model_type)
+    )
+    given["ds_json"], given["left_open"] = split_open(written)
+    micro_batch = arguments.micro_batch
+    if micro_batch is None:
+        micro_batch = default_micro_batch(given["ds_json"], max(1, arguments.num_gpus))
+    named = given["ds_json"].get("optimizer", {}).get("type", "Lomo")
+    return Job(model=model, micro_batch=micro_batch, optimizer=arguments.optimizer or named, **given)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from lomo_ds.zero3._internals import full_numel, standing_buffers, stored_shard
 _UNBOUNDED_BYTES = 1 << 60
 NUM_STEPS = 2
 """The first step records which layer follows which; ZeRO-3 prefetches from the second on."""
+MOST_MICRO_BATCHES = 3
+"""That run in a step. Of more, one of the middle counts for all of them: they do the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def dry_run(job: Job) -> DryRun:
         ledger.watchers.append(namer)
         for step in range(NUM_STEPS):
             traffic.clear()
-            run_step(engine, job, ledger, f"step {step + 1}")
+            run_step(engine, job, ledger, f"step {step + 1}", traffic)
             _claim_standing(engine, ledger)
         num_params = sum(full_numel(param) for param in engine.module.parameters())
         policy = str(getattr(engine.optimizer, "choice", ""))
@@ -159,7 +161,7 @@ def _quiet() -> Iterator[None]:
 
 def build_engine(job: Job, ledger: Ledger) -> Any:
     """The engine, by the ways of a real run: cut at birth, loaded shard by shard, initialized."""
-    ds_json = job.full_ds_json()
+    ds_json = job.engine_ds_json()
     config = copy.deepcopy(job.model)
     config._attn_implementation = job.attention
     with ledger.phase("loading"):
@@ -239,10 +241,21 @@ def claim_checkpoints(model: torch.nn.Module, ledger: Ledger) -> None:
             layer.register_forward_pre_hook(claim)
 
 
-def run_step(engine: Any, job: Job, ledger: Ledger, step: str) -> None:
-    """One step of a user's loop, in three phases."""
+def run_step(engine: Any, job: Job, ledger: Ledger, step: str, traffic: Traffic | None = None) -> None:
+    """One step of a user's loop, in three phases, each of them once for every micro-batch that runs.
+
+    Args:
+        engine, job, ledger: of the run.
+        step: its name, which begins those of the phases.
+        traffic: counts each micro-batch for as many as it stands for.
+    """
     shape = (job.micro_batch, job.seq_len)
-    for _ in range(engine.gradient_accumulation_steps()):
+    counts = stands_for(job.num_micro_batches)
+    for at, count in enumerate(counts, start=1):
+        if len(counts) < job.num_micro_batches:
+            engine.set_gradient_accumulation_boundary(at == len(counts))
+        if traffic is not None:
+            traffic.times = count
         with ledger.phase(f"{step}: forward"):
             ids = torch.zeros(shape, dtype=torch.long, device=engine.device)
             loss = engine(input_ids=ids, labels=ids).loss
@@ -251,3 +264,10 @@ def run_step(engine: Any, job: Job, ledger: Ledger, step: str) -> None:
         del loss, ids
         with ledger.phase(f"{step}: update"):
             engine.step()
+
+
+def stands_for(num_micro_batches: int) -> list[int]:
+    """For each micro-batch of a step that runs, how many it stands for: the first, the middle, the last."""
+    if num_micro_batches <= MOST_MICRO_BATCHES:
+        return [1] * num_micro_batches
+    return [1, num_micro_batches - 2, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,10 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for field in ("dense_bf16_flops", "link_bytes_s", "node_link_bytes_s", "host_link_bytes_s"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"{field} has to be more than 0, not {getattr(self, field)}")
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field} has to be a number above 0, not {getattr(self, field)}")
+        if not 0 <= self.collective_latency_s < math.inf:
+            raise ValueError(f"collective_latency_s has to be at least 0, not {self.collective_latency_s}")
         for field in ("flops_share", "link_share"):
             if not 0 < getattr(self, field) <= 1:
                 raise ValueError(f"{field} has to be in (0, 1], not {getattr(self, field)}")

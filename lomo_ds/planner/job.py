@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lomo_ds.config import read_json_object
+from lomo_ds.planner.batch import MICRO, STEPS, TRAIN, num_micro_batches
 from lomo_ds.planner.device import DeviceKind
+from lomo_ds.zero3.supported import refuse_malformed
 
 GIB = 1 << 30
 Checkpointing = Literal["reentrant", "non_reentrant", "none"]
@@ -25,18 +26,22 @@ class Job:
 
     Attributes:
         model: a transformers config.
-        ds_json: DeepSpeed JSON as the engine gets it.
-        optimizer: one of ``OWN_OPTIMIZERS`` and ``STOCK_OPTIMIZERS``; the JSON's type is set to it.
+        ds_json: DeepSpeed JSON, without what it leaves open.
+        optimizer: one of ``OWN_OPTIMIZERS`` and ``STOCK_OPTIMIZERS``, in any case; that of the JSON is
+            set to it.
         num_gpus: ranks.
         gpus_per_node: of them.
         gpu_memory_bytes: of each.
         reserve_bytes: of them, for what no tensor holds: CUDA's context, NCCL's buffers, the workspaces of
             kernels and what torch's allocator cannot use.
         host_memory_bytes: of a node; None for as much as is needed.
-        seq_len, micro_batch: tokens and sequences of a rank's forward.
+        seq_len, micro_batch: tokens and sequences of a rank's forward; the JSON's micro-batch is set to it.
         checkpointing: of activations.
         device: "cpu" to imagine CPU ranks.
         attention: transformers' name of the attention function.
+        left_open: what of the user's JSON is null or "auto", for ``full_ds_json``.
+        train_batch_follows: while the micro-batch or the number of GPUs is sought, ``train_batch_size``
+            becomes one that they divide; otherwise the job is refused where they do not.
     """
 
     model: Any
@@ -52,6 +57,8 @@ class Job:
     checkpointing: Checkpointing = "reentrant"
     device: DeviceKind = "gpu"
     attention: str = "sdpa"
+    left_open: Mapping[str, Any] = field(default_factory=dict)
+    train_batch_follows: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_gpus", "gpus_per_node", "seq_len", "micro_batch", "gpu_memory_bytes"):
@@ -60,9 +67,10 @@ class Job:
         positions = getattr(self.model, "max_position_embeddings", None)
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"seq-len {self.seq_len} is longer than the model's {positions} positions")
-        known = OWN_OPTIMIZERS + STOCK_OPTIMIZERS
-        if self.optimizer not in known:
-            raise ValueError(f"optimizer {self.optimizer!r}: the planner knows {', '.join(known)}")
+        object.__setattr__(self, "optimizer", _known_optimizer(self.optimizer))
+        if not self.is_own:
+            _refuse_nvme(self.ds_json)
+        _ = self.num_micro_batches  # refuses a batch that does not divide
 
     @property
     def num_local(self) -> int:
@@ -79,45 +87,105 @@ class Job:
         """Whether lomo_ds's engine runs it."""
         return self.optimizer in OWN_OPTIMIZERS
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step, ``gradient_accumulation_steps``."""
+        return num_micro_batches(
+            self.ds_json, self.micro_batch, self.num_gpus, train_batch_follows=self.train_batch_follows
+        )
+
+    @property
+    def train_batch(self) -> int:
+        """Sequences of a step, of all ranks."""
+        return self.micro_batch * self.num_micro_batches * self.num_gpus
+
     def full_ds_json(self) -> dict[str, Any]:
-        """The JSON with the job's optimizer and batch in it; DeepSpeed's engine gets its optimizer apart."""
-        ds_json = copy.deepcopy(dict(self.ds_json))
-        ds_json.pop("train_batch_size", None)
-        ds_json["train_micro_batch_size_per_gpu"] = self.micro_batch
-        ds_json["steps_per_print"] = 10**9
-        section = ds_json.pop("optimizer", None) or {}
+        """The user's JSON with the job's batch and optimizer in it; the rest is as the user wrote it."""
+        ds_json = _filled(self.ds_json, self.left_open)
+        planned = self._batch()
+        ds_json |= {key: size for key, size in planned.items() if key in ds_json or key == MICRO}
+        section = ds_json.get("optimizer") or {}
+        if not section or not self._is_named_in(section):
+            section = {"params": {"lr": 1e-3}}
+        return ds_json | {"optimizer": {"type": self.optimizer, **section}}
+
+    def engine_ds_json(self) -> dict[str, Any]:
+        """The JSON of the dry run's engine: no schedule, nothing printed, stock optimizers apart."""
+        ds_json = copy.deepcopy(dict(self.ds_json)) | self._batch() | {"steps_per_print": 10**9}
+        del ds_json[TRAIN]  # the other two say it, also before DeepSpeed knows the number of ranks
+        section = ds_json.pop("optimizer", {})
         ds_json.pop("scheduler", None)
         if not self.is_own:
-            return ds_json | {"zero_allow_untested_optimizer": True}
-        same = str(section.get("type", self.optimizer)).lower() == self.optimizer.lower()
-        params = section.get("params", {}) if same else {}
-        ds_json["optimizer"] = {"type": self.optimizer, "params": {"lr": 1e-3, **params}}
-        return ds_json
+            return ds_json | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        params = section.get("params", {}) if self._is_named_in(section) else {}
+        return ds_json | {"optimizer": {"type": self.optimizer, "params": {"lr": 1e-3, **params}}}
+
+    def _batch(self) -> dict[str, int]:
+        return {MICRO: self.micro_batch, STEPS: self.num_micro_batches, TRAIN: self.train_batch}
+
+    def _is_named_in(self, section: Mapping[str, Any]) -> bool:
+        """Whether an "optimizer" section is this optimizer's; the rates of another are not its own."""
+        return str(section.get("type", self.optimizer)).lower() == self.optimizer.lower()
+
+
+def _known_optimizer(name: str) -> str:
+    """The optimizer as the planner writes it; the engines take any case.
+
+    Raises:
+        ValueError: another one.
+    """
+    known = OWN_OPTIMIZERS + STOCK_OPTIMIZERS
+    for each in known:
+        if each.lower() == str(name).lower():
+            return each
+    raise ValueError(f"optimizer {name!r}: the planner knows {', '.join(known)}")
+
+
+def _refuse_nvme(ds_json: Mapping[str, Any]) -> None:
+    """DeepSpeed swaps by operations of its own, which move data and so cannot run dry."""
+    for key in ("offload_optimizer", "offload_param"):
+        section = ds_json.get("zero_optimization", {}).get(key, {})
+        if section.get("device") == "nvme":
+            raise ValueError(
+                f'"zero_optimization.{key}.device": the planner cannot run "nvme" dry: set it to "cpu"'
+            )
 
 
 def read_planned_json(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON; "auto" values, which a recipe would fill, are left out.
+    """Read a DeepSpeed JSON.
 
     Raises:
-        ValueError: no such file, not a JSON object, or another stage than 3.
+        ValueError: no such file, not a JSON object, another stage than 3, or a section that is none.
     """
     try:
-        ds_json = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"config: {path} is not a DeepSpeed JSON: {error}") from None
-    if not isinstance(ds_json, dict):
-        raise ValueError(f"config: {path} has to be a JSON object")
-    if (ds_json.get("zero_optimization") or {}).get("stage") != 3:
-        raise ValueError(f'config: {path} has to set "zero_optimization.stage" to 3')
-    return _without_auto(ds_json)
+        ds_json = read_json_object(path, "config")
+    except OSError as error:
+        raise ValueError(f"config: {path} cannot be read: {error.strerror}") from None
+    refuse_malformed(split_open(ds_json)[0])
+    return ds_json
 
 
-def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in section.items()
-        if value != "auto"
-    }
+def split_open(ds_json: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a JSON into what it gives and what it leaves open: null, and "auto", which a recipe would fill."""
+    given: dict[str, Any] = {}
+    left_open: dict[str, Any] = {}
+    for key, value in ds_json.items():
+        if isinstance(value, Mapping):
+            given[key], rest = split_open(value)
+            if rest:
+                left_open[key] = rest
+        else:
+            (left_open if value is None or value == "auto" else given)[key] = value
+    return given, left_open
+
+
+def _filled(given: Mapping[str, Any], left_open: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of both parts of a JSON together; what is given now counts."""
+    both = copy.deepcopy({**left_open, **given})
+    for key, rest in left_open.items():
+        if isinstance(rest, Mapping) and isinstance(given.get(key), Mapping):
+            both[key] = _filled(given[key], rest)
+    return both
 
 
 PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
@@ -126,6 +194,8 @@ PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 
 def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str, Any]:
     """Settings for little memory: bf16, exact clipping, low limits on what stands gathered.
+
+    The limits are those of ds_configs/lomo_bf16_low_memory.json, which an installed package does not have.
 
     Args:
         optimizer: of the JSON.

@@ -64,9 +64,7 @@ def estimate_time(job: Job, run: DryRun, hardware: Hardware) -> TimeEstimate:
     wire_s = sum(run.sent_bytes.values()) / (link * hardware.link_share)
     wire_s += sum(run.calls.values()) * hardware.collective_latency_s
     host_s = run.host_traffic_bytes / (hardware.host_link_bytes_s * hardware.link_share)
-    tokens = (
-        job.micro_batch * job.seq_len * int(job.full_ds_json().get("gradient_accumulation_steps", 1) or 1)
-    )
+    tokens = job.micro_batch * job.num_micro_batches * job.seq_len
     return TimeEstimate(
         compute_s=run.flops / (hardware.dense_bf16_flops * hardware.flops_share),
         wire_s=wire_s,

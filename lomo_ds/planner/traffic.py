@@ -37,6 +37,7 @@ class Traffic:
         calls: collective -> number.
         host_bytes: copied between device and host.
         flops: floating point operations of matrix products and attention, a product and a sum being two.
+        times: how often each operation counts, for those that stand for equal ones.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -45,6 +46,7 @@ class Traffic:
         self.calls: Counter[str] = Counter()
         self.host_bytes = 0
         self.flops = 0
+        self.times = 1
 
     def clear(self) -> None:
         """Begin anew."""
@@ -58,11 +60,12 @@ class Traffic:
         if func.namespace == "c10d":
             self._count_collective(func, args)
         elif func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+            self.flops += flops * self.times
         elif func in _COPIES:
             source = args[1] if func is _COPIES[0] else args[0]
             if isinstance(source, Tensor) and source.is_cpu != result.is_cpu:
-                self.host_bytes += source.numel() * source.element_size()
+                self.host_bytes += source.numel() * source.element_size() * self.times
 
     def _count_collective(self, func: Any, args: tuple) -> None:
         name = func._schema.name.partition("::")[2]
@@ -71,8 +74,8 @@ class Traffic:
             return
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         whole = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
-        self.calls[kind] += 1
-        self.sent_bytes[kind] += int(whole * self._share(kind))
+        self.calls[kind] += self.times
+        self.sent_bytes[kind] += int(whole * self._share(kind)) * self.times
 
     def _share(self, kind: str) -> float:
         ring = (self._world_size - 1) / self._world_size

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lomo_ds.config import read_json_object
 from lomo_ds.recipe import LoraRecipe, Recipe
 from lomo_ds.training.schedule import SHAPES, num_warmup_steps
 from lomo_ds.zero3.supported import refuse_unsupported
@@ -23,12 +23,7 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not a JSON object, or asks for something that this engine refuses.
     """
-    try:
-        ds_json = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"deepspeed: {path} is not JSON: {error}") from None
-    if not isinstance(ds_json, dict):
-        raise ValueError(f"deepspeed: {path} has to be a JSON object")
+    ds_json = read_json_object(path, "deepspeed")
     refuse_unsupported(ds_json)
     return ds_json
 

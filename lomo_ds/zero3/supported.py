@@ -72,7 +72,8 @@ REFUSALS = (
 
 
 SECTIONS = ("zero_optimization", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
-SECTIONS += ("bf16", "bfloat16", "fp16")
+SECTIONS += ("bf16", "bfloat16", "fp16", "activation_checkpointing", "tiled_vocabulary")
+SECTIONS += ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 """Keys of the JSON that hold an object."""
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -82,8 +83,20 @@ def refuse_unsupported(ds_json: Mapping[str, Any]) -> None:
     """Check the keys that change how parameters and gradients are kept.
 
     Raises:
-        ValueError: the stage is not 3, or a refused key is set, or a section is none; says which and what
-            to do.
+        ValueError: as ``refuse_malformed``, or a refused key is set; says which and what to do.
+    """
+    refuse_malformed(ds_json)
+    for key, refused, remedy in REFUSALS:
+        value = _look_up(ds_json, key)
+        if value is not None and refused(value):
+            raise ValueError(f'"{key}": {shown(value)} is refused: {remedy}')
+
+
+def refuse_malformed(ds_json: Mapping[str, Any]) -> None:
+    """Check what a JSON has to be for any optimizer, DeepSpeed's own included.
+
+    Raises:
+        ValueError: the stage is not 3, a section is none, or the bound on the norm is no number.
     """
     for key in SECTIONS:
         above, _, name = key.rpartition(".")
@@ -99,10 +112,6 @@ def refuse_unsupported(ds_json: Mapping[str, Any]) -> None:
         raise ValueError(
             f'"zero_optimization.stage" is {shown(stage)}: lomo_ds works on ZeRO-3\'s shards, set it to 3'
         )
-    for key, refused, remedy in REFUSALS:
-        value = _look_up(ds_json, key)
-        if value is not None and refused(value):
-            raise ValueError(f'"{key}": {shown(value)} is refused: {remedy}')
 
 
 def check_ranks(ds_json: Mapping[str, Any], world_size: int) -> None:
@@ -121,11 +130,8 @@ def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
     Raises:
         ValueError: they do not multiply up, or none of the two batch sizes is given.
     """
+    check_batch_numbers(ds_json)
     names = BATCH_KEYS
-    for name in names:
-        value = ds_json.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f'"{name}" has to be a whole number of at least 1, not {shown(value)}')
     total, micro, steps = (ds_json.get(name) for name in names)
     if total is None and micro is None:
         raise ValueError(f'the JSON gives no batch: set "{names[0]}" or "{names[1]}"')
@@ -139,6 +145,18 @@ def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
             if not (micro and steps)
             else f'"train_batch_size": {total} is not {world_size} ranks x {given}: set it to {factor}'
         )
+
+
+def check_batch_numbers(ds_json: Mapping[str, Any]) -> None:
+    """Check each of the three batch keys by itself.
+
+    Raises:
+        ValueError: one is given and no whole number of at least 1.
+    """
+    for name in BATCH_KEYS:
+        value = ds_json.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f'"{name}" has to be a whole number of at least 1, not {shown(value)}')
 
 
 def check_secondary_partitions(ds_json: Mapping[str, Any], world_size: int) -> None:
