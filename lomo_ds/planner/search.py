@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
+from lomo_ds.planner.fit import fits
 from lomo_ds.planner.job import GIB, Job
 
 Goal = Literal["micro-batch", "seq-len", "gpus"]
@@ -75,14 +76,14 @@ def _proved(jobs: list[Job], run: Callable[[Job], DryRun]) -> tuple[Job, DryRun]
     """
     runs: dict[int, DryRun] = {}
 
-    def fits(at: int) -> bool:
+    def proved(at: int) -> bool:
         runs[at] = run(jobs[at])
-        return runs[at].device.num_bytes <= jobs[at].usable_bytes
+        return fits(jobs[at], runs[at])
 
     low, high, step = len(jobs) - 1, len(jobs), 1
-    while low >= 0 and not fits(low):
+    while low >= 0 and not proved(low):
         low, high, step = low - step, low, 2 * step
-    low = last_that_fits(max(low, -1), high, fits)
+    low = last_that_fits(max(low, -1), high, proved)
     return (jobs[low], runs[low]) if low >= 0 else None
 
 
@@ -110,7 +111,7 @@ def _tuned(job: Job, result: DryRun, run: Callable[[Job], DryRun]) -> tuple[Job,
     if tuned.ds_json == job.ds_json:
         return job, result
     second = run(tuned)
-    return (tuned, second) if second.device.num_bytes <= job.usable_bytes else (job, result)
+    return (tuned, second) if fits(tuned, second) else (job, result)
 
 
 def with_limits(ds_json: Any, free_numel: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -16,7 +16,7 @@ from tests.planner.small_jobs import gpu_job
 
 
 @dataclass
-class Device:
+class Peak:
     num_bytes: int
 
 
@@ -24,13 +24,15 @@ class Device:
 class Run:
     """Stands in for a dry run: as the formula, and more by ``surplus``."""
 
-    device: Device
+    device: Peak
+    host: Peak = field(default_factory=lambda: Peak(0))
 
 
-def by_formula(surplus: int = 0):
+def by_formula(surplus: int = 0, host_bytes_per_sequence: int = 0):
     def run(job: Job) -> Run:
         gathered = 2 * job.ds_json["zero_optimization"]["stage3_max_live_parameters"]
-        return Run(Device(closed_form(job).peak_bytes + gathered + surplus))
+        device = Peak(closed_form(job).peak_bytes + gathered + surplus)
+        return Run(device, Peak(job.micro_batch * host_bytes_per_sequence))
 
     return run
 
@@ -67,6 +69,13 @@ def test_a_dry_run_that_takes_more_steps_back(surplus: int) -> None:
     found, result = search(job, "micro-batch", run)
     assert result.device.num_bytes <= job.usable_bytes
     assert run(replace(job, micro_batch=found.micro_batch + 1)).device.num_bytes > job.usable_bytes
+
+
+def test_the_host_bounds_the_micro_batch() -> None:
+    job = llama_7b(seq_len=128, num_gpus=4, host_memory_bytes=20 * GIB)
+    run = by_formula(host_bytes_per_sequence=GIB)
+    assert search(job, "micro-batch", run)[0].micro_batch == 5
+    assert search(replace(job, host_memory_bytes=None), "micro-batch", run)[0].micro_batch > 5
 
 
 def search_and_one_more(job: Job) -> tuple[Job, DryRun, DryRun]:
