@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lomo_ds.planner import fit
+from lomo_ds.planner.closed_form import ClosedForm, closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.hardware import find_hardware
 from lomo_ds.planner.job import Job
@@ -51,13 +52,21 @@ class Plan:
         return fit.host_peak_bytes_per_node(self.job, self.run)
 
     @property
+    def formula(self) -> ClosedForm | str:
+        """The closed form of the job, or why there is none."""
+        try:
+            return closed_form(self.job)
+        except ValueError as error:
+            return str(error)
+
+    @property
     def remedy(self) -> str:
         """The key to change first where the job does not fit; empty where it does."""
         return remedy(self.job, self.run)
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers and texts."""
-        run, job = self.run, self.job
+        run, job, formula = self.run, self.job, self.formula
         return {
             "model": self.model_name,
             "num_params": run.num_params,
@@ -70,6 +79,7 @@ class Plan:
             "checkpointing": job.checkpointing,
             "policy": run.policy,
             "peak_device_bytes": run.device.num_bytes,
+            "closed_form_peak_bytes": None if isinstance(formula, str) else formula.peak_bytes,
             "peak_phase": run.device.phase,
             "peak_operation": run.device.operation,
             "device_breakdown": run.device.by_role(),

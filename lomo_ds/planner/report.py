@@ -17,7 +17,7 @@ _NUM_ROWS = 12
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Verdict first, then where the memory is, what is sent and computed, and the estimate of time."""
-    for line in (_headline(plan), _verdict(plan), ""):
+    for line in (_headline(plan), _verdict(plan), _formula(plan), ""):
         console.print(line, highlight=False)
     console.print(_roles_table(plan))
     console.print(_peak_table(plan.run.device))
@@ -44,6 +44,13 @@ def _verdict(plan: Plan) -> str:
     if plan.missing_bytes > 0:
         return f"does not fit: {where}, {gib(plan.missing_bytes)} GiB are missing; {plan.remedy}"
     return f"does not fit: {gib(plan.host_peak_bytes_per_node)} GiB of host memory per node; {plan.remedy}"
+
+
+def _formula(plan: Plan) -> str:
+    formula = plan.formula
+    if isinstance(formula, str):
+        return formula.partition(": use a dry run")[0]
+    return f"closed form: {gib(formula.peak_bytes)} GiB in {formula.peak_moment}"
 
 
 def _roles_table(plan: Plan) -> Table:
