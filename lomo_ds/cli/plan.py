@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lomo-ds plan", description=_DESCRIPTION)
     add = parser.add_argument
-    add("--model", required=True, help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
+    add("--model", help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
         "a model folder or a config.json")  # fmt: skip
     add("--num-gpus", type=int, default=8, help="over all nodes (default 8)")
     add("--gpus-per-node", type=int, default=8, help="default 8")
@@ -63,9 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpointing", default="reentrant", choices=["reentrant", "non-reentrant", "none"])
     add("--search", choices=["micro-batch", "seq-len", "gpus"], help="find the largest micro-batch or "
         "sequence, or the fewest GPUs, that fit, and tune the limits on gathered weights")  # fmt: skip
+    add("--table", action="store_true", help="instead of a plan, in milliseconds: the closed form's peak of "
+        "each preset, or of --model, on 1 to 64 GPUs; a star marks what fits --gpu-memory")  # fmt: skip
     add("--write-config", metavar="DS.JSON", help="write the DeepSpeed JSON of the plan")
     add("--hardware", help="estimate the time: 3090, 4090, a100, h100 or a YAML file")
-    add("--json", metavar="FILE", help="write the plan as JSON")
+    add("--json", metavar="FILE", help="write the plan, or the table, as JSON")
     add("--plot", metavar="FILE.png", help="draw memory over the run")
     return parser
 
@@ -77,7 +80,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from lomo_ds.planner.report import print_plan
     from lomo_ds.planner.timeline import plot_timeline
 
-    job = _job(arguments)
+    if arguments.table:
+        return _table(arguments)
+    if arguments.model is None:
+        raise ValueError("--model is required, or --table for all presets")
+    job = _job(arguments, arguments.model)
     plan = make_plan(job, arguments.model, arguments.hardware, arguments.search)
     print_plan(plan, Console(width=max(120, Console().width)))
     for path, content in ((arguments.json, plan.as_json), (arguments.write_config, plan.job.full_ds_json)):
@@ -88,7 +95,31 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def _job(arguments: argparse.Namespace) -> Any:
+_NOT_OF_A_TABLE = ("search", "write_config", "hardware", "plot")
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lomo_ds.planner.presets import PRESETS
+    from lomo_ds.planner.table import make_rows, print_rows
+
+    for name in _NOT_OF_A_TABLE:
+        if getattr(arguments, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of a plan, not of --table: leave one of them out"
+            )
+    names = PRESETS if arguments.model is None else [arguments.model]
+    rows = make_rows(names, functools.partial(_job, arguments))
+    print_rows(rows, Console(width=max(120, Console().width)))
+    if arguments.json:
+        content = {"seq_len": arguments.seq_len, "micro_batch": arguments.micro_batch}
+        content["models"] = [row.as_json() for row in rows]
+        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _job(arguments: argparse.Namespace, model_name: str) -> Any:
     """What was asked, checked before anything heavy is imported."""
     from lomo_ds.planner.job import Job, default_ds_json, read_planned_json
     from lomo_ds.planner.presets import model_config
@@ -105,7 +136,7 @@ def _job(arguments: argparse.Namespace) -> Any:
         "micro_batch": arguments.micro_batch,
         "checkpointing": arguments.checkpointing.replace("-", "_"),
     }
-    model = model_config(arguments.model)
+    model = model_config(model_name)
     default = default_ds_json(family=model.model_type)
     ds_json = read_planned_json(arguments.config) if arguments.config else default
     named = (ds_json.get("optimizer") or {}).get("type", "Lomo")
