@@ -73,17 +73,25 @@ def _peak_table(peak: Peak) -> Table:
 
 
 def largest_blocks(peak: Peak, num_rows: int) -> Iterator[tuple[str, str, str, str]]:
-    """(GiB, what, shape, made by) of what stands at a peak, equal ones together, largest first."""
+    """(GiB, what, shape, made by) of what stands at a peak, equal ones together, largest first.
+
+    The row after the last of ``num_rows`` is all that is left, so that the rows add up.
+    """
     sums: Counter[tuple[str, str, str]] = Counter()
     counts: Counter[tuple[str, str, str]] = Counter()
     for block in peak.blocks:
         key = _key(block)
         sums[key] += block.num_bytes
         counts[key] += 1
-    for key, num_bytes in sums.most_common(num_rows):
+    rows = sums.most_common()
+    for key, num_bytes in rows[:num_rows]:
         what, shape, made_by = key
         times = f"{counts[key]} x " if counts[key] > 1 else ""
         yield f"{num_bytes / (1 << 30):.3f}", f"{times}{what}", shape, made_by
+    rest = rows[num_rows:]
+    if rest:
+        count, num_bytes = sum(counts[key] for key, _ in rest), sum(size for _, size in rest)
+        yield f"{num_bytes / (1 << 30):.3f}", f"others ({count})", "", ""
 
 
 def _key(block: Block) -> tuple[str, str, str]:
