@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 for variable in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
     os.environ.setdefault(variable, "262144")  # else glibc keeps what is freed
 
+from benchmarks.plan_cost_job import plan_measured  # noqa: E402
 from benchmarks.plan_truth_job import observe_resident  # noqa: E402
 from lomo_ds.planner.child import in_child  # noqa: E402
 from lomo_ds.planner.closed_form import closed_form  # noqa: E402
@@ -132,16 +134,24 @@ LARGE = [
 
 def models() -> Iterator[str]:
     """Sequence 1024, micro-batch 1, bf16, clipping at 1.0."""
-    jobs = [_large_job(*case) for case in LARGE]
-    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | parked on the host per node | most on the host per node | planning, processor s |"  # noqa: E501
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for (name, offloaded, count), job, run in zip(LARGE, jobs, in_child(dry_run, jobs), strict=True):
-        loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
-        cells = (run.device.num_bytes, closed_form(job).peak_bytes, loading)
-        host = (run.parked_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
-        numbers = " | ".join(f"{value / GIB:.2f}" for value in (*cells, *host))
+    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | parked on the host per node | most on the host per node | planning, s | of the processor, s | planning process, GiB |"  # noqa: E501
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for name, offloaded, count in LARGE:
+        job = _large_job(name, offloaded, count)
+        start_s = time.perf_counter()
+        [planned] = in_child(plan_measured, [job])  # a process for each: its peak is that of one plan
+        wall_s = time.perf_counter() - start_s
         place = "host" if offloaded else "device"
-        yield f"| {name} | {count} | {place} | {numbers} | {run.cpu_s:.0f} |"
+        numbers = " | ".join(f"{value / GIB:.2f}" for value in _sizes(job, planned.run))
+        costs = f"{wall_s:.0f} | {planned.cpu_s:.0f} | {planned.resident_bytes / GIB:.2f}"
+        yield f"| {name} | {count} | {place} | {numbers} | {costs} |"
+
+
+def _sizes(job: Job, run: DryRun) -> tuple[int, ...]:
+    """Peak, closed form, loading, parked and most on the host; bytes."""
+    loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
+    host = (run.parked_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
+    return run.device.num_bytes, closed_form(job).peak_bytes, loading, *host
 
 
 def _large_job(name: str, offloaded: bool, num_gpus: int) -> Job:
