@@ -11,10 +11,10 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: test-nvme test-faults help venv test lint format quickstart bench bench-checkpoint bench-adapters \
-	bench-quality bench-rounding clean
+	bench-quality bench-rounding bench-plan bench-checkpoint-memory clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv with the pinned versions
 
@@ -53,6 +53,12 @@ bench: $(STAMP)  ## memory, step time, bytes sent and growth beside ZeRO-3, plai
 
 bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, beside ZeRO-3 with SGD
 	$(RUN) benchmarks/checkpoint.py
+
+bench-checkpoint-memory: $(STAMP)  ## host memory of loading a model into shards and of exporting it
+	$(RUN) benchmarks/checkpoint_memory.py
+
+bench-plan: $(STAMP)  ## the tables of docs/memory.md: large models, the floor, the paper's Table 1, truth
+	$(RUN) benchmarks/plan_tables.py models floor table1 truth
 
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 for variable in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
     os.environ.setdefault(variable, "262144")  # else glibc keeps what is freed
 
+from benchmarks.plan_cost_job import plan_measured  # noqa: E402
 from benchmarks.plan_truth_job import observe_resident  # noqa: E402
 from lomo_ds.planner.child import in_child  # noqa: E402
-from lomo_ds.planner.closed_form import Shape, closed_form  # noqa: E402
+from lomo_ds.planner.closed_form import closed_form  # noqa: E402
 from lomo_ds.planner.dry_run import DryRun, dry_run  # noqa: E402
 from lomo_ds.planner.job import GIB, Job, default_ds_json, read_planned_json  # noqa: E402
 from lomo_ds.planner.observe import foreseen  # noqa: E402
@@ -89,41 +91,33 @@ def _columns(run: DryRun) -> tuple[float, ...]:
 def floor() -> Iterator[str]:
     """What stands in the backward of an MLP's last matrix, by formula."""
     names = ("llama-65b", "llama-3-70b", "qwen2.5-72b")
-    columns = [_floor_parts(_large_job(name, False, 8)) for name in names]
+    columns = [closed_form(_large_job(name, False, 8)).layer_parts for name in names]
     yield f"| what stands | bytes | {' | '.join(f'{name}, GiB' for name in names)} |"
     yield "|---|---|---|---|---|"
-    for row, formula in FLOOR_FORMULAS.items():
-        yield f"| {row} | {formula} | {' | '.join(f'{parts[row] / GIB:.3f}' for parts in columns)} |"
+    for part in columns[0]:
+        if any(column[part] for column in columns):
+            sizes = " | ".join(f"{column[part] / GIB:.3f}" for column in columns)
+            yield f"| {FLOOR_ROWS[part]} | {sizes} |"
     yield f"| all | | {' | '.join(f'{sum(parts.values()) / GIB:.3f}' for parts in columns)} |"
 
 
-FLOOR_FORMULAS = {
-    "**shards** (floor)": "2 x parameters / n",
-    "**checkpoints** (floor, or on the host)": "2 x layers x T x H",
-    "small parameters, which stay gathered, and the bucket": "by the JSON's limits",
-    "the matrix's gathered weight": "2 x H x I",
-    "its gradient": "2 x H x I",
-    "activations: both norms, q, k, v, attention, states and gradients": "2 x T x (10 H + 2 Q + 2 K)",
-    "activations: the MLP's": "2 x T x 4 I",
-    "the gradient's shard on its way to the host, or one more MLP activation": "2 x max(H x I / n, T x I)",
+FLOOR_ROWS = {
+    "shards": "**shards** (floor) | 2 x parameters / n",
+    "checkpoints": "**checkpoints** (floor, or on the host) | 2 x layers x T x H",
+    "small parameters and the bucket": (
+        "small parameters, which stay gathered, and the bucket | by the JSON's limits"
+    ),
+    "the weight": "the matrix's gathered weight | 2 x H x I",
+    "its gradient": "its gradient | 2 x H x I",
+    "activations: attention and norms": (
+        "activations: both norms, q, k, v, attention, states and gradients | 2 x T x (10 H + 2 Q + 2 K)"
+    ),
+    "activations: MLP": "activations: the MLP's | 2 x T x 4 I",
+    "the gradient's reduction, or one more activation": (
+        "the gradient's shard on its way to the host, or one more MLP activation | 2 x max(H x I / n, T x I)"
+    ),
 }
-
-
-def _floor_parts(job: Job) -> dict[str, int]:
-    shape, tokens = Shape.of(job.model), job.micro_batch * job.seq_len
-    formula = closed_form(job)
-    matrix = 2 * shape.hidden * shape.intermediate
-    shards = 2 * sum(-(-size // job.num_gpus) for size in shape.all_sizes())
-    widths = 10 * shape.hidden + 2 * shape.query + 2 * shape.key_value
-    last = max(matrix // job.num_gpus, 2 * tokens * shape.intermediate)
-    sizes = (shards, formula.checkpoints, formula.standing - shards, matrix, matrix)
-    return dict(
-        zip(
-            FLOOR_FORMULAS,
-            (*sizes, 2 * tokens * widths, 8 * tokens * shape.intermediate, last),
-            strict=True,
-        )
-    )
+"""Part of the closed form -> how the page calls it, and its formula."""
 
 
 # Large models -----------------------------------------------------------------------------------
@@ -140,16 +134,24 @@ LARGE = [
 
 def models() -> Iterator[str]:
     """Sequence 1024, micro-batch 1, bf16, clipping at 1.0."""
-    jobs = [_large_job(*case) for case in LARGE]
-    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | parked on the host per node | most on the host per node | planning, processor s |"  # noqa: E501
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for (name, offloaded, count), job, run in zip(LARGE, jobs, in_child(dry_run, jobs), strict=True):
-        loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
-        cells = (run.device.num_bytes, closed_form(job).peak_bytes, loading)
-        host = (run.parked_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
-        numbers = " | ".join(f"{value / GIB:.2f}" for value in (*cells, *host))
+    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | parked on the host per node | most on the host per node | planning, s | of the processor, s | planning process, GiB |"  # noqa: E501
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for name, offloaded, count in LARGE:
+        job = _large_job(name, offloaded, count)
+        start_s = time.perf_counter()
+        [planned] = in_child(plan_measured, [job])  # a process for each: its peak is that of one plan
+        wall_s = time.perf_counter() - start_s
         place = "host" if offloaded else "device"
-        yield f"| {name} | {count} | {place} | {numbers} | {run.cpu_s:.0f} |"
+        numbers = " | ".join(f"{value / GIB:.2f}" for value in _sizes(job, planned.run))
+        costs = f"{wall_s:.0f} | {planned.cpu_s:.0f} | {planned.resident_bytes / GIB:.2f}"
+        yield f"| {name} | {count} | {place} | {numbers} | {costs} |"
+
+
+def _sizes(job: Job, run: DryRun) -> tuple[int, ...]:
+    """Peak, closed form, loading, parked and most on the host; bytes."""
+    loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
+    host = (run.parked_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
+    return run.device.num_bytes, closed_form(job).peak_bytes, loading, *host
 
 
 def _large_job(name: str, offloaded: bool, num_gpus: int) -> Job:

@@ -18,7 +18,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
 
 
-def _high_water_bytes() -> int:
+def high_water_bytes() -> int:
+    """Most that was resident since the process began, or since ``PeakMeter`` reset it."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -47,7 +48,7 @@ class PeakMeter:
         if self._sampler is not None:
             peak = self._sampler.take()
         else:
-            peak = _high_water_bytes()
+            peak = high_water_bytes()
             _CLEAR_REFS.write_text(_RESET_PEAK)
         self.phases[name] = max(peak, self.phases.get(name, 0))
         return peak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lomo-ds plan", description=_DESCRIPTION)
     add = parser.add_argument
-    add("--model", required=True, help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
+    add("--model", help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
         "a model folder or a config.json")  # fmt: skip
     add("--num-gpus", type=int, default=8, help="over all nodes (default 8)")
     add("--gpus-per-node", type=int, default=8, help="default 8")
@@ -63,9 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpointing", default="reentrant", choices=["reentrant", "non-reentrant", "none"])
     add("--search", choices=["micro-batch", "seq-len", "gpus"], help="find the largest micro-batch or "
         "sequence, or the fewest GPUs, that fit, and tune the limits on gathered weights")  # fmt: skip
+    add("--table", action="store_true", help="instead of a plan, in milliseconds: the closed form's peak of "
+        "each preset, or of --model, on 1 to 64 GPUs; a star marks what fits --gpu-memory")  # fmt: skip
     add("--write-config", metavar="DS.JSON", help="write the DeepSpeed JSON of the plan")
     add("--hardware", help="estimate the time: 3090, 4090, a100, h100 or a YAML file")
-    add("--json", metavar="FILE", help="write the plan as JSON")
+    add("--json", metavar="FILE", help="write the plan, or the table, as JSON")
     add("--plot", metavar="FILE.png", help="draw memory over the run")
     return parser
 
@@ -74,7 +77,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     _refuse_outputs(arguments)
-    job = _job(arguments)
+    if arguments.table:
+        return _table(arguments)
+    if arguments.model is None:
+        raise ValueError("--model is required, or --table for all presets")
+    job = _job(arguments, arguments.model)
 
     from lomo_ds.planner.checks import refuse_unplannable
     from lomo_ds.planner.plan import make_plan
@@ -123,7 +130,29 @@ def _batch_line(job: Any) -> str:
     )
 
 
-def _job(arguments: argparse.Namespace) -> Any:
+_NOT_OF_A_TABLE = ("search", "write_config", "hardware", "plot")
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lomo_ds.planner.presets import PRESETS
+    from lomo_ds.planner.table import as_json, make_rows, print_rows
+
+    for name in _NOT_OF_A_TABLE:
+        if getattr(arguments, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of a plan, not of --table: leave one of them out"
+            )
+    names = PRESETS if arguments.model is None else [arguments.model]
+    rows = make_rows(names, functools.partial(_job, arguments))
+    print_rows(rows, Console(width=max(120, Console().width)))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(as_json(rows), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _job(arguments: argparse.Namespace, model_name: str) -> Any:
     """What was asked, checked before anything heavy is imported."""
     from lomo_ds.planner.batch import default_micro_batch
     from lomo_ds.planner.job import Job, default_ds_json, read_planned_json, split_open
@@ -138,12 +167,12 @@ def _job(arguments: argparse.Namespace) -> Any:
         "reserve_bytes": parse_bytes(arguments.reserve, "--reserve"),
         "host_memory_bytes": None if host is None else parse_bytes(host, "--host-memory"),
         "seq_len": arguments.seq_len,
-        "train_batch_follows": arguments.search in ("micro-batch", "gpus"),
+        "train_batch_follows": arguments.table or arguments.search in ("micro-batch", "gpus"),
         "checkpointing": arguments.checkpointing.replace("-", "_"),
     }
     if given["reserve_bytes"] >= given["gpu_memory_bytes"]:
         raise ValueError(f"--reserve {arguments.reserve} has to be below --gpu-memory {arguments.gpu_memory}")
-    model = model_config(arguments.model)
+    model = model_config(model_name)
     written = (
         read_planned_json(arguments.config) if arguments.config else default_ds_json(family=model.model_type)
     )

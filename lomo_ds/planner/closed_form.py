@@ -1,7 +1,7 @@
 """The peak by formula: milliseconds in place of a dry run, for whole tables and for searching.
 
 For decoders of the LLaMA shape (gated MLP, grouped attention, RMS norms) in 16 bits. Each moment that can be
-the peak has a formula; the largest counts. Docs/memory.md derives the terms.
+the peak has a formula; the largest counts. What no formula knows is refused. docs/memory.md has the terms.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from lomo_ds.rules.rounding import chunk_numel
 
 _ITEM = 2
 """Bytes of a bf16 or fp16 number; fp32 takes two of them."""
+_ERROR_BYTES = {"kahan": 2, "compensated8": 1}
+"""Way of rounding -> bytes that it keeps for each element of a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +87,13 @@ class ClosedForm:
 
     Attributes:
         num_params: of the model.
-        standing: shards, states, buckets and small parameters that stay gathered.
-        checkpoints: of all layers.
         moments: name -> bytes of what stands there, everything included.
+        layer_parts: name -> bytes; what stands in a layer's backward, part by part.
     """
 
     num_params: int
-    standing: int
-    checkpoints: int
     moments: dict[str, int]
+    layer_parts: dict[str, int]
 
     @property
     def peak_bytes(self) -> int:
@@ -108,37 +108,63 @@ def closed_form(job: Job) -> ClosedForm:
     """The peak of a job on accelerators with flash attention.
 
     Raises:
-        ValueError: a model of another shape, fp32, or non-reentrant checkpointing.
+        ValueError: a model of another shape, or a setting that the formulas do not know; names its key.
     """
-    if job.checkpointing == "non_reentrant":
-        raise ValueError("the closed form does not know non-reentrant checkpointing: use a dry run")
     shape = Shape.of(job.model)
+    _refuse_unknown(job, shape)
     terms = _Terms(job, shape)
+    layer_parts = terms.layer_parts()
     moments = {
         "loading": terms.shards + _ITEM * max(shape.all_sizes()),
-        "a layer's backward": terms.standing + terms.kept + terms.layer_backward(),
+        "a layer's backward": sum(layer_parts.values()),
         "the head": terms.standing + terms.kept_at_head + terms.head(),
         "the embedding's backward": terms.standing + terms.embedding_backward(),
         "the update": terms.standing + terms.update(),
+        "a prefetch": terms.standing + terms.prefetch(),
     }
-    return ClosedForm(
-        num_params=sum(shape.all_sizes()),
-        standing=terms.standing,
-        checkpoints=terms.kept,
-        moments=moments,
-    )
+    return ClosedForm(num_params=sum(shape.all_sizes()), moments=moments, layer_parts=layer_parts)
+
+
+def _refuse_unknown(job: Job, shape: Shape) -> None:
+    zero, ds_json = job.ds_json.get("zero_optimization", {}), job.ds_json
+    refused = {
+        "--checkpointing non-reentrant": job.checkpointing == "non_reentrant",
+        'fp32: neither "bf16.enabled" nor "fp16.enabled" is true': not any(
+            (ds_json.get(key) or {}).get("enabled") for key in ("bf16", "fp16")
+        ),
+        '"optimizer.params.param_groups"': bool(_own_params(job).get("param_groups")),
+        '"zero_optimization.offload_optimizer"': _is_elsewhere(zero.get("offload_optimizer")),
+        '"zero_optimization.offload_param"': _is_elsewhere(zero.get("offload_param")),
+        '"zero_optimization.reduce_bucket_size" above the largest matrix of a layer': (
+            int(zero.get("reduce_bucket_size", 5e8)) > max(shape.matrices)
+        ),
+        "a device without flash attention": job.device == "cpu",
+    }
+    for what, is_given in refused.items():
+        if is_given:
+            raise ValueError(f"the closed form does not know {what}: use a dry run")
+
+
+def _is_elsewhere(section: Any) -> bool:
+    return bool(section) and section.get("device", "none") not in (None, "none")
+
+
+def _own_params(job: Job) -> dict[str, Any]:
+    """``"optimizer.params"`` where lomo_ds's engine reads them."""
+    return job.full_ds_json()["optimizer"]["params"] if job.is_own else {}
 
 
 class _Terms:
     """The parts of the moments, in bytes."""
 
     def __init__(self, job: Job, shape: Shape) -> None:
-        self._job, self._shape = job, shape
+        self._job, self._shape, self._params = job, shape, _own_params(job)
         self._tokens = job.micro_batch * job.seq_len
         zero = job.ds_json.get("zero_optimization", {})
         self._bucket = int(zero.get("reduce_bucket_size", 5e8))
         self._small = int(zero.get("stage3_param_persistence_threshold", 1e5))
         self._live = int(zero.get("stage3_max_live_parameters", 1e9))
+        self._prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
         self._tiling = job.ds_json.get("tiled_vocabulary", {}) if job.is_own else {}
         self._shard_numel = sum(-(-size // job.num_gpus) for size in shape.all_sizes())
         self.shards = self._shard_numel * _ITEM
@@ -148,35 +174,73 @@ class _Terms:
         return bool(self._tiling.get("enabled"))
 
     @property
+    def _offloads(self) -> bool:
+        asked = self._job.ds_json.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
+        return bool(asked) and self._job.is_own and self._job.checkpointing == "reentrant"
+
+    @property
     def standing(self) -> int:
         """What stands through the whole step."""
-        sizes = self._shape.all_sizes()
-        gathered = _ITEM * sum(size for size in sizes if size <= self._small)
-        return self.shards + self._states() + gathered + _ITEM * self._bucket
+        return self.shards + self._states() + self._small_and_bucket()
+
+    def _small_and_bucket(self) -> int:
+        small = sum(size for size in self._shape.all_sizes() if size <= self._small)
+        return _ITEM * (small + self._bucket)
 
     def _states(self) -> int:
+        """Of the rule, and of the rounding: an error for each element of a shard."""
         job, shape = self._job, self._shape
         per_param = {"SGD": 4 + _ITEM, "AdamW": 12 + _ITEM}.get(job.optimizer)
         if per_param is not None:
             return per_param * self._shard_numel
+        errors = _ERROR_BYTES.get(self._params.get("rounding"), 0) * self._shard_numel
         if job.optimizer == "Lomo":
-            return 0
+            return errors
         lengths = 5 * shape.hidden + shape.query * 2 + shape.key_value * 2 + 3 * shape.intermediate
         tables = (shape.vocabulary + shape.hidden) * (1 if shape.tied else 2)
-        return 4 * ((lengths + 2 * shape.hidden) * shape.layers + tables)
+        return errors + 4 * ((lengths + 2 * shape.hidden) * shape.layers + tables)
+
+    # Gathered weights ---------------------------------------------------------------------------
+
+    def _gathered(self, numel: int) -> int:
+        """A whole weight beside the shard; on one GPU the shard is the weight."""
+        return _ITEM * numel if self._job.num_gpus > 1 else 0
+
+    def _live_numel(self) -> int:
+        """Most elements that ZeRO-3 keeps gathered: its limit, or the next weight, or all weights."""
+        shape = self._shape
+        tables = 0 if self._tiled else sum(shape.all_sizes()) - sum(self._layer_sizes())
+        weights = tables + sum(size for size in self._layer_sizes() if size > self._small)
+        return min(max(self._live, shape.matrices[0]), weights)
+
+    def _layer_sizes(self) -> list[int]:
+        return [*(self._shape.matrices + self._shape.vectors)] * self._shape.layers
+
+    def _others_live(self, numel: int) -> int:
+        """Gathered weights beside one of ``numel`` elements that is in use."""
+        return self._gathered(max(0, self._live_numel() - numel)) if self._live > numel else 0
+
+    def prefetch(self) -> int:
+        """In a layer's forward: weights that came together stand twice, as they came and one by one."""
+        live = self._live_numel()
+        activations = _ITEM * self._tokens * 4 * self._shape.intermediate
+        return self.kept + activations + self._gathered(live + min(self._prefetch, live))
+
+    # Activations --------------------------------------------------------------------------------
 
     @property
     def kept(self) -> int:
         """Checkpoints of all layers on the device, or all that their backward needs."""
-        offloads = self._job.ds_json.get("activation_checkpointing", {}).get("cpu_checkpointing", False)
         per_layer = _ITEM * self._tokens * self._shape.hidden
         if self._job.checkpointing == "none":
             return (self._shape.layers - 1) * self._saved_by_layer()
-        return per_layer if offloads and self._job.is_own else self._shape.layers * per_layer
+        return per_layer if self._offloads else self._shape.layers * per_layer
 
     @property
     def kept_at_head(self) -> int:
         """The same before any layer's backward."""
+        if self._offloads:
+            return 0
         return self.kept + (self._saved_by_layer() if self._job.checkpointing == "none" else 0)
 
     def _saved_by_layer(self) -> int:
@@ -185,48 +249,81 @@ class _Terms:
         widths = 8 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 4 * shape.intermediate
         return _ITEM * self._tokens * widths
 
-    def layer_backward(self) -> int:
-        """The weight gradient of the MLP's last matrix, with the weight still gathered."""
-        shape = self._shape
-        matrix = _ITEM * max(shape.matrices)
+    # Moments ------------------------------------------------------------------------------------
+
+    def layer_parts(self) -> dict[str, int]:
+        """What stands when the weight gradient of the MLP's last matrix is made or goes."""
+        shape, numel = self._shape, max(self._shape.matrices)
         widths = 10 * shape.hidden + 2 * shape.query + 2 * shape.key_value
-        activations = _ITEM * self._tokens * (widths + 4 * shape.intermediate)
-        shard = -(-max(shape.matrices) // self._job.num_gpus) * _ITEM
-        after = activations + (shard if self._job.is_own else 0)
-        inside = activations + _ITEM * self._tokens * shape.intermediate
-        return matrix + matrix + max(after, inside)
+        one_more = _ITEM * self._tokens * shape.intermediate
+        return {
+            "shards": self.shards,
+            "checkpoints": self.kept,
+            "rule state": self._states(),
+            "small parameters and the bucket": self._small_and_bucket(),
+            "the weight": self._gathered(numel),
+            "other gathered weights": self._others_live(numel),
+            "its gradient": _ITEM * numel,
+            "activations: attention and norms": _ITEM * self._tokens * widths,
+            "activations: MLP": _ITEM * self._tokens * 4 * shape.intermediate,
+            "the gradient's reduction, or one more activation": max(one_more, self._reduced(numel)),
+        }
+
+    def _reduced(self, numel: int) -> int:
+        """What a whole gradient becomes: a copy, unless it divides by the ranks; then its shard's use."""
+        job = self._job
+        if not job.is_own:
+            return 0
+        copy = 0 if numel % job.num_gpus == 0 else _ITEM * numel
+        shard = -(-numel // job.num_gpus)
+        if self._parks():
+            return copy + _ITEM * shard
+        numbers = 3 if job.optimizer == "AdaLomo" else 2
+        return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
+
+    def _parks(self) -> bool:
+        """Whether shards wait on the host; else they are applied, in fp32, inside backward."""
+        ds_json, apply = self._job.ds_json, self._params.get("apply", "auto")
+        clips = self._params.get("clipping", "global") == "global" and ds_json.get("gradient_clipping", 1.0)
+        accumulates = int(ds_json.get("gradient_accumulation_steps", 1) or 1) > 1
+        scales = (ds_json.get("fp16") or {}).get("enabled")
+        if apply != "auto":
+            return apply == "deferred"
+        room, node_bytes = self._job.host_memory_bytes, self.shards * self._job.num_local
+        return bool(clips or accumulates or scales) and (room is None or node_bytes <= room)
 
     def head(self) -> int:
         """Loss and head: the logits in fp32, or the weight and its gradient; or one tile of each."""
         shape, tokens = self._shape, self._tokens
-        table = shape.vocabulary * shape.hidden * _ITEM
+        numel, states = shape.vocabulary * shape.hidden, _ITEM * self._tokens * shape.hidden
         if self._tiled:
-            numel = int(self._tiling.get("tile_numel", 1 << 25))
-            rows = min(shape.vocabulary, max(1, numel // shape.hidden))
+            rows = min(shape.vocabulary, max(1, int(self._tiling.get("tile_numel", 1 << 25)) // shape.hidden))
             tile, logits = rows * shape.hidden * _ITEM, tokens * rows * _ITEM
-            states = tokens * shape.hidden * _ITEM
-            in_backward = tile + 3 * logits + table // self._job.num_gpus + 6 * states
-            return max(in_backward, 3 * logits + 4 * states)
-        logits = tokens * shape.vocabulary * _ITEM
-        at_loss = table + 6 * logits + 4 * tokens * shape.hidden * _ITEM
-        at_weight = 2 * table + logits + 5 * tokens * shape.hidden * _ITEM
-        return max(at_loss, at_weight)
+            in_backward = tile + 3 * logits + numel * _ITEM // self._job.num_gpus
+            in_backward += (3 if self._offloads else 6) * states
+            return max(in_backward, 3 * logits + 4 * states) + self._others_live(0)
+        weight, logits = self._gathered(numel), tokens * shape.vocabulary * _ITEM
+        at_loss = 6 * logits + 4 * states
+        at_weight = _ITEM * numel + logits + 5 * states
+        reduced = _ITEM * numel + self._reduced(numel)
+        return weight + max(at_loss, at_weight, reduced) + self._others_live(numel)
 
     def embedding_backward(self) -> int:
         shape = self._shape
         states = 2 * _ITEM * self._tokens * shape.hidden
         if self._tiled:
             return states
-        return 2 * shape.vocabulary * shape.hidden * _ITEM + states
+        numel = shape.vocabulary * shape.hidden
+        return self._gathered(numel) + _ITEM * numel + max(states, self._reduced(numel))
 
     def update(self) -> int:
         """Temporaries of the update rule.
 
-        DeepSpeed's own: gradients in fp32 (at most a sub-group's), and AdamW's two temporaries. Ours: a
-        parked shard and fp32 numbers of a chunk of it.
+        DeepSpeed's own: gradients in fp32 (at most a sub-group's) and AdamW's two temporaries, or new 16-bit
+        weights after SGD. Ours: a parked shard and fp32 numbers of a chunk of it.
         """
         if self._job.is_own:
-            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus)
+            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._parks() else 0
             return _ITEM * shard + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
         numel = min(self._shard_numel, int(1e9))
-        return numel * 4 * (3 if self._job.optimizer == "AdamW" else 1)
+        return numel * {"AdamW": 3 * 4, "SGD": 4 + _ITEM}[self._job.optimizer]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lomo_ds.planner import fit
+from lomo_ds.planner.closed_form import ClosedForm, closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.hardware import find_hardware
-from lomo_ds.planner.job import GIB, Job
+from lomo_ds.planner.job import Job
+from lomo_ds.planner.remedy import remedy
 from lomo_ds.planner.search import Goal, search
 from lomo_ds.planner.time_estimate import TimeEstimate, estimate_time
 
@@ -31,13 +34,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak leaves the card's reserve free, and the host has room where its size is given."""
-        host = self.job.host_memory_bytes
-        return self.missing_bytes <= 0 and (host is None or self.host_peak_bytes_per_node <= host)
+        return fit.fits(self.job, self.run)
 
     @property
     def missing_bytes(self) -> int:
         """What the peak and the reserve lack on the card; negative for what is free."""
-        return self.run.device.num_bytes - self.job.usable_bytes
+        return fit.missing_device_bytes(self.job, self.run)
 
     @property
     def parked_host_bytes_per_node(self) -> int:
@@ -47,16 +49,24 @@ class Plan:
     @property
     def host_peak_bytes_per_node(self) -> int:
         """Most that stands on the host in tensors, if all ranks of a node have their peaks together."""
-        return self.run.host.num_bytes * self.job.num_local
+        return fit.host_peak_bytes_per_node(self.job, self.run)
+
+    @property
+    def formula(self) -> ClosedForm | str:
+        """The closed form of the job, or why there is none."""
+        try:
+            return closed_form(self.job)
+        except ValueError as error:
+            return str(error)
 
     @property
     def remedy(self) -> str:
         """The key to change first where the job does not fit; empty where it does."""
-        return "" if self.fits else _remedy(self)
+        return remedy(self.job, self.run)
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers and texts."""
-        run, job = self.run, self.job
+        run, job, formula = self.run, self.job, self.formula
         return {
             "model": self.model_name,
             "num_params": run.num_params,
@@ -69,6 +79,7 @@ class Plan:
             "checkpointing": job.checkpointing,
             "policy": run.policy,
             "peak_device_bytes": run.device.num_bytes,
+            "closed_form_peak_bytes": None if isinstance(formula, str) else formula.peak_bytes,
             "peak_phase": run.device.phase,
             "peak_operation": run.device.operation,
             "device_breakdown": run.device.by_role(),
@@ -107,37 +118,3 @@ def make_plan(job: Job, model_name: str, hardware: str | None = None, goal: Goal
     job, run = search(job, goal) if goal else (job, dry_run(job))
     time = estimate_time(job, run, profile) if profile else None
     return Plan(job=job, model_name=model_name, run=run, time=time)
-
-
-def _remedy(plan: Plan) -> str:
-    """What to change, for the largest part of the peak that a key governs."""
-    job, roles = plan.job, plan.run.device.by_role()
-    missing = plan.missing_bytes
-    if missing <= 0:
-        return 'the host has too little room: set "optimizer.params.apply" to "two_pass"'
-    zero = job.ds_json.get("zero_optimization", {})
-    standing = roles["parameters"] + roles["rule state"]
-    if not job.is_own and standing + roles["gradients"] > job.gpu_memory_bytes / 2:
-        return f'set "optimizer.type" to "Lomo": {job.optimizer} keeps gradients and states'
-    if standing + job.reserve_bytes > job.gpu_memory_bytes:
-        fewest = -(-standing * job.num_gpus // max(1, job.gpu_memory_bytes - job.reserve_bytes))
-        return f"more GPUs: the shards alone need at least {fewest} of them (--num-gpus)"
-    if job.checkpointing == "none":
-        return "turn activation checkpointing on (--checkpointing reentrant)"
-    if roles["gathered parameters"] >= missing and zero.get("stage3_max_live_parameters", 1e9) > 1e8:
-        return 'lower "zero_optimization.stage3_max_live_parameters" (and "stage3_prefetch_bucket_size")'
-    if roles["checkpoints"] >= missing:
-        return 'set "activation_checkpointing.cpu_checkpointing" to true: checkpoints then wait on the host'
-    if _stands_at_head(plan):
-        return 'set "tiled_vocabulary.enabled" to true: the head and the embedding then come in pieces'
-    if job.micro_batch > 1:
-        return "lower --micro-batch"
-    return f"lower --seq-len below {job.seq_len}, or more GPUs: {missing / GIB:.2f} GiB are missing"
-
-
-def _stands_at_head(plan: Plan) -> bool:
-    """Whether the peak has the head's or the embedding's weight or gradient in it."""
-    vocabulary = plan.job.model.vocab_size
-    return any(
-        vocabulary in block.shape and block.role.value != "parameters" for block in plan.run.device.blocks
-    )

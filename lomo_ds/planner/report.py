@@ -17,7 +17,7 @@ _NUM_ROWS = 12
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Verdict first, then where the memory is, what is sent and computed, and the estimate of time."""
-    for line in (_headline(plan), _verdict(plan), ""):
+    for line in (_headline(plan), _verdict(plan), _formula(plan), ""):
         console.print(line, highlight=False)
     console.print(_roles_table(plan))
     console.print(_peak_table(plan.run.device))
@@ -46,6 +46,13 @@ def _verdict(plan: Plan) -> str:
     return f"does not fit: {gib(plan.host_peak_bytes_per_node)} GiB of host memory per node; {plan.remedy}"
 
 
+def _formula(plan: Plan) -> str:
+    formula = plan.formula
+    if isinstance(formula, str):
+        return formula.partition(": use a dry run")[0]
+    return f"closed form: {gib(formula.peak_bytes)} GiB in {formula.peak_moment}"
+
+
 def _roles_table(plan: Plan) -> Table:
     table = Table(title="device memory at the peak", title_justify="left")
     table.add_column("")
@@ -66,17 +73,25 @@ def _peak_table(peak: Peak) -> Table:
 
 
 def largest_blocks(peak: Peak, num_rows: int) -> Iterator[tuple[str, str, str, str]]:
-    """(GiB, what, shape, made by) of what stands at a peak, equal ones together, largest first."""
+    """(GiB, what, shape, made by) of what stands at a peak, equal ones together, largest first.
+
+    The row after the last of ``num_rows`` is all that is left, so that the rows add up.
+    """
     sums: Counter[tuple[str, str, str]] = Counter()
     counts: Counter[tuple[str, str, str]] = Counter()
     for block in peak.blocks:
         key = _key(block)
         sums[key] += block.num_bytes
         counts[key] += 1
-    for key, num_bytes in sums.most_common(num_rows):
+    rows = sums.most_common()
+    for key, num_bytes in rows[:num_rows]:
         what, shape, made_by = key
         times = f"{counts[key]} x " if counts[key] > 1 else ""
         yield f"{num_bytes / (1 << 30):.3f}", f"{times}{what}", shape, made_by
+    rest = rows[num_rows:]
+    if rest:
+        count, num_bytes = sum(counts[key] for key, _ in rest), sum(size for _, size in rest)
+        yield f"{num_bytes / (1 << 30):.3f}", f"others ({count})", "", ""
 
 
 def _key(block: Block) -> tuple[str, str, str]:

@@ -1,14 +1,15 @@
-"""The largest job that fits, found by formula and proved by a dry run."""
+"""The largest job that fits, expected by formula and proved by dry runs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
+from lomo_ds.planner.fit import fits, host_peak_bytes_per_node, missing_device_bytes
 from lomo_ds.planner.job import GIB, Job
 
 Goal = Literal["micro-batch", "seq-len", "gpus"]
@@ -32,26 +33,33 @@ def search(job: Job, goal: Goal, run: Callable[[Job], DryRun] = dry_run) -> tupl
         The job with its tuned JSON, and its dry run.
 
     Raises:
-        ValueError: nothing fits, or a model that the closed form does not know.
+        ValueError: nothing fits.
+
+    Cost: where the closed form knows the job, two dry runs and one for the tuned JSON, and more where it is
+        off; else one for each doubling and halving.
     """
-    candidates = _candidates(job, goal)
-    above = last_that_fits(-1, len(candidates), lambda at: _expected_to_fit(candidates[at]))
-    proved = _proved(candidates[: above + 1], run)
-    if proved:
-        return _tuned(*proved, run)
-    peak = closed_form(candidates[0]).peak_bytes / GIB
-    raise ValueError(f"--search {goal}: nothing fits; the smallest job takes {peak:.2f} GiB of "
-                     f"{job.usable_bytes / GIB:.2f} GiB a card")  # fmt: skip
+    jobs = _candidates(job, goal)
+    runs: dict[int, DryRun] = {}
 
+    def is_below(at: int) -> bool:
+        """Whether the edge is further on: what fits, or fewer GPUs than are needed."""
+        runs[at] = run(jobs[at])
+        return fits(jobs[at], runs[at]) == (goal != "gpus")
 
-def _expected_to_fit(job: Job) -> bool:
-    return closed_form(job).peak_bytes <= job.usable_bytes
+    edge = last_near(_expected_edge(jobs, goal), len(jobs), is_below)
+    at = edge + 1 if goal == "gpus" else edge
+    if 0 <= at < len(jobs):
+        return _tuned(jobs[at], runs[at], run)
+    least = len(jobs) - 1 if goal == "gpus" else 0
+    raise ValueError(_nothing_fits(jobs[least], runs[least], goal))
 
 
 def _candidates(job: Job, goal: Goal) -> list[Job]:
-    """Jobs from the one that takes the least memory to the one that takes the most."""
+    """Jobs with ever more of what is sought. GPUs: any number within a node, then whole nodes."""
     if goal == "gpus":
-        return [replace(job, num_gpus=count) for count in sorted(_gpu_counts(job), reverse=True)]
+        node = job.gpus_per_node
+        counts = [*range(1, node), *(nodes * node for nodes in range(1, _MOST_NODES + 1))]
+        return [replace(job, num_gpus=count) for count in counts]
     if goal == "seq-len":
         longest = getattr(job.model, "max_position_embeddings", None) or 1 << 17
         lengths = range(min(_SEQ_STEP, longest), longest + 1, _SEQ_STEP)
@@ -59,48 +67,66 @@ def _candidates(job: Job, goal: Goal) -> list[Job]:
     return [replace(job, micro_batch=size) for size in range(1, _MOST_MICRO_BATCH + 1)]
 
 
-def _gpu_counts(job: Job) -> Iterator[int]:
-    """Parts of a node by powers of two, then whole nodes."""
-    count = 1
-    while count < job.gpus_per_node:
-        yield count
-        count *= 2
-    yield from (nodes * job.gpus_per_node for nodes in range(1, _MOST_NODES + 1))
+def _expected_edge(jobs: list[Job], goal: Goal) -> int:
+    """Where the closed form sees the edge; the first job where it does not know the model or a setting."""
+
+    def is_below(at: int) -> bool:
+        return (closed_form(jobs[at]).peak_bytes <= jobs[at].usable_bytes) == (goal != "gpus")
+
+    try:
+        return max(0, last_that(-1, len(jobs), is_below))
+    except ValueError:
+        return 0
 
 
-def _proved(jobs: list[Job], run: Callable[[Job], DryRun]) -> tuple[Job, DryRun] | None:
-    """The last job that fits by its dry run, which the formula expects to be the last of the list.
+def last_near(start: int, count: int, holds: Callable[[int], bool]) -> int:
+    """The last of ``count`` numbers for which ``holds``; -1 for none.
 
-    Goes back from there, twice as far each time, and then halves what it went too far.
-    """
-    runs: dict[int, DryRun] = {}
-
-    def fits(at: int) -> bool:
-        runs[at] = run(jobs[at])
-        return runs[at].device.num_bytes <= jobs[at].usable_bytes
-
-    low, high, step = len(jobs) - 1, len(jobs), 1
-    while low >= 0 and not fits(low):
-        low, high, step = low - step, low, 2 * step
-    low = last_that_fits(max(low, -1), high, fits)
-    return (jobs[low], runs[low]) if low >= 0 else None
-
-
-def last_that_fits(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """Halve until what fits and what does not are neighbours.
+    From ``start`` in steps that double until the edge is passed, then by halving.
 
     Args:
-        low: known to fit, or one below the first.
-        high: known not to fit, or one above the last.
-        fits: true up to some number.
+        start: where the edge is expected.
+        count: of the numbers.
+        holds: true up to some number.
+    """
+    low, high, step = -1, count, 1
+    if holds(start):
+        low = start
+        while low + step < count and holds(low + step):
+            low, step = low + step, 2 * step
+        high = min(low + step, count)
+    else:
+        high = start
+        while high - step >= 0 and not holds(high - step):
+            high, step = high - step, 2 * step
+        low = max(high - step, -1)
+    return last_that(low, high, holds)
+
+
+def last_that(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """Halve until what holds and what does not are neighbours.
+
+    Args:
+        low: known to hold, or one below the first.
+        high: known not to hold, or one above the last.
+        holds: true up to some number.
 
     Returns:
-        The last number that fits, or ``low``.
+        The last number that holds, or ``low``.
     """
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _nothing_fits(job: Job, run: DryRun, goal: Goal) -> str:
+    name = {"gpus": "num_gpus", "seq-len": "seq_len", "micro-batch": "micro_batch"}[goal]
+    what = f"--search {goal}: nothing fits; with {goal} {getattr(job, name)} the peak takes"
+    if missing_device_bytes(job, run) > 0:
+        return f"{what} {run.device.num_bytes / GIB:.2f} GiB of {job.usable_bytes / GIB:.2f} GiB a card"
+    taken, room = host_peak_bytes_per_node(job, run), job.host_memory_bytes or 0
+    return f"{what} {taken / GIB:.2f} GiB of {room / GIB:.2f} GiB of host memory per node"
 
 
 def _tuned(job: Job, result: DryRun, run: Callable[[Job], DryRun]) -> tuple[Job, DryRun]:
@@ -110,7 +136,7 @@ def _tuned(job: Job, result: DryRun, run: Callable[[Job], DryRun]) -> tuple[Job,
     if tuned.ds_json == job.ds_json:
         return job, result
     second = run(tuned)
-    return (tuned, second) if second.device.num_bytes <= job.usable_bytes else (job, result)
+    return (tuned, second) if fits(tuned, second) else (job, result)
 
 
 def with_limits(ds_json: Any, free_numel: int) -> dict[str, Any]:

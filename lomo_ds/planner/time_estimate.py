@@ -80,7 +80,8 @@ def _assumptions(hardware: Hardware, link_name: str, link: float) -> tuple[str, 
         f"{hardware.flops_share:.0%} are reached",
         f"{link_name}: {link / 1e9:.2f} GB/s a card, of which {hardware.link_share:.0%} are reached, and "
         f"{hardware.collective_latency_s * 1e6:.0f} microseconds for each collective",
-        f"host link: {hardware.host_link_bytes_s / 1e9:.2f} GB/s a card",
+        f"host link: {hardware.host_link_bytes_s / 1e9:.2f} GB/s a card, of which {hardware.link_share:.0%} "
+        "are reached",
         "between the two times lies how much of the traffic hides behind the arithmetic",
         "element-wise operations, the update and waiting for other ranks take no time",
     )

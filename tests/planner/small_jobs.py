@@ -89,7 +89,9 @@ def truth_jobs() -> dict[str, Job]:
     }
 
 
-def gpu_job(model: dict | None = None, top: dict | None = None, **settings: Any) -> Job:
+def gpu_job(
+    model: dict | None = None, top: dict | None = None, zero: dict | None = None, **settings: Any
+) -> Job:
     """A job of accelerators: a model of a few million weights, with limits that suit it."""
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "vocab_size": 8000}
     ds_json = default_ds_json() | (top or {})
@@ -99,17 +101,25 @@ def gpu_job(model: dict | None = None, top: dict | None = None, **settings: Any)
         "stage3_max_live_parameters": 100_000,
         "stage3_max_reuse_distance": 100_000,
         "stage3_param_persistence_threshold": 1_000,
+        **(zero or {}),
     }
     return Job(model=small_llama(**shape | (model or {})), ds_json=ds_json, **({"seq_len": 128} | settings))
+
+
+def rounding(way: str) -> dict[str, Any]:
+    """Of a JSON: Lomo with a way of rounding."""
+    return {"optimizer": {"type": "Lomo", "params": {"lr": 0.03, "rounding": way}}}
 
 
 def gpu_jobs() -> dict[str, Job]:
     """Name -> a job whose peak is at another moment, or made of something else."""
     whole = {"tiled_vocabulary": {"enabled": False}}
     offloaded = {"activation_checkpointing": {"cpu_checkpointing": True}}
+    at_once = {"gradient_clipping": 0.0}
+    unlimited = {"stage3_max_live_parameters": 10**9, "stage3_prefetch_bucket_size": 50_000_000}
     return {
         "tiles": gpu_job(),
-        "offloaded": gpu_job(top=offloaded),
+        "offloaded": gpu_job(top=offloaded, micro_batch=8),
         "whole vocabulary": gpu_job(top=whole),
         "no checkpointing": gpu_job(checkpointing="none", micro_batch=8),
         "tied": gpu_job({"tie_word_embeddings": True}),
@@ -118,5 +128,14 @@ def gpu_jobs() -> dict[str, Job]:
         "1,024 GPUs": gpu_job(num_gpus=1024),
         "AdaLomo": gpu_job(optimizer="AdaLomo", micro_batch=4),
         "SGD": gpu_job(optimizer="SGD", micro_batch=4),
+        "SGD, 3 GPUs": gpu_job(optimizer="SGD", num_gpus=3),
         "AdamW": gpu_job(optimizer="AdamW"),
+        "two layers stay gathered": gpu_job(zero={"stage3_max_live_parameters": 6_000_000}),
+        "all stays gathered": gpu_job(zero=unlimited),
+        "SGD, all stays gathered": gpu_job(zero=unlimited, optimizer="SGD", micro_batch=4),
+        "Kahan": gpu_job(top=rounding("kahan")),
+        "8 bits of error": gpu_job(top=rounding("compensated8")),
+        "at once": gpu_job({"vocab_size": 500}, top=at_once, optimizer="AdaLomo"),
+        "at once, 3 GPUs": gpu_job({"vocab_size": 500}, top=at_once, num_gpus=3),
+        "at once, one GPU": gpu_job({"vocab_size": 500}, top=at_once, num_gpus=1, micro_batch=4),
     }

@@ -164,6 +164,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
 def test_the_report_and_its_files(planned: tuple[Path, str, int]) -> None:
     folder, printed, exit_code = planned
     assert exit_code == 0, printed
+    assert 'does not know "zero_optimization.reduce_bucket_size" above' in printed
     assert "fits: peak" in printed and "estimate, not a measurement" in printed
     assert (folder / "plan.png").stat().st_size > 0
     assert json.loads((folder / "ds.json").read_text())["zero_optimization"]["stage"] == 3
@@ -176,6 +177,7 @@ def test_the_json(planned: tuple[Path, str, int]) -> None:
     assert plan["parked_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
     assert plan["wire_bytes_per_step"]["reduce_scatter"] > 0
     assert plan["flops_per_step"] > 6 * plan["num_params"] * 64
+    assert plan["closed_form_peak_bytes"] is None
     assert plan["fits"] is True
 
 

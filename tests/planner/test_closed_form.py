@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 import pytest
+from rich.console import Console
 
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun
-from lomo_ds.planner.job import Job, default_ds_json
+from lomo_ds.planner.job import GIB, Job, default_ds_json
+from lomo_ds.planner.plan import Plan
 from lomo_ds.planner.presets import PRESETS, model_config
+from lomo_ds.planner.report import print_plan
 from tests.planner.small_jobs import gpu_job, gpu_jobs
 
 JOBS = gpu_jobs()
@@ -29,6 +33,62 @@ def test_every_preset_takes_milliseconds() -> None:
     assert time.perf_counter() - start_s < 0.05 * len(jobs)
 
 
-def test_other_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="reentrant"):
-        closed_form(gpu_job(checkpointing="non_reentrant"))
+ASKED = [
+    ("llama-65b", False, 17.6),
+    ("llama-65b", True, 16.5),
+    ("llama-3-70b", False, 20.0),
+    ("qwen2.5-72b", False, 20.5),
+]
+"""Model, checkpoints on the host, and the GiB that its training may take on 8 GPUs."""
+
+
+@pytest.mark.parametrize(("name", "offloads", "most_gib"), ASKED)
+def test_large_models_stay_within_what_was_asked(name: str, offloads: bool, most_gib: float) -> None:
+    ds_json = default_ds_json() | {"activation_checkpointing": {"cpu_checkpointing": offloads}}
+    job = Job(model=model_config(name), ds_json=ds_json, num_gpus=8, seq_len=1024, micro_batch=1)
+    assert 0.9 * most_gib < closed_form(job).peak_bytes / GIB <= most_gib
+
+
+def test_the_parts_of_a_layer_make_its_moment() -> None:
+    formula = closed_form(Job(model=model_config("llama-65b"), ds_json=default_ds_json()))
+    assert formula.peak_moment == "a layer's backward"
+    assert sum(formula.layer_parts.values()) == formula.peak_bytes
+
+
+FP32 = {"bf16": {"enabled": False}}
+GROUPS = {"optimizer": {"type": "Lomo", "params": {"param_groups": [{"params": ["*"], "frozen": True}]}}}
+ELSEWHERE = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"checkpointing": "non_reentrant"}, "--checkpointing non-reentrant"),
+        ({"top": FP32}, "bf16.enabled"),
+        ({"top": GROUPS}, "optimizer.params.param_groups"),
+        ({"zero": ELSEWHERE, "optimizer": "AdamW"}, "zero_optimization.offload_optimizer"),
+        ({"zero": {"reduce_bucket_size": 720_897}}, "zero_optimization.reduce_bucket_size"),
+        ({"device": "cpu"}, "flash attention"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refusal:
+        closed_form(gpu_job(**settings))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_plan_tells_the_formula_or_why_there_is_none(dry_runs: dict[str, DryRun]) -> None:
+    job, run = JOBS["tiles"], dry_runs["tiles"]
+    assert Plan(job=job, model_name="small", run=run).as_json()["closed_form_peak_bytes"] == (
+        closed_form(job).peak_bytes
+    )
+    assert printed(Plan(job=job, model_name="small", run=run)).count("closed form: 0.02 GiB in the head") == 1
+    other = Plan(job=gpu_job(top=FP32), model_name="small", run=run)
+    assert other.as_json()["closed_form_peak_bytes"] is None
+    assert 'the closed form does not know fp32: neither "bf16.enabled"' in printed(other)
+
+
+def printed(plan: Plan) -> str:
+    text = io.StringIO()
+    print_plan(plan, Console(width=200, file=text))
+    return text.getvalue()

@@ -92,6 +92,9 @@ def test_an_estimate_is_bracketed_and_labelled(dry_runs: dict[str, DryRun]) -> N
     run = dry_runs["tiles"]
     time = estimate_time(JOBS["tiles"], run, find_hardware("3090"))
     assert time.compute_s == pytest.approx(run.flops / (71e12 * 0.5))
+    host = next(line for line in time.assumptions if line.startswith("host link"))
+    assert time.host_s == pytest.approx(run.host_traffic_bytes / (15.75e9 * 0.7))
+    assert "15.75 GB/s a card, of which 70% are reached" in host
     assert time.fastest_s <= time.slowest_s == time.compute_s + time.wire_s + time.host_s
     assert "not a measurement" in time.as_json()["label"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -11,12 +12,12 @@ from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.job import GIB, Job, default_ds_json
 from lomo_ds.planner.presets import model_config
-from lomo_ds.planner.search import last_that_fits, search, with_limits
+from lomo_ds.planner.search import last_near, last_that, search, with_limits
 from tests.planner.small_jobs import gpu_job
 
 
 @dataclass
-class Device:
+class Peak:
     num_bytes: int
 
 
@@ -24,13 +25,15 @@ class Device:
 class Run:
     """Stands in for a dry run: as the formula, and more by ``surplus``."""
 
-    device: Device
+    device: Peak
+    host: Peak = field(default_factory=lambda: Peak(0))
 
 
-def by_formula(surplus: int = 0):
+def by_formula(surplus: int = 0, host_bytes_per_sequence: int = 0):
     def run(job: Job) -> Run:
         gathered = 2 * job.ds_json["zero_optimization"]["stage3_max_live_parameters"]
-        return Run(Device(closed_form(job).peak_bytes + gathered + surplus))
+        device = Peak(closed_form(job).peak_bytes + gathered + surplus)
+        return Run(device, Peak(job.micro_batch * host_bytes_per_sequence))
 
     return run
 
@@ -41,7 +44,21 @@ def llama_7b(**settings: object) -> Job:
 
 @pytest.mark.parametrize("num_fitting", [0, 1, 5, 6])
 def test_bisection(num_fitting: int) -> None:
-    assert last_that_fits(-1, 6, lambda at: at < num_fitting) == num_fitting - 1
+    assert last_that(-1, 6, lambda at: at < num_fitting) == num_fitting - 1
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 19])
+@pytest.mark.parametrize("num_fitting", [0, 1, 2, 6, 7, 8, 19, 20])
+def test_steps_from_anywhere(start: int, num_fitting: int) -> None:
+    asked: list[int] = []
+
+    def holds(at: int) -> bool:
+        asked.append(at)
+        return at < num_fitting
+
+    assert last_near(start, 20, holds) == num_fitting - 1
+    assert len(asked) == len(set(asked)) <= 9
+    assert {num_fitting - 1, num_fitting} & set(range(20)) <= set(asked)
 
 
 EDGES = [("micro-batch", {"seq_len": 512}, "micro_batch", 1), ("seq-len", {"micro_batch": 8}, "seq_len", 64)]
@@ -58,15 +75,52 @@ def test_one_more_would_not_fit(goal: str, given: dict, name: str, step: int) ->
 
 def test_fewest_gpus() -> None:
     job, _ = search(llama_7b(gpu_memory_bytes=8 * GIB, seq_len=128), "gpus", by_formula())
-    assert job.num_gpus == 4
+    assert job.num_gpus == 3
+    assert by_formula()(replace(job, num_gpus=2)).device.num_bytes > job.usable_bytes
 
 
-@pytest.mark.parametrize("surplus", [GIB // 10, GIB, 9 * GIB])
-def test_a_dry_run_that_takes_more_steps_back(surplus: int) -> None:
+UNKNOWN = {"checkpointing": "non_reentrant"}
+"""What the closed form refuses."""
+
+
+@pytest.mark.parametrize(("model_gib", "num_gpus"), [(20, 1), (100, 5), (170, 8), (180, 16), (1000, 48)])
+def test_fewest_gpus_by_dry_runs_alone(model_gib: int, num_gpus: int) -> None:
+    run = Counted(lambda job: model_gib * GIB // job.num_gpus)
+    assert search(llama_7b(**UNKNOWN), "gpus", run)[0].num_gpus == num_gpus
+    assert len(run.jobs) <= 10
+
+
+@pytest.mark.parametrize("num_fitting", [1, 2, 22, 1000])
+def test_most_sequences_by_dry_runs_alone(num_fitting: int) -> None:
+    run = Counted(lambda job: 22 * GIB * job.micro_batch // num_fitting)
+    assert search(llama_7b(**UNKNOWN), "micro-batch", run)[0].micro_batch == num_fitting
+    assert len(run.jobs) <= 2 * num_fitting.bit_length() + 2
+
+
+class Counted:
+    """A stand-in for dry runs that remembers its jobs."""
+
+    def __init__(self, num_bytes: Callable[[Job], int]) -> None:
+        self.num_bytes, self.jobs = num_bytes, []
+
+    def __call__(self, job: Job) -> Run:
+        self.jobs.append(job)
+        return Run(Peak(self.num_bytes(job)))
+
+
+@pytest.mark.parametrize("surplus", [-GIB, -GIB // 10, GIB // 10, GIB, 9 * GIB])
+def test_the_edge_is_that_of_the_dry_runs(surplus: int) -> None:
     job, run = llama_7b(seq_len=512), by_formula(surplus=surplus)
     found, result = search(job, "micro-batch", run)
     assert result.device.num_bytes <= job.usable_bytes
     assert run(replace(job, micro_batch=found.micro_batch + 1)).device.num_bytes > job.usable_bytes
+
+
+def test_the_host_bounds_the_micro_batch() -> None:
+    job = llama_7b(seq_len=128, num_gpus=4, host_memory_bytes=20 * GIB)
+    run = by_formula(host_bytes_per_sequence=GIB)
+    assert search(job, "micro-batch", run)[0].micro_batch == 5
+    assert search(replace(job, host_memory_bytes=None), "micro-batch", run)[0].micro_batch > 5
 
 
 def search_and_one_more(job: Job) -> tuple[Job, DryRun, DryRun]:
@@ -84,8 +138,13 @@ def test_the_edge_of_real_dry_runs() -> None:
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(ValueError, match="nothing fits"):
-        search(llama_7b(num_gpus=1, gpu_memory_bytes=12 * GIB), "micro-batch", by_formula())
+    small = llama_7b(num_gpus=1, gpu_memory_bytes=12 * GIB)
+    with pytest.raises(
+        ValueError, match="nothing fits; with micro-batch 1 the peak takes 1.*10.00 GiB a card"
+    ):
+        search(small, "micro-batch", by_formula())
+    with pytest.raises(ValueError, match="nothing fits; with gpus 4096 .* of 1.00 GiB of host memory"):
+        search(llama_7b(host_memory_bytes=GIB), "gpus", by_formula(host_bytes_per_sequence=2 * GIB))
 
 
 def test_limits_rise_and_nothing_else_changes() -> None:

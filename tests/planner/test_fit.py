@@ -1,0 +1,74 @@
+"""One definition of what fits; and the key to change names what fills the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from lomo_ds.planner.fit import fits, missing_host_bytes
+from lomo_ds.planner.job import GIB, Job
+from lomo_ds.planner.plan import Plan
+from lomo_ds.planner.remedy import remedy
+from tests.planner.small_jobs import gpu_job
+
+
+@dataclass
+class Stands:
+    """Stands in for a peak."""
+
+    num_bytes: int
+    checkpoints: int = 0
+
+    def by_role(self) -> dict[str, int]:
+        return {"checkpoints": self.checkpoints}
+
+
+@dataclass
+class Run:
+    """Stands in for a dry run of one rank."""
+
+    host: Stands
+    parked_host_bytes: int = 0
+    device: Stands = field(default_factory=lambda: Stands(GIB))
+
+
+def on_host(parked: int = 0, checkpoints: int = 0, other: int = 0) -> Run:
+    return Run(Stands(parked + checkpoints + other, checkpoints), parked)
+
+
+def job_with_host(gib: int | None, **settings: object) -> Job:
+    return gpu_job(num_gpus=8, host_memory_bytes=None if gib is None else gib * GIB, **settings)
+
+
+@pytest.mark.parametrize(
+    ("gib", "gpu_gib", "expected"), [(None, 24, True), (32, 24, True), (31, 24, False), (32, 2, False)]
+)
+def test_device_and_host_both_count(gib: int | None, gpu_gib: int, expected: bool) -> None:
+    job = replace(job_with_host(gib), gpu_memory_bytes=gpu_gib * GIB, reserve_bytes=GIB + 1)
+    run = on_host(checkpoints=4 * GIB)
+    assert fits(job, run) is expected
+    assert Plan(job=job, model_name="small", run=run).fits is expected
+
+
+def test_what_a_node_lacks() -> None:
+    assert missing_host_bytes(job_with_host(31), on_host(checkpoints=4 * GIB)) == GIB
+    assert missing_host_bytes(job_with_host(33), on_host(checkpoints=4 * GIB)) == 0
+
+
+@pytest.mark.parametrize(
+    ("run", "settings", "words"),
+    [
+        (on_host(parked=4 * GIB), {}, '"two_pass"'),
+        (on_host(parked=4 * GIB, checkpoints=GIB), {}, '"two_pass"'),
+        (on_host(checkpoints=4 * GIB), {}, 'lower --seq-len, or set "activation_checkpointing'),
+        (on_host(checkpoints=4 * GIB), {"micro_batch": 2}, "lower --micro-batch"),
+        (on_host(parked=GIB, checkpoints=4 * GIB), {}, "cpu_checkpointing"),
+        (on_host(other=4 * GIB), {}, "16.00 GiB more host memory"),
+        (on_host(parked=4 * GIB), {"top": {"gradient_accumulation_steps": 2}}, "park_to"),
+        (on_host(other=GIB), {}, ""),
+    ],
+)
+def test_the_remedy_is_for_what_fills_the_host(run: Run, settings: dict, words: str) -> None:
+    text = remedy(job_with_host(16, **settings), run)
+    assert words in text and bool(text) == bool(words)
