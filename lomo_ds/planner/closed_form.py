@@ -151,7 +151,7 @@ def _is_elsewhere(section: Any) -> bool:
 
 def _own_params(job: Job) -> dict[str, Any]:
     """``"optimizer.params"`` where lomo_ds's engine reads them."""
-    return job.full_ds_json()["optimizer"]["params"] if job.is_own else {}
+    return job.engine_ds_json()["optimizer"]["params"] if job.is_own else {}
 
 
 class _Terms:
