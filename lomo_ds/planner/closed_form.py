@@ -277,7 +277,8 @@ class _Terms:
         copy = 0 if numel % job.num_gpus == 0 else _ITEM * numel
         shard = -(-numel // job.num_gpus)
         if self._parks():
-            return copy + _ITEM * shard
+            num_copies = 2 if job.num_micro_batches > 1 else 1  # the sum so far comes back to the device
+            return copy + num_copies * _ITEM * shard
         numbers = 3 if job.optimizer == "AdaLomo" else 2
         return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
 
@@ -285,11 +286,11 @@ class _Terms:
         """Whether shards wait on the host; else they are applied, in fp32, inside backward."""
         ds_json, apply = self._job.ds_json, self._params.get("apply", "auto")
         clips = self._params.get("clipping", "global") == "global" and ds_json.get("gradient_clipping", 1.0)
-        accumulates = int(ds_json.get("gradient_accumulation_steps", 1) or 1) > 1
         scales = (ds_json.get("fp16") or {}).get("enabled")
         if apply != "auto":
             return apply == "deferred"
         room, node_bytes = self._job.host_memory_bytes, self.shards * self._job.num_local
+        accumulates = self._job.num_micro_batches > 1
         return bool(clips or accumulates or scales) and (room is None or node_bytes <= room)
 
     def head(self) -> int:

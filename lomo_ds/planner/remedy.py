@@ -18,7 +18,7 @@ def _for_host(job: Job, run: DryRun) -> str:
     """By what fills the host: parked gradients if the rest fits without them, else checkpoints."""
     missing = missing_host_bytes(job, run)
     if run.parked_host_bytes * job.num_local >= missing:
-        if int(job.ds_json.get("gradient_accumulation_steps", 1) or 1) > 1:
+        if job.num_micro_batches > 1:
             return 'set "optimizer.params.park_to" to a folder: gradients then wait in a file'
         return 'set "optimizer.params.apply" to "two_pass": no gradients then wait on the host'
     if run.host.by_role()["checkpoints"]:

@@ -130,6 +130,7 @@ def gpu_jobs() -> dict[str, Job]:
         "SGD": gpu_job(optimizer="SGD", micro_batch=4),
         "SGD, 3 GPUs": gpu_job(optimizer="SGD", num_gpus=3),
         "AdamW": gpu_job(optimizer="AdamW"),
+        "accumulation": gpu_job(top={"gradient_accumulation_steps": 2}),
         "two layers stay gathered": gpu_job(zero={"stage3_max_live_parameters": 6_000_000}),
         "all stays gathered": gpu_job(zero=unlimited),
         "SGD, all stays gathered": gpu_job(zero=unlimited, optimizer="SGD", micro_batch=4),
