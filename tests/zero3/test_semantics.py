@@ -235,40 +235,6 @@ def test_the_table_in_the_docs_is_this_one(outcomes: dict[int, list[str]]) -> No
 # What no table shows ----------------------------------------------------------------------------
 
 
-class Dropping(torch.nn.Module):
-    """The reference model with dropout before it is scored."""
-
-    def __init__(self, checkpointing: str | None) -> None:
-        super().__init__()
-        self.model = TinyModel(checkpointing=checkpointing)
-        for block in self.model.blocks:
-            block.up = torch.nn.Sequential(block.up, torch.nn.Dropout(0.5))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens)
-
-
-def train_with_dropout(policy: str, checkpointing: str | None) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    model = Dropping(checkpointing)
-    ds_json = jobs.lomo_json(policy, gradient_clipping=0.0 if policy == "immediate" else 1e6)
-    engine, *_ = jobs.initialize(ds_json, model=model)
-    torch.manual_seed(17 + engine.global_rank)
-    for step in range(3):
-        engine.backward(engine(rank_batch(step, engine.global_rank, engine.world_size)))
-        engine.step()
-    return jobs.whole_params(model)
-
-
-@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
-def test_both_passes_drop_the_same(checkpointing: str | None) -> None:
-    """With a bound that never clips, two passes give bit for bit what one gives, dropout included."""
-    expected = run_ranks(2, train_with_dropout, "immediate", checkpointing)
-    actual = run_ranks(2, train_with_dropout, "two_pass", checkpointing)
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
 def overflowing_fp16(policy: str) -> list[tuple[bool, bool, float]]:
     """Per step whether it was applied, whether parameters moved, and the loss scale after it."""
     jobs.allow_fp16_on_cpu()
