@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import pairwise, permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,8 +27,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "semantics.md"
 BEGIN, END = "<!-- cells: begin -->", "<!-- cells: end -->"
 
 OPTIMIZERS = ("Lomo", "AdaLomo")
-LRS = {("Lomo", False): 0.2, ("Lomo", True): 5.0, ("AdaLomo", False): 0.4, ("AdaLomo", True): 0.4}
-"""By optimizer and whether it clips: rates that move every parameter by many tolerances, in bf16 too."""
+LRS = {
+    "Lomo": {"off": 0.2, "global": 5.0, "value": 0.4, "per_parameter": 2.0, "lagged": 4.0},
+    "AdaLomo": dict.fromkeys(("off", "global", "value", "per_parameter", "lagged"), 0.4),
+}
+"""By optimizer and clipping: rates that move every parameter by many tolerances, in bf16 too."""
 POLICIES = ("immediate", "deferred", "two_pass")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = 2.0**6
@@ -59,7 +62,7 @@ class Cell(NamedTuple):
 
 
 def lr_of(cell: Cell) -> float:
-    return LRS[cell.optimizer, cell.max_grad_norm > 0]
+    return LRS[cell.optimizer][cell.clipping if cell.max_grad_norm else "off"]
 
 
 CELLS = [Cell(*parts) for parts in product(OPTIMIZERS, POLICIES, DTYPES, (0.0, 1.0), (1, 4))]
@@ -122,9 +125,10 @@ def histories_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, 
     return all(torch.equal(mine[name], other[name]) for mine, other in pairs for name in mine)
 
 
-def predictor_of(cell: Cell) -> Predictor:
+def predictor_of(cell: Cell, lr: float | None = None) -> Predictor:
     model = TinyModel(dtype=DTYPES[cell.dtype], loss_factor=LOSS_FACTOR)
-    settings = (cell.optimizer, lr_of(cell), cell.clipping, cell.max_grad_norm)
+    rate = lr_of(cell) if lr is None else lr
+    settings = (cell.optimizer, rate, cell.clipping, cell.max_grad_norm)
     return Predictor(model, [WholeOptimizer(model, *settings) for _ in range(1 + NUM_TRIALS)])
 
 
@@ -273,7 +277,46 @@ def test_a_dynamic_loss_scale_falls_and_grows_and_no_step_is_half_applied(policy
 # Clipping in one pass under immediate -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("clipping", ["value", "per_parameter", "lagged"])
-def test_other_clippings_in_one_pass(clipping: str, one_thread: None) -> None:
-    cell = Cell("Lomo", "immediate", "fp32", 0.5, 1, clipping)
-    assert verdict(run_on_ranks(2, [cell])[0], cell, 2) == SAME
+ONE_PASS_CELLS = {
+    (world_size, optimizer, clipping): Cell(optimizer, "immediate", dtype, 0.5, 1, clipping)
+    for world_size, dtype in ((2, "fp32"), (3, "bf16"))
+    for optimizer in OPTIMIZERS
+    for clipping in ("value", "per_parameter", "lagged")
+}
+"""fp32 on two ranks, bf16 on three."""
+
+
+@pytest.fixture(scope="module")
+def clipped_in_one_pass(one_thread: None) -> dict[tuple[int, str, str], str]:
+    """The verdict on each of these cells."""
+    verdicts = {}
+    for world_size in (2, 3):
+        keys = [key for key in ONE_PASS_CELLS if key[0] == world_size]
+        cells = [ONE_PASS_CELLS[key] for key in keys]
+        for key, cell, outcome in zip(keys, cells, run_on_ranks(world_size, cells), strict=True):
+            verdicts[key] = verdict(outcome, cell, world_size)
+    return verdicts
+
+
+@pytest.mark.parametrize("key", ONE_PASS_CELLS, ids=lambda key: "-".join(str(part) for part in key))
+def test_other_clippings_in_one_pass(
+    key: tuple[int, str, str], clipped_in_one_pass: dict[tuple[int, str, str], str]
+) -> None:
+    assert clipped_in_one_pass[key] == SAME
+
+
+def test_each_clipping_clips(one_thread: None) -> None:
+    """The reference's next parameters differ, by many tolerances, from those of every other clipping."""
+    start = {name: param.detach() for name, param in TinyModel().named_parameters()}
+    parts = [[[rank_batch(step, rank, 2) for rank in range(2)]] for step in range(2)]
+    for optimizer in OPTIMIZERS:
+        last_steps = {}
+        for clipping in ("off", *LRS[optimizer]):
+            bound = 0.0 if clipping == "off" else 0.5
+            cell = Cell(optimizer, "immediate", "fp32", bound, 1, clipping)
+            predictor = predictor_of(cell, lr=0.1)
+            last_steps[clipping] = [predictor.step(start, of_step) for of_step in parts][-1]
+        for one, other in permutations(last_steps, 2):
+            expected, wrong = last_steps[one], last_steps[other].after
+            off = [expected.distance(name, wrong[name]) for name in expected.tolerance]
+            assert max(off) >= LEAST_DISTANCE, (optimizer, one, other)
