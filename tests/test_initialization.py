@@ -35,6 +35,16 @@ BAD = {
         '"zero_optimization.offload_optimizer"',
     ),
     "offload_param": (changed(zero_optimization__offload_param=CPU), '"zero_optimization.offload_param"'),
+    "offload_param_nvme": (
+        changed(zero_optimization__offload_param={"device": "nvme", "nvme_path": "/tmp"}),
+        '"zero_optimization.offload_param"',
+    ),
+    "sequence_parallel": (changed(sequence_parallel_size=2), '"sequence_parallel_size": 2 is refused'),
+    "tensor_parallel": (
+        changed(tensor_parallel__autotp_size=2),
+        '"tensor_parallel.autotp_size": 2 is refused',
+    ),
+    "expert_parallel": (changed(expert_parallel={"enabled": True}), '"expert_parallel": '),
     "quantized_weights": (changed(zero_optimization__zero_quantized_weights=True), "zero_quantized_weights"),
     "quantized_gradients": (
         changed(zero_optimization__zero_quantized_gradients=True),
@@ -121,7 +131,8 @@ def refusals_of_arguments() -> list[str]:
     model = TinyModel()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     frozen = TinyModel().requires_grad_(False)
-    calls = [{"optimizer": sgd}, {"mpu": object()}, {"model": None}, {"config": None}, {"model": frozen}]
+    calls = [{"optimizer": sgd}, {"mpu": object()}, {"mesh_param": (2, 1)}, {"model": None}, {"config": None}]
+    calls += [{"model": frozen}]
     messages = []
     for call in calls:
         with pytest.raises(ValueError) as refusal:
@@ -131,9 +142,11 @@ def refusals_of_arguments() -> list[str]:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    sgd, mpu, model, config, frozen = run_ranks(2, refusals_of_arguments)[1]
+    sgd, mpu, mesh, model, config, frozen = run_ranks(2, refusals_of_arguments)[1]
     assert "SGD is not an optimizer of lomo_ds" in sgd
-    assert mpu.startswith("mpu") and model.startswith("model") and "no DeepSpeed JSON" in config
+    assert mpu.startswith("mpu: only data parallelism")
+    assert mesh.startswith("mesh_param: only data parallelism")
+    assert model.startswith("model") and "no DeepSpeed JSON" in config
     assert frozen.startswith("nothing is trained")
 
 

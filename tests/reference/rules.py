@@ -1,54 +1,207 @@
-"""Training in one process on whole tensors, in any dtype: fp32 arithmetic, one rounding of each weight."""
+"""One step at a time on whole tensors, in any dtype, with a bound on what rounding may make of it.
+
+A step is predicted from the parameters that the run under test had before it. What an earlier step rounded
+is thereby no error of a later one, and a tolerance covers one step only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from tests.reference.sgd import Run
+NUM_TRIALS = 6
+FP32_UNIT = 2.0**-24
+FP32_OPERATIONS = 20
+"""On the longest way through the model and the update; their order differs with the alignment of tensors."""
+
+Named = dict[str, Tensor]
 
 
-def train_whole(
-    model: nn.Module,
-    batches: Sequence[Sequence[Tensor]],
-    optimizer_name: str,
-    lr: float,
-    max_grad_norm: float,
-    loss_scale: float = 1.0,
-) -> Run:
-    """torch's SGD or transformers' Adafactor on an fp32 copy that is made anew from the weights each step.
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """The mean over ranks and micro-batches.
+
+    Attributes:
+        mean: in fp32, of each trained parameter.
+        error: a bound on how far each element of the mean is off where it is summed in the model's dtype.
+    """
+
+    mean: Named
+    error: Named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one step has to give.
+
+    Attributes:
+        before: every parameter before the step, in fp32.
+        after: the same after it, before it is rounded to its dtype.
+        tolerance: for each trained parameter a bound on the 2-norm of what differs from ``after``.
+        grad_norm: before clipping.
+        norm_tolerance: a bound on its absolute error.
+    """
+
+    before: Named
+    after: Named
+    tolerance: dict[str, float]
+    grad_norm: float
+    norm_tolerance: float
+
+    def distance(self, name: str, actual: Tensor) -> float:
+        """How far off a trained parameter is, in tolerances: at most 1 where it is right."""
+        return float((actual.double() - self.after[name].double()).norm()) / self.tolerance[name]
+
+
+def mean_gradient(model: nn.Module, micro_batches: Sequence[Sequence[Tensor]], loss_scale: float) -> Gradient:
+    """The gradient of a step, each rank's and micro-batch's part from a backward of its own.
+
+    The parts are what the ranks compute, kernel for kernel. In a micro-batch they are divided by the number
+    of ranks (exactly, where that is a power of two) and summed over them, then the micro-batches are summed
+    in their order. Each of these operations rounds by half a unit in the last place of its result, which
+    between ranks is at most the sum of the absolute values.
 
     Args:
-        model: its parameters' dtype is that of the run.
-        batches: ``batches[step]`` are its micro-batches, of all ranks together.
-        optimizer_name: "Lomo" or "AdaLomo".
-        loss_scale: gradients are computed at this scale, as fp16 needs it.
+        model: with the weights before the step.
+        micro_batches: the tokens, by micro-batch and rank.
+        loss_scale: the gradients are computed at this scale, as fp16 needs it.
     """
-    trained = [param for param in model.parameters() if param.requires_grad]
-    copies = [nn.Parameter(param.detach().float()) for param in trained]
-    optimizer = _oracle(optimizer_name, copies, lr)
-    run = Run([], [], [], {})
-    for micro_batches in batches:
-        for tokens in micro_batches:
-            (model(tokens) * loss_scale / len(micro_batches)).backward()
-        with torch.no_grad():
-            for copy, param in zip(copies, trained, strict=True):
-                copy.copy_(param)
-                copy.grad = param.grad.float() / loss_scale
-                param.grad = None
-        run.grad_norms.append(nn.utils.clip_grad_norm_(copies, max_grad_norm or float("inf")).item())
-        optimizer.step()
-        with torch.no_grad():
-            for copy, param in zip(copies, trained, strict=True):
-                param.copy_(copy)
-    run.params = {name: param.detach().clone() for name, param in model.named_parameters()}
-    return run
+    num_ranks = len(micro_batches[0])
+    roundings = num_ranks - (num_ranks & (num_ranks - 1) == 0)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    mean, error = ({name: torch.zeros(param.shape) for name, param in trained.items()} for _ in range(2))
+    limits = torch.finfo(next(iter(trained.values())).dtype)
+    unit = limits.eps / 2 + FP32_OPERATIONS * FP32_UNIT
+    for number, ranks in enumerate(micro_batches):
+        for name, parts in _parts(model, trained, ranks, loss_scale / len(micro_batches)).items():
+            parts /= loss_scale
+            mean[name] += parts.sum(0)
+            error[name] += roundings * unit * parts.abs().sum(0) + (
+                unit * mean[name].abs() if number else 0.0
+            )
+    smallest = limits.smallest_normal * limits.eps / 2 / loss_scale
+    num_operations = (num_ranks + 1) * len(micro_batches)
+    for name, of_sums in error.items():
+        of_sums += num_operations * smallest + FP32_OPERATIONS * FP32_UNIT * mean[name].abs().max()
+    return Gradient(mean=mean, error=error)
+
+
+def _parts(model: nn.Module, trained: Named, ranks: Sequence[Tensor], scale: float) -> Named:
+    """Each rank's part of a micro-batch's mean gradient: fp32, loss scale included, shape (ranks, *shape)."""
+    parts = {name: torch.zeros(len(ranks), *param.shape) for name, param in trained.items()}
+    for rank, tokens in enumerate(ranks):
+        (model(tokens) * scale).backward()
+        for name, param in trained.items():
+            parts[name][rank] = param.grad.float() / len(ranks)
+            param.grad = None
+    return parts
+
+
+class WholeOptimizer:
+    """torch's SGD or transformers' Adafactor on fp32 copies that are made anew from the weights each step.
+
+    Args:
+        model: names and shapes of the parameters.
+        optimizer_name: "Lomo" or "AdaLomo".
+        lr: learning rate.
+        clipping: as in the JSON: "global", "value", "per_parameter" or "lagged".
+        max_grad_norm: what is clipped to; 0 for no clipping.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer_name: str, lr: float, clipping: str, max_grad_norm: float
+    ) -> None:
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        self._copies = {name: nn.Parameter(param.detach().float().clone()) for name, param in named}
+        self._optimizer = _oracle(optimizer_name, list(self._copies.values()), lr)
+        self._clipping = clipping
+        self._bound = max_grad_norm
+        self._last_norm: float | None = None
+
+    def step(self, before: Named, grads: Named) -> tuple[Named, float]:
+        """The trained parameters after a step from ``before``, in fp32, and the norm before clipping."""
+        for name, copy in self._copies.items():
+            copy.data.copy_(before[name])
+            copy.grad = grads[name].clone()
+        copies = list(self._copies.values())
+        norm = nn.utils.get_total_norm([copy.grad for copy in copies]).item()
+        if self._bound > 0:
+            self._clip(copies)
+        self._last_norm = norm
+        self._optimizer.step()
+        return {name: copy.detach().clone() for name, copy in self._copies.items()}, norm
+
+    def _clip(self, copies: list[nn.Parameter]) -> None:
+        if self._clipping == "global":
+            nn.utils.clip_grad_norm_(copies, self._bound)
+        elif self._clipping == "value":
+            nn.utils.clip_grad_value_(copies, self._bound)
+        elif self._clipping == "per_parameter" or self._last_norm is None:
+            for copy in copies:
+                nn.utils.clip_grad_norm_([copy], self._bound)
+        else:
+            for copy in copies:
+                copy.grad *= min(1.0, self._bound / (self._last_norm + 1e-6))
 
 
 def _oracle(name: str, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     if name == "Lomo":
         return torch.optim.SGD(params, lr=lr)
     return Adafactor(params, lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
+
+
+class Predictor:
+    """Predicts each step of a run.
+
+    Beside the optimizer itself run ``NUM_TRIALS`` others whose gradient elements are all off by as much as
+    they can be, in directions drawn at random. The farthest of them is how far rounding of the gradient
+    carries a parameter; to that comes the rounding of the parameter itself.
+
+    Args:
+        model: the reference's own, in the dtype of the run; its weights are overwritten.
+        optimizers: made alike, one for the step and ``NUM_TRIALS`` for the tolerance.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[WholeOptimizer]) -> None:
+        assert len(optimizers) == 1 + NUM_TRIALS
+        self._model = model
+        self._optimizer, *self._trials = optimizers
+        self._generator = torch.Generator().manual_seed(11)
+
+    def step(
+        self, before: Named, micro_batches: Sequence[Sequence[Tensor]], loss_scale: float = 1.0
+    ) -> Prediction:
+        """Predict the step that starts from the parameters ``before``."""
+        with torch.no_grad():
+            for name, param in self._model.named_parameters():
+                param.copy_(before[name])
+        gradient = mean_gradient(self._model, micro_batches, loss_scale)
+        start = {name: param.float() for name, param in before.items()}
+        after, norm = self._optimizer.step(start, gradient.mean)
+        trials = [trial.step(start, self._off(gradient))[0] for trial in self._trials]
+        tolerance = {}
+        for name, whole in after.items():
+            carried = max(float((trial[name] - whole).norm()) for trial in trials)
+            unit = torch.finfo(before[name].dtype).eps / 2 + FP32_OPERATIONS * FP32_UNIT
+            tolerance[name] = carried + unit * float(whole.norm())
+        off = torch.stack([error.norm() for error in gradient.error.values()]).norm()
+        return Prediction(
+            before=start,
+            after=start | after,
+            tolerance=tolerance,
+            grad_norm=norm,
+            norm_tolerance=float(off) + FP32_OPERATIONS * FP32_UNIT * norm,
+        )
+
+    def _off(self, gradient: Gradient) -> Named:
+        return {
+            name: mean + gradient.error[name] * self._signs(mean.shape)
+            for name, mean in gradient.mean.items()
+        }
+
+    def _signs(self, shape: torch.Size) -> Tensor:
+        return torch.randint(2, shape, generator=self._generator) * 2.0 - 1.0

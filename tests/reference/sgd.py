@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 @dataclass
 class Run:
-    """What a training run left: losses and norms of each step, and the parameters by name."""
+    """What a training run left.
+
+    Attributes:
+        losses, grad_norms, lrs: of each step.
+        params: at the end, by name.
+        history: the parameters before the first step and after each, where it was asked for.
+    """
 
     losses: list[float]
     grad_norms: list[float]
     lrs: list[float]
     params: dict[str, Tensor]
+    history: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 def train_plain(

@@ -67,11 +67,9 @@ def whole_params(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter, gathered. Collective."""
     import deepspeed
 
-    params = {}
-    for name, param in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([param]):
-            params[name] = param.detach().clone()
-    return params
+    params = dict(model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(params.values())):
+        return {name: param.detach().clone() for name, param in params.items()}
 
 
 def train(
@@ -80,6 +78,7 @@ def train(
     zero_init: bool = False,
     skip_branch_every: int = 0,
     evaluate: bool = False,
+    keep_history: bool = False,
     **model_arguments: Any,
 ) -> Run:
     """The user's loop on this rank's part of the reference batches."""
@@ -87,6 +86,8 @@ def train(
     engine, *_ = initialize(ds_json, model=model)
     run = Run([], [], [], {})
     micro_batches = engine.gradient_accumulation_steps()
+    if keep_history:
+        run.history.append(whole_params(model))
     for step in range(num_steps):
         use_branch = not skip_branch_every or step % skip_branch_every != 0
         run.lrs.append(engine.get_lr()[0])
@@ -101,6 +102,8 @@ def train(
         run.grad_norms.append(float(engine.get_global_grad_norm()))
         if evaluate:
             evaluate_once(engine)
+        if keep_history:
+            run.history.append(whole_params(model))
     run.params = whole_params(model)
     return run
 

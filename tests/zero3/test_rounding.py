@@ -67,3 +67,66 @@ def test_stochastic_rounding_is_the_same_however_shards_are_applied(optimizer: s
     runs = run_ranks(2, train_and_listen, json_with("stochastic", lr, policy, optimizer), 3)
     for _, params in runs:
         assert all(torch.equal(params[name], expected[name]) for name in expected)
+
+
+# Stochastic rounding does not depend on the ranks ------------------------------------------------
+
+NUM_STEPS = 3
+
+
+class GivenGradient(torch.nn.Module):
+    """Parameters whose gradients are the same on every rank, and exact however many ranks average them.
+
+    A gradient is 3 * k * 2**-8 with k below 64: in bf16 its half, its third and the sums of those are exact.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = [(7, 5), (13,), (1,), (6, 11), (2, 3, 5)]
+        self.weights = torch.nn.ParameterList(torch.randn(shape) for shape in shapes).bfloat16()
+        self.grads = [torch.randint(-63, 64, shape) * 3.0 * 2.0**-8 for shape in shapes]
+
+    def forward(self) -> torch.Tensor:
+        pairs = zip(self.weights, self.grads, strict=True)
+        return sum((weight * grad.bfloat16()).float().sum() for weight, grad in pairs)
+
+
+def train_on_given_gradients(
+    rounding: str, optimizer: str, persistence: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parameters, gathered, and before that the copies as this rank holds them."""
+    ds_json = json_with(rounding, 1e-3, optimizer=optimizer)
+    ds_json["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+    engine, *_ = jobs.initialize(ds_json, model=GivenGradient())
+    for _ in range(NUM_STEPS):
+        engine.backward(engine())
+        engine.step()
+    copies = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+    return jobs.whole_params(engine.module), copies
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stochastic_rounding_is_the_same_for_every_number_of_ranks() -> None:
+    alone = run_ranks(1, train_on_given_gradients, "stochastic", "Lomo", 0)[0][0]
+    nearest = run_ranks(1, train_on_given_gradients, "nearest", "Lomo", 0)[0][0]
+    start = dict(GivenGradient().named_parameters())
+    for name, params in alone.items():
+        drawn = (params != nearest[name]).float().mean()
+        assert drawn > 0.1 or params.numel() == 1, f"{name}: random numbers have to decide something"
+        assert (params != start[name]).any() or params.numel() == 1
+    for world_size in (2, 3):
+        for params, _ in run_ranks(world_size, train_on_given_gradients, "stochastic", "Lomo", 0):
+            assert same(params, alone)
+
+
+@pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
+def test_copies_on_every_rank_are_equal_under_stochastic_rounding(optimizer: str) -> None:
+    """Parameters that ZeRO-3 keeps whole on each rank, against the same cut."""
+    cut = run_ranks(3, train_on_given_gradients, "stochastic", optimizer, 0)[0][0]
+    for params, copies in run_ranks(3, train_on_given_gradients, "stochastic", optimizer, 100_000):
+        assert all(copy.numel() > 0 for copy in copies.values()), "they have to be kept whole"
+        assert same(copies, params) and same(params, cut)
