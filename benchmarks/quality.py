@@ -5,8 +5,8 @@ Usage: python benchmarks/quality.py --data DIR [--tasks sst2 rte] [--methods ...
 DIR holds SST-2 and SuperGLUE as JSON lines. Each cell is one training; key=value changes the recipe of
 every cell. Of each method's grid the first seed tries every rate, scored on a slice of the training file
 that no cell trains on; the best rate's runs are scored on the validation file. AdamW runs all its rates with
-all seeds. A cell that is done is not
-run again, and the report is written anew after each: --report writes it and runs nothing.
+all seeds. A cell that is done is not run again, and the report is written anew after each: --report writes it
+and runs nothing.
 """
 
 from __future__ import annotations

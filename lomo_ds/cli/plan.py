@@ -91,7 +91,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     refuse_unplannable(job)
     plan = make_plan(job, arguments.model, arguments.hardware, arguments.search)
     print_plan(plan, Console(width=max(120, Console().width)))
-    print(_batch_line(plan.job), end="")
     for path, content in ((arguments.json, plan.as_json), (arguments.write_config, plan.job.full_ds_json)):
         if path:
             Path(path).write_text(json.dumps(content(), indent=2) + "\n", encoding="utf-8")
@@ -116,18 +115,6 @@ def _refuse_outputs(arguments: argparse.Namespace) -> None:
         suffix = Path(arguments.plot).suffix[1:].lower()
         if suffix and suffix not in known:
             raise ValueError(f"--plot {arguments.plot}: matplotlib writes {', '.join(sorted(known))}")
-
-
-def _batch_line(job: Any) -> str:
-    """What the headline does not say: accumulation, and a ``train_batch_size`` that had to follow."""
-    asked = job.ds_json.get("train_batch_size", job.train_batch)
-    if job.num_micro_batches == 1 and asked == job.train_batch:
-        return ""
-    changed = "" if asked == job.train_batch else f' (the JSON\'s "train_batch_size" was {asked})'
-    return (
-        f"a step has {job.train_batch} sequences: {job.num_gpus} GPUs x {job.num_micro_batches} "
-        f"micro-batches x {job.micro_batch}{changed}\n"
-    )
 
 
 _NOT_OF_A_TABLE = ("search", "write_config", "hardware", "plot")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lomo_ds.planner.job import Job
+from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.rules.rounding import chunk_numel
 
 _ITEM = 2
@@ -136,7 +136,7 @@ def _refuse_unknown(job: Job, shape: Shape) -> None:
         '"zero_optimization.offload_optimizer"': _is_elsewhere(zero.get("offload_optimizer")),
         '"zero_optimization.offload_param"': _is_elsewhere(zero.get("offload_param")),
         '"zero_optimization.reduce_bucket_size" above the largest matrix of a layer': (
-            int(zero.get("reduce_bucket_size", 5e8)) > max(shape.matrices)
+            zero_limit(ds_json, "reduce_bucket_size") > max(shape.matrices)
         ),
         "a device without flash attention": job.device == "cpu",
     }
@@ -160,11 +160,10 @@ class _Terms:
     def __init__(self, job: Job, shape: Shape) -> None:
         self._job, self._shape, self._params = job, shape, _own_params(job)
         self._tokens = job.micro_batch * job.seq_len
-        zero = job.ds_json.get("zero_optimization", {})
-        self._bucket = int(zero.get("reduce_bucket_size", 5e8))
-        self._small = int(zero.get("stage3_param_persistence_threshold", 1e5))
-        self._live = int(zero.get("stage3_max_live_parameters", 1e9))
-        self._prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
+        self._bucket = zero_limit(job.ds_json, "reduce_bucket_size")
+        self._small = zero_limit(job.ds_json, "stage3_param_persistence_threshold")
+        self._live = zero_limit(job.ds_json, "stage3_max_live_parameters")
+        self._prefetch = zero_limit(job.ds_json, "stage3_prefetch_bucket_size")
         self._tiling = job.ds_json.get("tiled_vocabulary", {}) if job.is_own else {}
         self._shard_numel = sum(-(-size // job.num_gpus) for size in shape.all_sizes())
         self.shards = self._shard_numel * _ITEM

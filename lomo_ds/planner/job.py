@@ -188,6 +188,20 @@ def _filled(given: Mapping[str, Any], left_open: Mapping[str, Any]) -> dict[str,
     return both
 
 
+DEEPSPEED_LIMITS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+"""Keys of ``"zero_optimization"`` -> DeepSpeed's defaults, in elements."""
+
+
+def zero_limit(ds_json: Mapping[str, Any], key: str) -> int:
+    """One of ``DEEPSPEED_LIMITS`` as a JSON sets it, or its default."""
+    return int(ds_json.get("zero_optimization", {}).get(key, DEEPSPEED_LIMITS[key]))
+
+
 PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose vocabulary is known to train in tiles."""
 

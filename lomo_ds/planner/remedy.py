@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lomo_ds.planner.dry_run import DryRun
 from lomo_ds.planner.fit import missing_device_bytes, missing_host_bytes
-from lomo_ds.planner.job import GIB, Job
+from lomo_ds.planner.job import GIB, Job, zero_limit
 
 
 def remedy(job: Job, run: DryRun) -> str:
@@ -30,7 +30,6 @@ def _for_host(job: Job, run: DryRun) -> str:
 def _for_device(job: Job, run: DryRun) -> str:
     """For the largest part of the peak that a key governs."""
     roles, missing = run.device.by_role(), missing_device_bytes(job, run)
-    zero = job.ds_json.get("zero_optimization", {})
     standing = roles["parameters"] + roles["rule state"]
     if not job.is_own and standing + roles["gradients"] > job.gpu_memory_bytes / 2:
         return f'set "optimizer.type" to "Lomo": {job.optimizer} keeps gradients and states'
@@ -39,7 +38,8 @@ def _for_device(job: Job, run: DryRun) -> str:
         return f"more GPUs: the shards alone need at least {fewest} of them (--num-gpus)"
     if job.checkpointing == "none":
         return "turn activation checkpointing on (--checkpointing reentrant)"
-    if roles["gathered parameters"] >= missing and zero.get("stage3_max_live_parameters", 1e9) > 1e8:
+    live = zero_limit(job.ds_json, "stage3_max_live_parameters")
+    if roles["gathered parameters"] >= missing and live > 1e8:
         return 'lower "zero_optimization.stage3_max_live_parameters" (and "stage3_prefetch_bucket_size")'
     if roles["checkpoints"] >= missing:
         return 'set "activation_checkpointing.cpu_checkpointing" to true: checkpoints then wait on the host'

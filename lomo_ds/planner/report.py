@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Block, Peak
 from lomo_ds.planner.plan import Plan
 from lomo_ds.planner.sizes import gib
@@ -21,7 +22,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(line, highlight=False)
     console.print(_roles_table(plan))
     console.print(_peak_table(plan.run.device))
-    for line in (*_host_lines(plan), *_traffic_lines(plan), *_time_lines(plan)):
+    for line in (*_host_lines(plan), *_traffic_lines(plan), *_time_lines(plan), *_batch_lines(plan.job)):
         console.print(line, highlight=False)
 
 
@@ -128,3 +129,15 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         f"{time.wire_s:.2f}, host {time.host_s:.2f} s"
     )
     yield from (f"  assumed: {assumption}" for assumption in time.assumptions)
+
+
+def _batch_lines(job: Job) -> Iterator[str]:
+    """What the headline does not say: accumulation, and a ``train_batch_size`` that had to follow."""
+    asked = job.ds_json.get("train_batch_size", job.train_batch)
+    if job.num_micro_batches == 1 and asked == job.train_batch:
+        return
+    changed = "" if asked == job.train_batch else f' (the JSON\'s "train_batch_size" was {asked})'
+    yield (
+        f"a step has {job.train_batch} sequences: {job.num_gpus} GPUs x {job.num_micro_batches} "
+        f"micro-batches x {job.micro_batch}{changed}"
+    )

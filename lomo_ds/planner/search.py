@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.fit import fits, host_peak_bytes_per_node, missing_device_bytes
-from lomo_ds.planner.job import GIB, Job
+from lomo_ds.planner.job import GIB, Job, zero_limit
 
 Goal = Literal["micro-batch", "seq-len", "gpus"]
 
@@ -89,7 +89,7 @@ def last_near(start: int, count: int, holds: Callable[[int], bool]) -> int:
         count: of the numbers.
         holds: true up to some number.
     """
-    low, high, step = -1, count, 1
+    step = 1
     if holds(start):
         low = start
         while low + step < count and holds(low + step):
@@ -146,9 +146,9 @@ def with_limits(ds_json: Any, free_numel: int) -> dict[str, Any]:
     """
     changed = copy.deepcopy(dict(ds_json))
     zero = changed["zero_optimization"]
-    live = min(_MOST_LIVE, int(zero.get("stage3_max_live_parameters", 1e9)) + free_numel)
+    live = min(_MOST_LIVE, zero_limit(changed, "stage3_max_live_parameters") + free_numel)
     zero["stage3_max_live_parameters"] = live
     zero["stage3_max_reuse_distance"] = live
-    prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
+    prefetch = zero_limit(changed, "stage3_prefetch_bucket_size")
     zero["stage3_prefetch_bucket_size"] = max(prefetch, min(_MOST_PREFETCH, free_numel // 2))
     return changed

@@ -51,6 +51,11 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
     return EncodedAnswer(input_ids=input_ids, target_ids=target_ids)
 
 
+def padding_id(tokenizer: Any) -> int:
+    """A token to pad with; which one does not matter, since padding is masked."""
+    return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+
+
 def encode_right_answers(
     tokenizer: Any, examples: Sequence[ChoiceExample], max_length: int
 ) -> list[EncodedAnswer]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses
+from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, padding_id
 from lomo_ds.tasks.prompts import Example, ResponseExample
 from lomo_ds.tasks.scoring import Query, accuracy, answer_loss, option_scores, queries_for, rank_batches
 
@@ -195,7 +195,7 @@ def evaluation_of(
     Raises:
         ValueError: an example without room for its answer.
     """
-    pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+    pad_token_id = padding_id(tokenizer)
     if isinstance(examples[0], ResponseExample):
         answers = encode_responses(tokenizer, examples, max_length)
         return ResponseEvaluation(answers=answers, batch_size=batch_size, pad_token_id=pad_token_id)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lomo_ds.recipe import Recipe
-from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, encode_right_answers
+from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, encode_right_answers, padding_id
 from lomo_ds.tasks.evaluation import Evaluation, evaluation_of
 from lomo_ds.tasks.prompts import Example, ResponseExample
 from lomo_ds.training.plan import RunPlan
@@ -36,7 +36,6 @@ def encode_data_sets(plan: RunPlan, tokenizer: Any) -> DataSets:
     Raises:
         ValueError: an example without room for its answer.
     """
-    pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
     train = _encoded("data.train", tokenizer, plan.train_examples, plan.recipe)
     held_out = _evaluation(plan, tokenizer)
     num_cut_held_out = held_out.num_cut if held_out else 0
@@ -44,7 +43,7 @@ def encode_data_sets(plan: RunPlan, tokenizer: Any) -> DataSets:
         train=train,
         held_out=held_out,
         num_cut=num_cut_held_out + sum(answer.is_cut for answer in train),
-        pad_token_id=pad_token_id,
+        pad_token_id=padding_id(tokenizer),
     )
 
 

@@ -69,13 +69,15 @@ class LomoZeroOptimizer(Stage3Seam):
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
 
     def _make_parking(self) -> Parking | NvmeParking:
-        shard_numel = {param: shard_spec(param).shard_numel for param in self.trainable_params()}
+        shard_numel, dtype = self._shard_numel(), self.gradient_accumulation_dtype
         device = torch.device(get_accelerator().current_device_name())
-        dtype = self.gradient_accumulation_dtype
         if self.choice.nvme is None:
             return Parking(shard_numel, dtype, device, max_numel_moving=self.reduce_bucket_size)
         with failing_together():
             return NvmeParking(shard_numel, dtype, device, self.choice.nvme)
+
+    def _shard_numel(self) -> dict[Parameter, int]:
+        return {param: shard_spec(param).shard_numel for param in self.trainable_params()}
 
     @property
     def parked_host_bytes(self) -> int:
@@ -174,7 +176,7 @@ class LomoZeroOptimizer(Stage3Seam):
 
     def _refuse_second_part(self, param: Parameter) -> None:
         if param in self._squares:
-            numel = sum(shard_spec(param).shard_numel for param in self.trainable_params())
+            numel = sum(self._shard_numel().values())
             parked = shown_bytes(numel * self.gradient_accumulation_dtype.itemsize)
             raise RuntimeError(
                 f"a second gradient for {self.name_of(param)!r} since the last engine.step(): the first "

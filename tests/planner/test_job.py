@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lomo_ds.planner.batch import default_micro_batch
-from lomo_ds.planner.job import Job, default_ds_json, split_open
+from lomo_ds.planner.job import DEEPSPEED_LIMITS, Job, default_ds_json, split_open, zero_limit
 from tests.planner.small_jobs import small_job, small_json
 
 TRAIN, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
@@ -148,3 +148,14 @@ def test_what_cannot_run_dry_is_refused(key: str) -> None:
     zero = small_json()["zero_optimization"] | {key: {"device": "nvme"}}
     with pytest.raises(ValueError, match=f'"zero_optimization.{key}.device"'):
         small_job(2, small_json(zero_optimization=zero), optimizer="AdamW")
+
+
+def test_limits_that_a_json_leaves_out_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    defaults = DeepSpeedZeroConfig(stage=3)
+    names = {"stage3_" + key: key for key in ("max_live_parameters", "prefetch_bucket_size")}
+    names |= {"stage3_param_persistence_threshold": "param_persistence_threshold"}
+    for key in DEEPSPEED_LIMITS:
+        assert zero_limit({}, key) == getattr(defaults, names.get(key, key)), key
+    assert zero_limit({"zero_optimization": {"reduce_bucket_size": 5e6}}, "reduce_bucket_size") == 5_000_000
