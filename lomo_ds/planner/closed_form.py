@@ -6,6 +6,9 @@ the peak has a formula; the largest counts. What no formula knows is refused. do
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +16,12 @@ import torch
 
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.rules.rounding import chunk_numel
+from lomo_ds.zero3.policy import Demands, choose, refuse_contradictions
 
 _ITEM = 2
 """Bytes of a bf16 or fp16 number; fp32 takes two of them."""
+_MAX_GRAD_NORM = 1.0
+"""DeepSpeed's, where a JSON does not name ``gradient_clipping``."""
 _ERROR_BYTES = {"kahan": 2, "compensated8": 1}
 """Way of rounding -> bytes that it keeps for each element of a shard."""
 
@@ -130,8 +136,9 @@ def _refuse_unknown(job: Job, shape: Shape) -> None:
     refused = {
         "--checkpointing non-reentrant": job.checkpointing == "non_reentrant",
         'fp32: neither "bf16.enabled" nor "fp16.enabled" is true': not any(
-            (ds_json.get(key) or {}).get("enabled") for key in ("bf16", "fp16")
+            _enabled(ds_json, key) for key in ("bf16", "fp16")
         ),
+        '"data_types.grad_accum_dtype"': bool(ds_json.get("data_types", {}).get("grad_accum_dtype")),
         '"optimizer.params.param_groups"': bool(_own_params(job).get("param_groups")),
         '"zero_optimization.offload_optimizer"': _is_elsewhere(zero.get("offload_optimizer")),
         '"zero_optimization.offload_param"': _is_elsewhere(zero.get("offload_param")),
@@ -143,6 +150,10 @@ def _refuse_unknown(job: Job, shape: Shape) -> None:
     for what, is_given in refused.items():
         if is_given:
             raise ValueError(f"the closed form does not know {what}: use a dry run")
+
+
+def _enabled(ds_json: Mapping[str, Any], key: str) -> bool:
+    return bool(ds_json.get(key, {}).get("enabled"))
 
 
 def _is_elsewhere(section: Any) -> bool:
@@ -275,22 +286,26 @@ class _Terms:
             return 0
         copy = 0 if numel % job.num_gpus == 0 else _ITEM * numel
         shard = -(-numel // job.num_gpus)
-        if self._parks():
+        if self._parks:
             num_copies = 2 if job.num_micro_batches > 1 else 1  # the sum so far comes back to the device
             return copy + num_copies * _ITEM * shard
         numbers = 3 if job.optimizer == "AdaLomo" else 2
         return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
 
+    @functools.cached_property
     def _parks(self) -> bool:
-        """Whether shards wait on the host; else they are applied, in fp32, inside backward."""
-        ds_json, apply = self._job.ds_json, self._params.get("apply", "auto")
-        clips = self._params.get("clipping", "global") == "global" and ds_json.get("gradient_clipping", 1.0)
-        scales = (ds_json.get("fp16") or {}).get("enabled")
-        if apply != "auto":
-            return apply == "deferred"
-        room, node_bytes = self._job.host_memory_bytes, self.shards * self._job.num_local
-        accumulates = self._job.num_micro_batches > 1
-        return bool(clips or accumulates or scales) and (room is None or node_bytes <= room)
+        """Whether shards wait on the host, as the engine chooses; else backward applies them, in fp32."""
+        job, apply = self._job, self._params.get("apply", "auto")
+        clips = self._params.get("clipping", "global") == "global"
+        demands = Demands(
+            max_grad_norm=float(job.ds_json.get("gradient_clipping", _MAX_GRAD_NORM)) if clips else 0.0,
+            num_micro_batches=job.num_micro_batches,
+            fp16=_enabled(job.ds_json, "fp16"),
+        )
+        room = sys.maxsize if job.host_memory_bytes is None else job.host_memory_bytes // job.num_local
+        parked = 0 if self._params.get("park_to") else self.shards
+        refuse_contradictions(apply, demands, parked)
+        return choose(apply, demands, parked, room).policy == "deferred"
 
     def head(self) -> int:
         """Loss and head: the logits in fp32, or the weight and its gradient; or one tile of each."""
@@ -323,7 +338,7 @@ class _Terms:
         weights after SGD. Ours: a parked shard and fp32 numbers of a chunk of it.
         """
         if self._job.is_own:
-            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._parks() else 0
+            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._parks else 0
             return _ITEM * shard + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
         numel = min(self._shard_numel, int(1e9))
         return numel * {"AdamW": 3 * 4, "SGD": 4 + _ITEM}[self._job.optimizer]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 
 import pytest
+from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from rich.console import Console
 
 from lomo_ds.planner.closed_form import closed_form
@@ -57,6 +59,7 @@ def test_the_parts_of_a_layer_make_its_moment() -> None:
 
 FP32 = {"bf16": {"enabled": False}}
 GROUPS = {"optimizer": {"type": "Lomo", "params": {"param_groups": [{"params": ["*"], "frozen": True}]}}}
+APPLIED_AT_ONCE = {"optimizer": {"type": "Lomo", "params": {"lr": 0.03, "apply": "immediate"}}}
 ELSEWHERE = {"offload_optimizer": {"device": "cpu"}}
 
 
@@ -69,12 +72,28 @@ ELSEWHERE = {"offload_optimizer": {"device": "cpu"}}
         ({"zero": ELSEWHERE, "optimizer": "AdamW"}, "zero_optimization.offload_optimizer"),
         ({"zero": {"reduce_bucket_size": 720_897}}, "zero_optimization.reduce_bucket_size"),
         ({"device": "cpu"}, "flash attention"),
+        ({"top": {"data_types": {"grad_accum_dtype": "fp32"}}}, "data_types.grad_accum_dtype"),
+        ({"top": APPLIED_AT_ONCE}, 'cannot honour "gradient_clipping": 1.0'),
+        ({"top": {"gradient_accumulation_steps": 2}, "host_memory_bytes": 1}, "gradients have to be parked"),
     ],
 )
 def test_what_it_does_not_know_is_refused(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words) as refusal:
         closed_form(gpu_job(**settings))
     assert "\n" not in str(refusal.value)
+
+
+def test_what_parks_is_what_the_engine_parks() -> None:
+    """What a JSON does not clip, DeepSpeed does; without room on the host nothing is parked."""
+    one_gpu = {"num_gpus": 1, "micro_batch": 4}
+    parked, at_once = gpu_job(**one_gpu), gpu_job(top={"gradient_clipping": 0.0}, **one_gpu)
+    assert closed_form(parked) != closed_form(at_once)
+    unsaid = {key: value for key, value in at_once.ds_json.items() if key != "gradient_clipping"}
+    assert GRADIENT_CLIPPING_DEFAULT > 0
+    assert closed_form(replace(at_once, ds_json=unsaid)) == closed_form(parked)
+    assert closed_form(replace(parked, host_memory_bytes=1)) == closed_form(at_once)
+    to_file = {"optimizer": {"type": "Lomo", "params": {"lr": 0.03, "park_to": "/fast"}}}
+    assert closed_form(gpu_job(top=to_file, host_memory_bytes=1, **one_gpu)) == closed_form(parked)
 
 
 def test_a_plan_tells_the_formula_or_why_there_is_none(dry_runs: dict[str, DryRun]) -> None:
