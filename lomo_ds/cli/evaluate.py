@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lomo_ds.cli.main import USAGE_ERROR
+from lomo_ds.cli.outputs import refuse_unwritable
 from lomo_ds.tasks.named import TASKS, named_task
 
 
@@ -67,8 +68,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     task = named_task(arguments.task)
     if not arguments.model.is_dir():
         raise ValueError(f"there is no folder {arguments.model}")
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise ValueError(f"--json: there is no folder {arguments.json.absolute().parent}")
+    refuse_unwritable("--json", arguments.json)
     path = task.validation_file(arguments.data)
     examples = task.read(path)[: arguments.num_examples]
     return {

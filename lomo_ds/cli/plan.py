@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lomo_ds.cli.main import USAGE_ERROR
+from lomo_ds.cli.outputs import refuse_unwritable
 
 _DESCRIPTION = (
     "Run the real engine without a GPU and without weights, as one rank of many, and say what memory it "
@@ -102,12 +103,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _refuse_outputs(arguments: argparse.Namespace) -> None:
     """Files that could not be written after the dry run, refused before it."""
     for option in ("json", "write_config", "plot"):
-        given = getattr(arguments, option)
-        name = f"--{option.replace('_', '-')}"
-        if given and not Path(given).parent.is_dir():
-            raise ValueError(f"{name} {given}: there is no folder {Path(given).parent}")
-        if given and Path(given).is_dir():
-            raise ValueError(f"{name} {given} is a folder: name a file")
+        refuse_unwritable(f"--{option.replace('_', '-')}", getattr(arguments, option))
     if arguments.plot:
         from matplotlib.backend_bases import FigureCanvasBase
 

@@ -84,7 +84,8 @@ def test_the_loss_of_responses_is_that_of_plain_transformers(model: Path, tmp_pa
     [
         ({"--task": "rtx"}, "did you mean 'rte'"),
         ({"--data": "nowhere"}, "holds none of COPA's files"),
-        ({"--json": "nowhere/result.json"}, "--json: there is no folder"),
+        ({"--json": "nowhere/result.json"}, "--json nowhere/result.json: there is no folder nowhere"),
+        ({"--json": "/"}, "--json / is a folder: name a file"),
         ({"--batch-size": "0"}, "--batch-size has to be at least 1"),
         ({"--max-sequence-length": "3"}, "max_sequence_length 3 leaves no room"),
     ],
