@@ -3,8 +3,8 @@
 Usage: python benchmarks/rounding.py [--seeds 0] [--methods fp32 stochastic nearest] [key=value ...]
 
 Each cell is one `lomo-ds train` of 200 steps; key=value changes the recipe of every cell. A cell whose
-folder holds results of the same recipe is not run again. `--fp32-seeds` adds fp32 runs of other seeds,
-whose spread is a scale for the differences.
+folder holds results of the same recipe is not run again. `--nearest-seeds 0` runs nearest with these seeds
+alone: how far it stalls shows with one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ fp32's loss jumps in the first steps, and one trajectory says little about anoth
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__, "rounding", seeds=(0,))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--fp32-seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--nearest-seeds", type=int, nargs="*", help="default: all of --seeds")
     parser.add_argument("--moved", type=int, default=400, help="training examples that are held out, too")
     return parser.parse_intermixed_args()
 
@@ -85,8 +85,10 @@ def count_examples(cell: Cell) -> dict[str, int]:
 def main() -> None:
     args, console = parse_arguments(), Console()
     files = split_again(args.recipe, args.runs, args.moved)
-    wanted = [(method, seed) for seed in args.seeds for method in args.methods]
-    wanted += [("fp32", seed) for seed in args.fp32_seeds if ("fp32", seed) not in wanted]
+    seeds_of = dict.fromkeys(args.methods, args.seeds)
+    if args.nearest_seeds is not None:
+        seeds_of["nearest"] = args.nearest_seeds
+    wanted = [(method, seed) for seed in args.seeds for method in args.methods if seed in seeds_of[method]]
     cells = [make_cell(args, method, seed, files) for method, seed in wanted]
     found = run_cells(cells, args.ranks, console)
     results = describe(args) | {"summary": summarize(found), "cells": found}

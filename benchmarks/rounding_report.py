@@ -57,9 +57,9 @@ def summarize(cells: Cells) -> dict[str, Any]:
         ``rows``: a dict per run, with ``ratios`` (measure -> its loss over fp32's; empty for fp32 and without
         a run of fp32), ``last_loss_error``, the standard error of the ratio of training losses, from the
         differences step by step (both runs see the same batches), and ``stretches``, that ratio over every
-        ``LAST_STEPS`` steps. ``verdicts``: method -> measure -> ratio
-        (mean over the seeds) and whether it is within the limit. ``fp32_spread``: measure -> the distances of
-        fp32's losses of other seeds from the first seed's, relative.
+        ``LAST_STEPS`` steps. ``verdicts``: method -> measure -> ratio (mean over the seeds), whether it is
+        within the limit, and the standard deviation over the seeds (None for one seed). ``fp32_spread``:
+        measure -> the distances of fp32's losses of other seeds from the first seed's, relative.
     """
     exact = {cell["seed"]: cell for cell in cells if cell["method"] == "fp32"}
     rows = [_row(cell, exact.get(cell["seed"])) for cell in cells]
@@ -96,8 +96,9 @@ def _ratios_of_stretches(own: Sequence[float], others: Sequence[float]) -> list[
 
 
 def _verdict(rows: Sequence[dict[str, Any]], method: str, measure: str) -> dict[str, Any]:
-    ratio = mean(row["ratios"][measure] for row in rows if row["method"] == method)
-    return {"ratio": ratio, "within": abs(ratio - 1) <= LIMIT}
+    ratios = [row["ratios"][measure] for row in rows if row["method"] == method]
+    deviation = stdev(ratios) if len(ratios) > 1 else None
+    return {"ratio": mean(ratios), "within": abs(mean(ratios) - 1) <= LIMIT, "deviation": deviation}
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
@@ -163,14 +164,20 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 def _verdicts(verdicts: dict[str, Any]) -> str:
     if not verdicts:
         return "Nothing stands beside fp32 in this run.\n"
-    lines = ["| within 1% of fp32 (mean over the seeds) | " + " | ".join(MEASURES.values()) + " |"]
+    lines = [
+        "| within 1% of fp32 (mean over the seeds; standard deviation) | "
+        + " | ".join(MEASURES.values())
+        + " |"
+    ]
     lines.append("|---" * (1 + len(MEASURES)) + "|")
     for method, found in verdicts.items():
-        cells = [
-            f"{'yes' if one['within'] else '**no**'} ({one['ratio'] - 1:+.2%})" for one in found.values()
-        ]
-        lines.append("| " + " | ".join([METHODS[method].label, *cells]) + " |")
+        lines.append("| " + " | ".join([METHODS[method].label, *map(_answer, found.values())]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _answer(verdict: dict[str, Any]) -> str:
+    spread = "" if verdict["deviation"] is None else f"; {verdict['deviation']:.2%}"
+    return f"{'yes' if verdict['within'] else '**no**'} ({verdict['ratio'] - 1:+.2%}{spread})"
 
 
 def _stretches(rows: Sequence[dict[str, Any]]) -> str:

@@ -56,9 +56,9 @@ def test_losses_stand_beside_the_fp32_run_of_their_seed(benchmark_module, tmp_pa
     ]
     summary = report.summarize(cells)
     stochastic, nearest = (summary["verdicts"][method] for method in ("stochastic", "nearest"))
-    assert stochastic["last_loss"] == {"ratio": pytest.approx(1.0), "within": True}
-    assert stochastic["loss_after"] == {"ratio": pytest.approx(1.005), "within": True}
-    assert nearest["last_loss"] == {"ratio": pytest.approx(1.125), "within": False}
+    assert stochastic["last_loss"] == {"ratio": pytest.approx(1.0), "within": True, "deviation": None}
+    assert stochastic["loss_after"] == {"ratio": pytest.approx(1.005), "within": True, "deviation": None}
+    assert nearest["last_loss"] == {"ratio": pytest.approx(1.125), "within": False, "deviation": None}
     assert summary["rows"][1]["last_loss_error"] == pytest.approx(0.01 / 7 / 0.4)  # +-0.01 over 49 degrees
     assert summary["rows"][2]["last_loss_error"] == pytest.approx(0.0)
     assert summary["rows"][2]["stretches"] == pytest.approx([1.125])
@@ -71,6 +71,20 @@ def test_losses_stand_beside_the_fp32_run_of_their_seed(benchmark_module, tmp_pa
     assert "- bf16, nearest, seed 0: +12.50%" in page
     assert json.loads((tmp_path / "rounding.json").read_text())["summary"]["rows"][0]["ratios"] == {}
     assert (tmp_path / "rounding.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_seeds_have_a_mean_and_a_spread(benchmark_module):
+    report = benchmark_module("rounding_report")
+    cells = [cell("fp32", seed, [0.4] * 50, 0.40) for seed in (0, 1)]
+    cells += [cell("stochastic", 0, [0.4] * 50, 0.402), cell("stochastic", 1, [0.4] * 50, 0.410)]
+    verdict = report.summarize(cells)["verdicts"]["stochastic"]["loss_after"]
+    assert verdict == {
+        "ratio": pytest.approx(1.015),
+        "within": False,
+        "deviation": pytest.approx(0.0002**0.5),
+    }
+    page = report.markdown(results(report, cells))
+    assert "| bf16, stochastic | yes (+0.00%; 0.00%) | **no** (+1.50%; 1.41%) |" in page
 
 
 def test_without_fp32_there_is_no_verdict(benchmark_module):
