@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from deepspeed import checkpointing
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
 
@@ -28,8 +30,12 @@ def backward_twice(
     Returns:
         What ``backward`` returned in the first pass.
 
+    Raises:
+        ValueError: the graph frees what it holds after one pass; nothing has changed then.
+
     Cost: with activation checkpointing (forward 1, backward 3 with its recomputation) 7 in place of 4.
     """
+    _refuse_single_use(loss)
     counters = optimizer.backward_counters()
     with optimizer.measuring():
         returned = backward(loss, retain_graph=True)
@@ -37,3 +43,25 @@ def backward_twice(
         optimizer.restore_backward_counters(counters)
         backward(loss, retain_graph=retain_graph)
     return returned
+
+
+def _refuse_single_use(loss: Tensor) -> None:
+    functions = {getattr(type(node), "_forward_cls", None) for node in _nodes_of(loss)}
+    if checkpointing.CheckpointFunction in functions:
+        raise ValueError(
+            "engine.backward(loss): deepspeed.checkpointing.checkpoint frees what it has saved after one "
+            "backward, and two_pass runs two: use torch.utils.checkpoint, or set "
+            '"optimizer.params.apply" to "deferred"'
+        )
+
+
+def _nodes_of(loss: Tensor) -> Iterator[Node]:
+    """Every node of the graph behind a loss."""
+    found = {loss.grad_fn}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        fresh = {following for following, _ in node.next_functions} - found - {None}
+        found |= fresh
+        waiting += fresh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -145,6 +146,36 @@ def test_a_loss_that_reaches_nothing_trained_changes_nothing(policy: str) -> Non
     ds_json = jobs.lomo_json(policy)
     for params in run_ranks(2, backward_that_reaches_nothing, ds_json):
         assert same(params, run_ranks(2, one_step, ds_json)[0])
+
+
+class CheckpointedByDeepSpeed(TinyModel):
+    def _run(self, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return deepspeed.checkpointing.checkpoint(block, hidden)
+
+
+def step_with_deepspeeds_checkpointing(policy: str, checkpointed: bool) -> dict[str, torch.Tensor]:
+    ds_json = jobs.lomo_json(policy)
+    torch.manual_seed(0)
+    model = CheckpointedByDeepSpeed() if checkpointed else TinyModel()
+    engine, *_ = jobs.initialize(ds_json, model=model)
+    deepspeed.checkpointing.configure(None, deepspeed_config=ds_json)
+    batch = rank_batch(0, engine.global_rank, engine.world_size)
+    if checkpointed and policy == "two_pass":
+        before = shards(model)
+        with pytest.raises(ValueError, match="use torch.utils.checkpoint, or set"):
+            engine.backward(engine(batch))
+        assert same(before, shards(model))
+        return {}
+    engine.backward(engine(batch))
+    engine.step()
+    return jobs.whole_params(model)
+
+
+def test_deepspeeds_checkpointing_trains_in_one_pass_and_is_refused_in_two() -> None:
+    run_ranks(2, step_with_deepspeeds_checkpointing, "two_pass", True)
+    expected = run_ranks(2, step_with_deepspeeds_checkpointing, "deferred", False)[0]
+    for params in run_ranks(2, step_with_deepspeeds_checkpointing, "deferred", True):
+        assert largest_relative_difference(params, expected) <= 1e-6
 
 
 def step_without_gradient(ds_json: dict[str, Any]) -> None:
