@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from lomo_ds.config import from_mapping
+from lomo_ds.config import from_mapping, shown_bytes
 
 KEY = '"optimizer.params.park_to"'
 NUM_SLOTS = 4
 """Shards that are on their way at a time; each has a place in host memory."""
 
 _SECTOR_BYTES = 4096
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +94,8 @@ class NvmeSettings:
         needed, free = file_bytes * num_local_ranks, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"{KEY}: parking takes {needed / _GIB:.2f} GiB in {str(self.folder)!r} for the ranks of this "
-                f"node, where {free / _GIB:.2f} GiB are free: free space or name another folder"
+                f"{KEY}: parking takes {shown_bytes(needed)} in {str(self.folder)!r} for the ranks of this "
+                f"node, where {shown_bytes(free)} are free: free space or name another folder"
             )
 
     def new_handle(self) -> Any:
