@@ -121,6 +121,26 @@ def test_weights_alone_may_be_of_another_rule_and_dtype(tmp_path: Path):
         assert torch.equal(values, before["params"]["gain.gain"].float()[: values.numel()])
 
 
+def weights_alone_then_two_steps(folder: Path, steps_before: int) -> dict[str, Any]:
+    ds_json = jobs.json_of("AdaLomo")
+    del ds_json["scheduler"]  # which goes on from where it is
+    engine = jobs.start(ds_json)
+    jobs.train(engine, 40, 40 + steps_before)
+    engine.load_checkpoint(folder, load_module_only=True)
+    torch.manual_seed(engine.global_rank)
+    jobs.train(engine, 2, 4)
+    return jobs.outcome(engine)
+
+
+def test_after_weights_alone_a_rule_begins_anew(tmp_path: Path):
+    """What the engine did before leaves no trace: AdaLomo's decay counts its updates."""
+    run_ranks(2, saved, jobs.json_of("AdaLomo"), tmp_path)
+    expected = run_ranks(2, weights_alone_then_two_steps, tmp_path, 0)
+    for used, fresh in zip(run_ranks(2, weights_alone_then_two_steps, tmp_path, 2), expected, strict=True):
+        assert fresh["num_updates"] == used["num_updates"]
+        assert same_tree(used["params"], fresh["params"]) and same_tree(used["states"], fresh["states"])
+
+
 def test_frozen_parameters_may_be_left_out(tmp_path: Path):
     before = run_ranks(2, saved, jobs.json_of(), tmp_path, exclude_frozen_parameters=True)[0]
     for said, _, after in run_ranks(2, loaded, jobs.json_of(), tmp_path):

@@ -130,6 +130,33 @@ def test_a_broken_forward_loses_nothing_that_has_accumulated() -> None:
         assert same(params, expected)
 
 
+class BackwardInForward(TinyModel):
+    """Computes gradients as soon as its loss, as losses in tiles do, and then may fail."""
+
+    def forward(self, tokens: torch.Tensor, fails: bool) -> torch.Tensor:
+        loss = super().forward(tokens)
+        loss.backward()
+        if fails:
+            raise IndexError
+        return loss.detach()
+
+
+def forward_that_fails_after_gradients() -> tuple[bool, bool]:
+    """Whether gradients count as arrived: after a forward that does not fail, and after one that does."""
+    engine, *_ = jobs.initialize(DEFERRED, model=BackwardInForward())
+    batch = rank_batch(0, engine.global_rank, engine.world_size)
+    engine(batch, fails=False)
+    arrived = not engine.optimizer.at_step_boundary
+    engine.optimizer.zero_grad()
+    with pytest.raises(IndexError):
+        engine(batch, fails=True)
+    return arrived, not engine.optimizer.at_step_boundary
+
+
+def test_a_forward_that_fails_after_gradients_leaves_none_of_them() -> None:
+    assert run_ranks(2, forward_that_fails_after_gradients) == [(True, False)] * 2
+
+
 def backward_that_reaches_nothing(ds_json: dict[str, Any]) -> dict[str, torch.Tensor]:
     engine, batch = start(ds_json)
     engine(batch)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from lomo_ds.zero3 import rounding_watch
+from lomo_ds.zero3.rounding_watch import RoundingWatch
 from tests.harness import run_ranks
 from tests.reference.model import rank_batch
 from tests.zero3 import jobs
@@ -43,6 +46,18 @@ def test_one_warning_names_the_remedy_when_updates_are_rounded_away() -> None:
     first, second = run_ranks(2, train_and_listen, json_with("nearest", 1e-4), 5)
     assert len(first[0]) == 1 and second[0] == []
     assert "of step 1 were rounded away" in first[0][0] and '"stochastic"' in first[0][0]
+
+
+@pytest.mark.parametrize(("num_lost", "warns"), [(4, False), (5, True)])
+def test_more_than_half_of_the_updates_have_to_be_lost(num_lost: int, warns: bool) -> None:
+    """Of those with a gradient: an element without one loses nothing."""
+    weights, gradient = torch.ones(10, dtype=torch.bfloat16), torch.tensor([1.0] * 8 + [0.0] * 2)
+    watch = RoundingWatch(enabled=True)
+    watch.before_update(weights, gradient)
+    weights[num_lost:8] = 2.0
+    with mock.patch.object(rounding_watch.logger, "warning") as warning:
+        watch.end_step()
+    assert warning.called is warns
 
 
 @pytest.mark.parametrize(("rounding", "lr"), [("nearest", 0.5), ("stochastic", 1e-4), ("kahan", 1e-4)])
