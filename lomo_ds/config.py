@@ -117,11 +117,3 @@ def _problem(entry: Mapping[str, Any]) -> str:
     message = entry["msg"].removeprefix("Value error, ")
     given = "" if entry["type"] in ("missing", "value_error") else f" (given: {shown(entry['input'])})"
     return f"{key}: {message}{given}" if key else f"{message}{given}"
-
-
-def shown_bytes(num_bytes: int) -> str:
-    """An amount of memory for a message: ``1.25 GiB``, ``1.25 MiB``, ``125 bytes``."""
-    for name, unit in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if num_bytes >= unit / 10:
-            return f"{num_bytes / unit:.2f} {name}"
-    return f"{num_bytes} bytes"

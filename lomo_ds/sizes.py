@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them."""
+"""Amounts of bytes as people write and read them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ _UNITS = {"b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}b"] = 1000**_power
     _UNITS[f"{_letter}ib"] = 1024**_power
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-def parse_bytes(text: str, what: str) -> int:
+def parse_bytes(text: str, what: str, plain_unit: str | None = None) -> int:
     """``24GiB`` -> bytes; GiB is 1024^3, GB is 1000^3.
 
     Args:
         text: a number and a unit.
         what: how the user knows this amount; begins an error.
+        plain_unit: of a number without one, which is an error where None.
 
     Raises:
         ValueError: no number, no unit, an unknown unit, or nothing at all.
     """
     match = _PATTERN.fullmatch(text)
-    unit = match.group(2).lower() if match else ""
+    unit = (match.group(2).lower() or plain_unit) if match else None
     if match is None or unit not in _UNITS:
         raise ValueError(f"{what}: {text!r} is not an amount of memory: write a number and GiB, GB or MiB")
     num_bytes = int(float(match.group(1)) * _UNITS[unit])
@@ -34,3 +35,11 @@ def parse_bytes(text: str, what: str) -> int:
 def gib(num_bytes: float) -> str:
     """``1.25`` for 1.25 * 1024^3."""
     return f"{num_bytes / (1 << 30):.2f}"
+
+
+def shown_bytes(num_bytes: int) -> str:
+    """An amount for a message: ``1.25 GiB``, ``1.25 MiB``, ``125 bytes``."""
+    for name, unit in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if num_bytes >= unit / 10:
+            return f"{num_bytes / unit:.2f} {name}"
+    return f"{num_bytes} bytes"

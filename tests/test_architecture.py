@@ -16,11 +16,12 @@ FILES = sorted((ROOT / "lomo_ds").rglob("*.py"))
 MAX_FUNCTION_LINES = 40
 MAX_FILE_LINES = 400
 
-ENGINE = {"zero3", "rules", "zo", "shards", "config", "optimizers", "versions"}
+ENGINE = {"zero3", "rules", "zo", "shards", "config", "optimizers", "sizes", "versions"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "shards": set(),
     "config": set(),
+    "sizes": set(),
     "versions": set(),
     "rules": {"shards"},
     "zo": {"shards"},
@@ -53,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
         "recipe",
         "config",
+        "sizes",
     },
 }
 """Layer -> layers that it may import. "" is the package's own ``__init__``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,18 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lomo_ds.cli.main import USAGE_ERROR
+from lomo_ds.sizes import parse_bytes
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-}
 _FAILED = 1
 
 
@@ -73,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    max_file_bytes = _bytes_of(arguments.max_file_size)
+    max_file_bytes = parse_bytes(arguments.max_file_size, "--max-file-size", plain_unit="b")
     import torch
 
     from lomo_ds.checkpoint.offline_export import ExportOptions, export_checkpoint, find_checkpoint
@@ -87,19 +77,6 @@ def _export(arguments: argparse.Namespace) -> None:
     with ByteProgress() as progress:
         export_checkpoint(checkpoint, Path(arguments.out), options, progress.report)
     print(f"{arguments.out}: the model of {checkpoint}")
-
-
-def _bytes_of(text: str) -> int:
-    """``2GB`` -> 2 * 10**9.
-
-    Raises:
-        ValueError: no size, or none of at least a byte.
-    """
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Z]*)\s*", text.upper())
-    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
-    if size < 1:
-        raise ValueError(f"--max-file-size: {text!r} is not a size, write for example 2GB or 500MB")
-    return size
 
 
 class ByteProgress:

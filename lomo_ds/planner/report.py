@@ -11,7 +11,7 @@ from rich.table import Table
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Block, Peak
 from lomo_ds.planner.plan import Plan
-from lomo_ds.planner.sizes import gib
+from lomo_ds.sizes import gib
 
 _NUM_ROWS = 12
 

@@ -14,10 +14,10 @@ from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.config import shown_bytes
 from lomo_ds.optimizers import rule_of
 from lomo_ds.rules.clipping import clip_factor, clipped_per_parameter, sum_of_squares
 from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
+from lomo_ds.sizes import shown_bytes
 from lomo_ds.zero3._internals import ReducedGradient, Stage3Seam, local_shard, process_group, shard_spec
 from lomo_ds.zero3.agreement import failing_together
 from lomo_ds.zero3.nvme_parking import NvmeParking

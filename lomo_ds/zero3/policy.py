@@ -9,8 +9,8 @@ from typing import Literal
 
 import psutil
 
-from lomo_ds.config import shown_bytes
 from lomo_ds.optimizers import Apply
+from lomo_ds.sizes import shown_bytes
 from lomo_ds.zero3.nvme import NvmeSettings
 
 Policy = Literal["immediate", "deferred", "two_pass"]

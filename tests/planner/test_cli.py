@@ -14,7 +14,7 @@ import pytest
 from lomo_ds.cli.main import USAGE_ERROR
 from lomo_ds.cli.plan import main
 from lomo_ds.planner.job import default_ds_json
-from lomo_ds.planner.sizes import parse_bytes
+from lomo_ds.sizes import parse_bytes
 from tests.planner.small_jobs import small_llama
 
 ASKED = (
@@ -147,6 +147,12 @@ def test_what_goes_wrong_later_gets_one_line(
 )
 def test_amounts_of_memory(text: str, num_bytes: int) -> None:
     assert parse_bytes(text, "it") == num_bytes
+
+
+@pytest.mark.parametrize("text", ["24", "24 apples", "GiB", "0GB", "9" * 400 + "GB", "1" * 15 + "TiBs"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="^it"):
+        parse_bytes(text, "it")
 
 
 @pytest.fixture(scope="module")
