@@ -80,7 +80,8 @@ def straight(ds_json: dict[str, Any], num_steps: int, save_at: int, folder: Path
 def resumed(ds_json: dict[str, Any], num_steps: int, folder: Path, **options: Any) -> Any:
     """Another model, brought to where the checkpoint was and trained on."""
     engine = start(ds_json, seed=7)
-    train(engine, 40, 41)  # a step that has to leave no trace
+    train(engine, 40, 41)  # a step that has to leave no trace, and a backward without its step
+    engine.backward(engine(rank_batch(41, engine.global_rank, engine.world_size)))
     path, client_state = engine.load_checkpoint(folder, **options)
     at_load = outcome(engine)
     losses = train(engine, client_state["step"], num_steps)
