@@ -30,7 +30,7 @@ test: $(STAMP)  ## run the default tests on CPU ranks
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 test-nvme: $(STAMP)  ## run the tests of parking in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest -m async_io tests/zero3/test_nvme.py
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest -m async_io tests/zero3/apply/test_nvme_buffer.py
 
 test-faults: $(STAMP)  ## inject 210 faults into runs and fuzz 2,600 inputs; writes docs/benchmarks/faults.md
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.faults.campaign --out docs/benchmarks

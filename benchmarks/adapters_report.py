@@ -20,7 +20,7 @@ _FIGURES = {
     "loss_after": ("held-out loss", 1.0),
     "last_loss": ("training loss", 1.0),
     "peak_device_bytes": ("peak, GB", 1e-9),
-    "parked_host_bytes": ("parked, GB", 1e-9),
+    "gradient_host_bytes": ("parked, GB", 1e-9),
 }
 """Key -> its column and the factor to its unit."""
 

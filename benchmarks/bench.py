@@ -134,7 +134,7 @@ def one_line(record: dict[str, Any]) -> str:
         return f"{label}  does not run: {record['failure']}"
     one = summarize_job(record["ranks"])
     return (
-        f"{label}  peak {one['peak_bytes'] / 1e9:6.3f} GB (parked {one['parked_bytes'] / 1e9:.3f})"
+        f"{label}  peak {one['peak_bytes'] / 1e9:6.3f} GB (parked {one['offloaded_bytes'] / 1e9:.3f})"
         f"  live {one['live_less_parked_bytes'] / 1e9:6.3f}  sent {one['sent_bytes'] / 1e9:6.3f}"
         f"  step {one['step_s']:6.2f} s  {one['tokens_per_s']:6.1f} tokens/s"
         f"  loss {record['ranks'][0]['steps'][-1]['loss']:.3f}"

@@ -21,7 +21,7 @@ _MEASURES = {
 _MEMORY_COLUMNS = (
     "peak_less_parked_bytes",
     "peak_bytes",
-    "parked_bytes",
+    "offloaded_bytes",
     "build_peak_bytes",
     "at_rest_bytes",
     "live_less_parked_bytes",
@@ -154,7 +154,7 @@ def short_table(rows: list[Row]) -> str:
     lines = [f"| | {head} | tokens/s |", "|---" * 6 + "|"]
     for row in rows:
         figures = {key: values["median"] for key, values in row["figures"].items()}
-        parked = f"{figures['parked_bytes'] / 1e9:.2f} GB" if figures["parked_bytes"] else "-"
+        parked = f"{figures['offloaded_bytes'] / 1e9:.2f} GB" if figures["offloaded_bytes"] else "-"
         cells = [_label(row), f"{figures['peak_less_parked_bytes'] / 1e9:.2f} GB", parked]
         cells += [f"{figures['sent_bytes'] / 1e9:.2f} GB", f"{figures['step_s']:.1f} s"]
         lines.append("| " + " | ".join([*cells, f"{figures['tokens_per_s']:.0f}"]) + " |")

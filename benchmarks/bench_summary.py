@@ -78,8 +78,8 @@ def summarize_job(ranks: list[dict[str, Any]]) -> dict[str, float]:
         "build_peak_bytes": max(_peak_over(rank, _BUILD_PHASES) for rank in ranks),
         "steps_peak_bytes": max(_peak_over(rank, _STEP_PHASES) for rank in ranks),
         "at_rest_bytes": max(rank["at_rest_bytes"] for rank in ranks),
-        "live_less_parked_bytes": max(rank["live_peak_bytes"] - rank["parked_bytes"] for rank in ranks),
-        "parked_bytes": max(rank["parked_bytes"] for rank in ranks),
+        "live_less_parked_bytes": max(rank["live_peak_bytes"] - rank["offloaded_bytes"] for rank in ranks),
+        "offloaded_bytes": max(rank["offloaded_bytes"] for rank in ranks),
         "sent_bytes": max(sum(rank["sent_bytes"].values()) for rank in ranks),
         "step_s": step_s,
         "cpu_s": statistics.median(step["cpu_seconds"] for step in ranks[0]["steps"]),
@@ -95,7 +95,7 @@ def _peak_over(rank: dict[str, Any], phases: tuple[str, ...]) -> int:
 
 
 def _peak_less_parked(rank: dict[str, Any]) -> int:
-    return max(_peak_over(rank, _BUILD_PHASES), _peak_over(rank, _STEP_PHASES) - rank["parked_bytes"])
+    return max(_peak_over(rank, _BUILD_PHASES), _peak_over(rank, _STEP_PHASES) - rank["offloaded_bytes"])
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -38,7 +38,7 @@ def load(folder: Path, save: bool) -> dict[str, Any]:
     import deepspeed
 
     import lomo_ds
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
     from lomo_ds.zero3._internals import local_shard
 
     deepspeed.init_distributed("gloo")

@@ -150,7 +150,7 @@ def models() -> Iterator[str]:
 def _sizes(job: Job, run: DryRun) -> tuple[int, ...]:
     """Peak, closed form, loading, parked and most on the host; bytes."""
     loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
-    host = (run.parked_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
+    host = (run.gradient_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
     return run.device.num_bytes, closed_form(job).peak_bytes, loading, *host
 
 

@@ -36,7 +36,7 @@ def adamw_engine(plan: RunPlan) -> Any:
         lr_scheduler=schedule_maker(plan),
     )
     engine.optimizer.choice = "ZeRO-3 with torch.optim.AdamW"
-    engine.optimizer.parked_host_bytes = 0
+    engine.optimizer.gradient_host_bytes = 0
     engine.wait_for_checkpoint = lambda: None
     return engine
 

@@ -20,7 +20,7 @@ from lomo_ds.versions import require_supported_versions
 
 require_supported_versions()
 
-from lomo_ds.checkpoint.engine import ResumableEngine  # noqa: E402  (needs the versions to be right)
+from lomo_ds.checkpoint.checkpointer import ResumableEngine  # noqa: E402  (needs the versions to be right)
 from lomo_ds.zero3._internals import (  # noqa: E402
     DeepSpeedConfig,
     accumulation_dtype,
@@ -28,13 +28,13 @@ from lomo_ds.zero3._internals import (  # noqa: E402
     init_context_suspended,
     load_ds_config,
 )
-from lomo_ds.zero3.agreement import failing_together  # noqa: E402
+from lomo_ds.zero3.apply.choose import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
+from lomo_ds.zero3.apply.nvme_settings import NvmeSettings  # noqa: E402
+from lomo_ds.zero3.collective_errors import failing_together  # noqa: E402
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
-from lomo_ds.zero3.nvme import NvmeSettings  # noqa: E402
-from lomo_ds.zero3.policy import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
-from lomo_ds.zero3.tiled_vocabulary import KEY as TILING_KEY  # noqa: E402
-from lomo_ds.zero3.tiled_vocabulary import TiledVocabularyConfig, refuse_other_heads  # noqa: E402
+from lomo_ds.zero3.vocabulary.tiled_functions import KEY as TILING_KEY  # noqa: E402
+from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig, refuse_other_heads  # noqa: E402
 
 
 def initialize(
@@ -190,12 +190,12 @@ def _choose(
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     itemsize = accumulation_dtype(ds_config).itemsize
     shard_bytes = [-(-full_numel(param) // ranks) * itemsize for param in params]
-    parked_bytes = nvme.staging_bytes(shard_bytes) if nvme else sum(shard_bytes)
-    refuse_contradictions(optimizer.apply, demands, parked_bytes)
+    offloaded_bytes = nvme.staging_bytes(shard_bytes) if nvme else sum(shard_bytes)
+    refuse_contradictions(optimizer.apply, demands, offloaded_bytes)
     room = host_room_bytes(_num_local_ranks(ranks))
     agreed = torch.tensor(room, dtype=torch.int64, device=get_accelerator().current_device_name())
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    choice = choose(optimizer.apply, demands, parked_bytes, int(agreed))
+    choice = choose(optimizer.apply, demands, offloaded_bytes, int(agreed))
     if nvme is None or choice.policy != "deferred":
         return choice
     with failing_together():

@@ -16,27 +16,29 @@ FILES = sorted((ROOT / "lomo_ds").rglob("*.py"))
 MAX_FUNCTION_LINES = 40
 MAX_FILE_LINES = 400
 
-ENGINE = {"zero3", "rules", "zo", "shards", "config", "optimizers", "sizes", "versions"}
+ENGINE = {"zero3", "rules", "zo", "shards", "config", "optimizers", "byte_units", "versions"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "shards": set(),
     "config": set(),
-    "sizes": set(),
+    "byte_units": set(),
     "versions": set(),
     "rules": {"shards"},
     "zo": {"shards"},
     "optimizers": {"config", "rules"},
     "zero3": ENGINE,
-    "initialization": ENGINE | {"checkpoint"},
-    "checkpoint": {"zero3", "shards", "config"},
-    "planner": ENGINE | {"initialization", "checkpoint"},
-    "integrations": ENGINE | {"", "initialization", "checkpoint", "recipe"},
+    "initialization": ENGINE | {"checkpoint", "model_io"},
+    "model_io": {"zero3", "shards", "config", "checkpoint"},
+    "checkpoint": {"zero3", "shards", "config", "model_io"},
+    "planner": ENGINE | {"initialization", "checkpoint", "model_io"},
+    "integrations": ENGINE | {"", "initialization", "checkpoint", "model_io", "recipe"},
     "tasks": {"config"},
     "recipe": {"config"},
     "training": {
         "",
         "initialization",
         "checkpoint",
+        "model_io",
         "integrations",
         "tasks",
         "recipe",
@@ -49,12 +51,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "initialization",
         "planner",
         "checkpoint",
+        "model_io",
         "tasks",
         "integrations",
         "training",
         "recipe",
         "config",
-        "sizes",
+        "byte_units",
     },
 }
 """Layer -> layers that it may import. "" is the package's own ``__init__``."""

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lomo_ds.checkpoint.json_file import read_json, write_json
 from lomo_ds.config import from_mapping
+from lomo_ds.model_io.json_file import read_json, write_json
 
 DESCRIPTION_FILE = "checkpoint.json"
 

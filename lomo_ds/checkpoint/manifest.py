@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from lomo_ds.checkpoint.json_file import read_json, write_json
 from lomo_ds.config import from_mapping
+from lomo_ds.model_io.json_file import read_json, write_json
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = "lomo_ds checkpoint 1"

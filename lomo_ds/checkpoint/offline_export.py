@@ -11,17 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lomo_ds.checkpoint.aside import make_aside, put_in_place, require_room
 from lomo_ds.checkpoint.description import read_description
-from lomo_ds.checkpoint.folder import (
-    INDEX_FILE,
-    MAX_FILE_BYTES,
-    MODEL_FOLDER,
-    SINGLE_FILE,
-    plan_files,
-    write_index,
-)
-from lomo_ds.checkpoint.json_file import read_json, write_json
+from lomo_ds.checkpoint.directory import CheckpointRoot
 from lomo_ds.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -30,9 +21,18 @@ from lomo_ds.checkpoint.manifest import (
     sync,
     unlisted_files,
 )
-from lomo_ds.checkpoint.root import CheckpointRoot
 from lomo_ds.checkpoint.stored_model import StoredModel, read_stored_model
-from lomo_ds.checkpoint.tensor_file import write_tensor_file
+from lomo_ds.model_io.atomic_folder import make_scratch_folder, put_in_place, require_room
+from lomo_ds.model_io.folder import (
+    INDEX_FILE,
+    MAX_FILE_BYTES,
+    MODEL_FOLDER,
+    SINGLE_FILE,
+    plan_files,
+    write_index,
+)
+from lomo_ds.model_io.json_file import read_json, write_json
+from lomo_ds.model_io.tensor_file import write_tensor_file
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the bytes of it that are done, and all its bytes."""
@@ -106,7 +106,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions, repor
     description = read_description(checkpoint)
     model = read_stored_model(checkpoint, list(manifest.files), description, options.dtype)
     require_room(out, sum(record.num_bytes for record in model.tensors.values()), "the model")
-    scratch = make_aside(out)
+    scratch = make_scratch_folder(out)
     try:
         _copy_model_files(checkpoint, scratch, manifest)
         _set_dtype(scratch / "config.json", model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.checkpoint.packing import BLOCK_NUMEL, Packed, Unpacker, num_blocks, packed_bytes
-from lomo_ds.checkpoint.tensor_file import TensorFile, TensorRecord
+from lomo_ds.model_io.tensor_file import TensorFile, TensorRecord
 
 PACKED_KEY = "lomo_ds_packed"
 """Where a file's header says which tensors are packed: a JSON object from name to number of elements."""

@@ -16,17 +16,17 @@ from deepspeed.utils import logger
 from torch.nn import Parameter
 
 from lomo_ds.checkpoint.description import Description, ParamRecord, read_description
-from lomo_ds.checkpoint.json_file import read_json
-from lomo_ds.checkpoint.newest import damage_of
+from lomo_ds.checkpoint.latest_resumable import damage_of
 from lomo_ds.checkpoint.planners import PieceLoadPlanner
-from lomo_ds.checkpoint.random_state import RandomState, reseed
+from lomo_ds.checkpoint.rng_state import RandomState, reseed
 from lomo_ds.checkpoint.shard_files import ShardFiles, buffer_key
 from lomo_ds.checkpoint.snapshot import named_params, param_record
 from lomo_ds.checkpoint.storage import ShardReader
 from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces
 from lomo_ds.checkpoint.writer import CLIENT_FILE, plain_errors, random_file
 from lomo_ds.config import from_mapping
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.model_io.json_file import read_json
+from lomo_ds.zero3.collective_errors import failing_together
 
 _MAX_NAMED = 3
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, PackedTensor, is_table
-from lomo_ds.checkpoint.tensor_file import TensorFile, TensorRecord, read_tensor_file
+from lomo_ds.model_io.tensor_file import TensorFile, TensorRecord, read_tensor_file
 
 SHARDING_KEY = "DCP_SHARDING_INFO"
 """Where torch's own reader of such files, too, finds in the header at which element their parts begin."""

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module, Parameter
 
-from lomo_ds.checkpoint.adapters import adapted_layers, adapters_of, plain_model
 from lomo_ds.checkpoint.description import AdapterRecord, Description, ParamRecord, Progress
-from lomo_ds.checkpoint.random_state import RandomState
+from lomo_ds.checkpoint.rng_state import RandomState
 from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces, persistent_buffers
+from lomo_ds.model_io.adapters import adapted_layers, adapters_of, plain_model
 from lomo_ds.zero3._internals import shard_spec
 
 

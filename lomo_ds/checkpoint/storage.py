@@ -33,7 +33,7 @@ from lomo_ds.checkpoint.manifest import FileRecord, sync
 from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, parts_of
 from lomo_ds.checkpoint.packing import Packer
 from lomo_ds.checkpoint.shard_files import SHARDING_KEY, ShardFiles
-from lomo_ds.checkpoint.tensor_file import PIECE_BYTES, TensorRecord, write_tensor_file
+from lomo_ds.model_io.tensor_file import PIECE_BYTES, TensorRecord, write_tensor_file
 from lomo_ds.zero3.piecewise import pieces_of
 
 _MAX_FILE_BYTES = 1 << 27

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.checkpoint.adapters import Adapter, plain_name
 from lomo_ds.checkpoint.description import AdapterRecord, Description
 from lomo_ds.checkpoint.shard_files import ShardFiles, buffer_key, weight_key
-from lomo_ds.checkpoint.tensor_file import TensorRecord
+from lomo_ds.model_io.adapters import Adapter, plain_name
+from lomo_ds.model_io.tensor_file import TensorRecord
 
 _BASE = ".base_layer.weight"
 """What peft appends to the name of a layer for the weight inside it."""

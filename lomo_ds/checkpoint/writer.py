@@ -13,18 +13,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lomo_ds.checkpoint.adapters import plain_model
-from lomo_ds.checkpoint.aside import require_room
 from lomo_ds.checkpoint.description import write_description
-from lomo_ds.checkpoint.export import write_model_files
-from lomo_ds.checkpoint.folder import MODEL_FOLDER
-from lomo_ds.checkpoint.json_file import write_json
+from lomo_ds.checkpoint.directory import CheckpointRoot
 from lomo_ds.checkpoint.manifest import FileRecord, record_of, sync, write_manifest
 from lomo_ds.checkpoint.planners import PieceSavePlanner
-from lomo_ds.checkpoint.root import CheckpointRoot
 from lomo_ds.checkpoint.snapshot import Snapshot
 from lomo_ds.checkpoint.storage import ShardWriter
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.model_io.adapters import plain_model
+from lomo_ds.model_io.atomic_folder import require_room
+from lomo_ds.model_io.export import write_model_files
+from lomo_ds.model_io.folder import MODEL_FOLDER
+from lomo_ds.model_io.json_file import write_json
+from lomo_ds.zero3.collective_errors import failing_together
 
 CLIENT_FILE = "client_state.pt"
 

@@ -97,9 +97,9 @@ def _figures(arguments: argparse.Namespace, examples: Sequence[Any]) -> dict[str
 def _load_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from lomo_ds.checkpoint.foreign_code import plain_refusals, refuse_foreign_kernels
+    from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
 
-    refuse_foreign_kernels(model)
+    refuse_remote_kernels(model)
     with plain_refusals(model):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
@@ -108,7 +108,7 @@ def _load_model(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lomo_ds.checkpoint.foreign_code import plain_refusals
+    from lomo_ds.model_io.remote_code import plain_refusals
 
     with plain_refusals(path):
         model = AutoModelForCausalLM.from_pretrained(

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lomo_ds.byte_units import parse_bytes
 from lomo_ds.cli.main import USAGE_ERROR
-from lomo_ds.sizes import parse_bytes
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _FAILED = 1

@@ -137,10 +137,10 @@ def _table(arguments: argparse.Namespace) -> int:
 
 def _job(arguments: argparse.Namespace, model_name: str) -> Any:
     """What was asked, checked before anything heavy is imported."""
+    from lomo_ds.byte_units import parse_bytes
     from lomo_ds.planner.batch import default_micro_batch
     from lomo_ds.planner.job import Job, default_ds_json, read_planned_json, split_open
     from lomo_ds.planner.presets import model_config
-    from lomo_ds.sizes import parse_bytes
 
     host = arguments.host_memory
     given = {

@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_rank(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from lomo_ds.training.run import run
-    from lomo_ds.zero3.agreement import OtherRankFailed
+    from lomo_ds.zero3.collective_errors import OtherRankFailed
 
     try:
         return run(recipe)

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from lomo_ds.recipe import LoraRecipe
 from lomo_ds.zero3._internals import init_context_suspended
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.collective_errors import failing_together
 
 
 def require_peft() -> None:

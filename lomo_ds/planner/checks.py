@@ -7,8 +7,8 @@ from lomo_ds.optimizers import optimizer_from_json
 from lomo_ds.planner.job import Job
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable
 from lomo_ds.zero3.supported import check_secondary_partitions, refuse_unsupported
-from lomo_ds.zero3.tiled_vocabulary import KEY as TILING_KEY
-from lomo_ds.zero3.tiled_vocabulary import TiledVocabularyConfig
+from lomo_ds.zero3.vocabulary.tiled_functions import KEY as TILING_KEY
+from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 
 
 def refuse_unplannable(job: Job) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.rules.rounding import chunk_numel
-from lomo_ds.zero3.policy import Demands, choose, refuse_contradictions
+from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
 
 _ITEM = 2
 """Bytes of a bf16 or fp16 number; fp32 takes two of them."""

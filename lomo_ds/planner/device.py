@@ -110,7 +110,7 @@ class _Stream:
         return
 
 
-class ImaginedAccelerator(CPU_Accelerator):
+class FakeAccelerator(CPU_Accelerator):
     """An accelerator with streams beside its host, so that DeepSpeed takes the ways it takes on a GPU.
 
     Args:
@@ -188,7 +188,7 @@ class ImaginedAccelerator(CPU_Accelerator):
         return None
 
 
-class ImaginedCpuRank(CPU_Accelerator):
+class FakeCpuRank(CPU_Accelerator):
     """A CPU rank among others that are only imagined."""
 
     def __init__(self, num_local: int) -> None:

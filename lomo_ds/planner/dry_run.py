@@ -14,15 +14,15 @@ from typing import Any
 import deepspeed
 import torch
 
-from lomo_ds.checkpoint.load import build_sharded, load_shards
 from lomo_ds.initialization import initialize
+from lomo_ds.model_io.load import build_sharded, load_shards
 from lomo_ds.planner.fake_rank import fake_rank
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger, Peak, Place, bytes_by_role
 from lomo_ds.planner.memory_roles import Role
 from lomo_ds.planner.traffic import Traffic, answers
-from lomo_ds.planner.weights import imagined_folder
-from lomo_ds.zero3._internals import full_numel, standing_buffers, stored_shard
+from lomo_ds.planner.weights import fake_folder
+from lomo_ds.zero3._internals import full_numel, permanent_buffers, stored_shard
 
 _UNBOUNDED_BYTES = 1 << 60
 NUM_STEPS = 2
@@ -39,7 +39,7 @@ class DryRun:
         tops: phase -> by place ("device", "host"), the moment at which most stood in it; this rank's part.
         standing: role -> bytes on the device after the last step.
         most_gradient_bytes: whole gradients that were in flight at a time.
-        parked_host_bytes: of this rank's parked gradients.
+        gradient_host_bytes: of this rank's parked gradients.
         num_params: of the whole model.
         sent_bytes, calls: of the last step, by collective.
         flops: of the last step on this rank.
@@ -53,7 +53,7 @@ class DryRun:
     tops: dict[str, dict[Place, Peak]]
     standing: dict[str, int]
     most_gradient_bytes: int
-    parked_host_bytes: int
+    gradient_host_bytes: int
     num_params: int
     sent_bytes: dict[str, int]
     calls: dict[str, int]
@@ -114,14 +114,14 @@ def dry_run(job: Job) -> DryRun:
             _claim_standing(engine, ledger)
         num_params = sum(full_numel(param) for param in engine.module.parameters())
         policy = str(getattr(engine.optimizer, "choice", ""))
-        parked = getattr(engine.optimizer, "parked_host_bytes", 0)
+        parked = getattr(engine.optimizer, "gradient_host_bytes", 0)
         standing = bytes_by_role(ledger.live_blocks("device"))
         del engine
     return DryRun(
         tops=ledger.tops,
         standing=standing,
         most_gradient_bytes=namer.most_gradient_bytes,
-        parked_host_bytes=parked,
+        gradient_host_bytes=parked,
         num_params=num_params,
         sent_bytes=dict(traffic.sent_bytes),
         calls=dict(traffic.calls),
@@ -168,7 +168,7 @@ def build_engine(job: Job, ledger: Ledger) -> Any:
         model = build_sharded(config, ds_json)
         for name, param in model.named_parameters():
             ledger.claim(stored_shard(param), Role.PARAMETERS, name)
-        load_shards(model, imagined_folder(model))
+        load_shards(model, fake_folder(model))
     if job.checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": job.checkpointing == "reentrant"})
     with ledger.phase("initialization"):
@@ -194,7 +194,7 @@ def _claim_standing(engine: Any, ledger: Ledger) -> None:
     for name, param in engine.module.named_parameters():  # after the others: on one rank they are the same
         ledger.claim(stored_shard(param), Role.PARAMETERS, name)
     roles = {"bucket": Role.BUCKETS, "gradient": Role.GRADIENTS, "state": Role.RULE_STATE}
-    for kind, tensor in standing_buffers(engine.optimizer):
+    for kind, tensor in permanent_buffers(engine.optimizer):
         ledger.claim(tensor, roles[kind])
     if hasattr(engine.optimizer, "updater"):
         for entry in engine.optimizer.updater.entries.values():

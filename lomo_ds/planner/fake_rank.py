@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lomo_ds.planner.device import DeviceKind, ImaginedAccelerator, ImaginedCpuRank, register_gpu
+from lomo_ds.planner.device import DeviceKind, FakeAccelerator, FakeCpuRank, register_gpu
 from lomo_ds.zero3._internals import forget_module_state, ranks_not_compared
 
 
@@ -46,9 +46,9 @@ def fake_rank(
         raise RuntimeError("planning needs a process of its own: this one is a rank of a real group")
     if device == "gpu":
         register_gpu()
-        accelerator = ImaginedAccelerator(num_local, memory_bytes)
+        accelerator = FakeAccelerator(num_local, memory_bytes)
     else:
-        accelerator = ImaginedCpuRank(num_local)
+        accelerator = FakeCpuRank(num_local)
     with ExitStack() as stack:
         stack.enter_context(_environment(rank, world_size, num_local))
         stack.enter_context(_accelerator(accelerator))

@@ -15,7 +15,7 @@ class Role(str, Enum):
     ACTIVATIONS = "activations"
     CHECKPOINTS = "checkpoints"
     BUCKETS = "buckets"
-    PARKED = "parked gradients"
+    OFFLOADED_GRADIENTS = "offloaded gradients"
     OTHER = "other"
 
 
@@ -25,11 +25,11 @@ _BY_FILE = (
     ("deepspeed/runtime/zero/linear.py", Role.ACTIVATIONS),
     ("deepspeed/runtime/zero/stage3.py", Role.BUCKETS),
     ("deepspeed/runtime/comm/coalesced_collectives.py", Role.BUCKETS),
-    ("lomo_ds/zero3/parking.py", Role.PARKED),
-    ("lomo_ds/zero3/nvme_parking.py", Role.PARKED),
-    ("lomo_ds/zero3/checkpoint_offload.py", Role.CHECKPOINTS),
-    ("lomo_ds/zero3/row_tiles.py", Role.GATHERED),
-    ("lomo_ds/zero3/tiled_vocabulary.py", Role.ACTIVATIONS),
+    ("lomo_ds/zero3/apply/host_buffer.py", Role.OFFLOADED_GRADIENTS),
+    ("lomo_ds/zero3/apply/nvme_buffer.py", Role.OFFLOADED_GRADIENTS),
+    ("lomo_ds/zero3/activation_offload.py", Role.CHECKPOINTS),
+    ("lomo_ds/zero3/vocabulary/row_tiles.py", Role.GATHERED),
+    ("lomo_ds/zero3/vocabulary/tiled_functions.py", Role.ACTIVATIONS),
     ("torch/optim/", Role.OTHER),
 )
 """Where the innermost line that asked for memory stands -> what it is for."""

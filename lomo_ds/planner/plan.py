@@ -42,9 +42,9 @@ class Plan:
         return fit.missing_device_bytes(self.job, self.run)
 
     @property
-    def parked_host_bytes_per_node(self) -> int:
+    def gradient_host_bytes_per_node(self) -> int:
         """Gradients that wait on the host, of all ranks of a node."""
-        return self.run.parked_host_bytes * self.job.num_local
+        return self.run.gradient_host_bytes * self.job.num_local
 
     @property
     def host_peak_bytes_per_node(self) -> int:
@@ -85,7 +85,7 @@ class Plan:
             "device_breakdown": run.device.by_role(),
             "at_rest_device_bytes": run.at_rest_bytes,
             "phase_peak_device_bytes": {phase: peaks[0] for phase, peaks in run.phase_peaks.items()},
-            "parked_host_bytes_per_node": self.parked_host_bytes_per_node,
+            "gradient_host_bytes_per_node": self.gradient_host_bytes_per_node,
             "peak_host_bytes_per_node": self.host_peak_bytes_per_node,
             "peak_host_phase": run.host.phase,
             "host_breakdown": run.host.by_role(),

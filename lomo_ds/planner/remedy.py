@@ -17,7 +17,7 @@ def remedy(job: Job, run: DryRun) -> str:
 def _for_host(job: Job, run: DryRun) -> str:
     """By what fills the host: parked gradients if the rest fits without them, else checkpoints."""
     missing = missing_host_bytes(job, run)
-    if run.parked_host_bytes * job.num_local >= missing:
+    if run.gradient_host_bytes * job.num_local >= missing:
         if job.num_micro_batches > 1:
             return 'set "optimizer.params.park_to" to a folder: gradients then wait in a file'
         return 'set "optimizer.params.apply" to "two_pass": no gradients then wait on the host'

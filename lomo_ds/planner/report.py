@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from lomo_ds.byte_units import gib
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Block, Peak
 from lomo_ds.planner.plan import Plan
-from lomo_ds.sizes import gib
 
 _NUM_ROWS = 12
 
@@ -104,7 +104,7 @@ def _key(block: Block) -> tuple[str, str, str]:
 
 def _host_lines(plan: Plan) -> Iterator[str]:
     yield (
-        f"host, per node of {plan.job.num_local}: {gib(plan.parked_host_bytes_per_node)} GiB of parked "
+        f"host, per node of {plan.job.num_local}: {gib(plan.gradient_host_bytes_per_node)} GiB of parked "
         f"gradients; at most {gib(plan.host_peak_bytes_per_node)} GiB in {plan.run.host.phase}"
     )
     if plan.run.policy:

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lomo_ds.byte_units import gib
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.job import Job
-from lomo_ds.sizes import gib
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lomo_ds.checkpoint.folder import SINGLE_FILE, ModelFolder
-from lomo_ds.checkpoint.tensor_file import PIECE_BYTES, TensorFile, TensorRecord
+from lomo_ds.model_io.folder import SINGLE_FILE, ModelFolder
+from lomo_ds.model_io.tensor_file import PIECE_BYTES, TensorFile, TensorRecord
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 
 _DTYPE = torch.bfloat16
@@ -30,7 +30,7 @@ class _ImaginedFile(TensorFile):
         out.fill_(_VALUE)
 
 
-def imagined_folder(model: Module) -> ModelFolder:
+def fake_folder(model: Module) -> ModelFolder:
     """The folder that ``model`` could have been saved to."""
     shapes = {
         name: shard_spec(param).shape if is_sharded(param) else tuple(param.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lomo_ds.rules.clipping import sum_of_squares
 from lomo_ds.rules.rounding import chunk_numel
-from lomo_ds.rules.rule import Hyper, Shard, Sums
+from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
 from lomo_ds.shards import Block, ShardSpec
 
 
@@ -41,7 +41,7 @@ class AdaLomoRule:
     """
 
     needs_sums: ClassVar[bool] = True
-    keeps_copy: ClassVar[bool] = False
+    keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset({"row", "column"})
     eps: tuple[float, float] = (1e-30, 1e-3)
     clip_threshold: float = 1.0
@@ -54,59 +54,59 @@ class AdaLomoRule:
         new = {"dtype": torch.float32, "device": param_shard.device}
         return {"row": torch.zeros(rows, **new), "column": torch.zeros(columns, **new)}
 
-    def update_(self, shard: Shard, hyper: Hyper) -> Sums:
+    def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
         param_sq = sum_of_squares(shard.param).float()
         if "variance" in shard.state:
-            self._learn_vector(shard, hyper)
-            totals = yield torch.stack([param_sq, self._sum_of_update_squares(shard, hyper)])
+            self._learn_vector(shard, settings)
+            totals = yield torch.stack([param_sq, self._sum_of_update_squares(shard, settings)])
             param_sq, update_sq = totals.unbind()
         else:
             row, column = shard.state["row"], shard.state["column"]
-            totals = yield torch.cat([*_sums_of_grad_squares(shard, hyper), param_sq[None]])
+            totals = yield torch.cat([*_sums_of_grad_squares(shard, settings), param_sq[None]])
             row_sq, column_sq, param_sq = totals.split([row.numel(), column.numel(), 1])
-            self._learn_matrix(shard, hyper, row_sq, column_sq)
-            update_sq = yield self._sum_of_update_squares(shard, hyper)[None]
+            self._learn_matrix(shard, settings, row_sq, column_sq)
+            update_sq = yield self._sum_of_update_squares(shard, settings)[None]
         numel = shard.spec.numel
         rms_param = (param_sq / numel).sqrt().clamp(min=self.eps[1])
         bound = ((update_sq / numel).sqrt() / self.clip_threshold).clamp(min=1.0)
-        self._write(shard, hyper, hyper.lr * rms_param / bound)
+        self._write(shard, settings, settings.lr * rms_param / bound)
 
-    def _learn_vector(self, shard: Shard, hyper: Hyper) -> None:
+    def _learn_vector(self, shard: Shard, settings: StepSettings) -> None:
         for at in shard.chunks():
-            grad_sq = shard.scaled_grad(at, hyper).square().add_(self.eps[0])
-            shard.state["variance"][at].lerp_(grad_sq, hyper.step**self.decay_rate)
+            grad_sq = shard.scaled_grad(at, settings).square().add_(self.eps[0])
+            shard.state["variance"][at].lerp_(grad_sq, settings.step**self.decay_rate)
 
-    def _learn_matrix(self, shard: Shard, hyper: Hyper, row_sq: Tensor, column_sq: Tensor) -> None:
+    def _learn_matrix(self, shard: Shard, settings: StepSettings, row_sq: Tensor, column_sq: Tensor) -> None:
         num_rows, num_columns = shard.spec.shape[-2:]
-        weight = hyper.step**self.decay_rate
+        weight = settings.step**self.decay_rate
         shard.state["row"].lerp_(row_sq / num_columns + self.eps[0], weight)
         shard.state["column"].lerp_(column_sq / num_rows + self.eps[0], weight)
 
-    def _updates(self, shard: Shard, hyper: Hyper) -> Iterator[tuple[slice, Tensor]]:
+    def _updates(self, shard: Shard, settings: StepSettings) -> Iterator[tuple[slice, Tensor]]:
         """u = g / sqrt(v), piece by piece."""
         if "variance" in shard.state:
             for at in shard.chunks():
-                yield at, shard.scaled_grad(at, hyper) * shard.state["variance"][at].rsqrt()
+                yield at, shard.scaled_grad(at, settings) * shard.state["variance"][at].rsqrt()
             return
         num_rows, num_columns = shard.spec.shape[-2:]
         row = shard.state["row"].view(-1, num_rows)
         row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().flatten()
         column_factor = shard.state["column"].view(-1, num_columns).rsqrt()
         for block in _blocks(shard):
-            grad = shard.scaled_grad(block.at, hyper).view(block.num_rows, block.num_columns)
+            grad = shard.scaled_grad(block.at, settings).view(block.num_rows, block.num_columns)
             update = grad * row_factor[block.rows, None]
             update.mul_(_column_rows(column_factor, block, num_rows)[:, block.columns])
             yield block.at, update.flatten()
 
-    def _sum_of_update_squares(self, shard: Shard, hyper: Hyper) -> Tensor:
+    def _sum_of_update_squares(self, shard: Shard, settings: StepSettings) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=shard.param.device)
-        for _, update in self._updates(shard, hyper):
+        for _, update in self._updates(shard, settings):
             total += update.square_().sum()
         return total
 
-    def _write(self, shard: Shard, hyper: Hyper, step_size: Tensor) -> None:
-        decay = 1.0 - hyper.lr * hyper.weight_decay
-        for at, update in self._updates(shard, hyper):
+    def _write(self, shard: Shard, settings: StepSettings, step_size: Tensor) -> None:
+        decay = 1.0 - settings.lr * settings.weight_decay
+        for at, update in self._updates(shard, settings):
             exact = shard.write_back.read(shard.param, at)
             exact.mul_(decay).sub_(update.mul_(step_size))
             shard.write_back.write(exact, shard.param, at)
@@ -124,13 +124,13 @@ def _column_rows(per_matrix: Tensor, block: Block, num_rows: int) -> Tensor:
     return per_matrix[matrix]
 
 
-def _sums_of_grad_squares(shard: Shard, hyper: Hyper) -> tuple[Tensor, Tensor]:
+def _sums_of_grad_squares(shard: Shard, settings: StepSettings) -> tuple[Tensor, Tensor]:
     """This shard's part of the row and column sums of g^2, in the shapes of the state."""
     num_rows, num_columns = shard.spec.shape[-2:]
     row = torch.zeros_like(shard.state["row"])
     column = torch.zeros_like(shard.state["column"]).view(-1, num_columns)
     for block in _blocks(shard):
-        squares = shard.scaled_grad(block.at, hyper).square().view(block.num_rows, block.num_columns)
+        squares = shard.scaled_grad(block.at, settings).square().view(block.num_rows, block.num_columns)
         row[block.rows] += squares.sum(1)
         if column.shape[0] == 1:
             column[0, block.columns] += squares.sum(0)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lomo_ds.rules.rule import Hyper, Shard, Sums
+from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
 from lomo_ds.shards import ShardSpec
 
 
@@ -26,7 +26,7 @@ class AdamWRule:
     """
 
     needs_sums: ClassVar[bool] = False
-    keeps_copy: ClassVar[bool] = True
+    keeps_master_weights: ClassVar[bool] = True
     replicated_state: ClassVar[frozenset[str]] = frozenset()
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -39,15 +39,15 @@ class AdamWRule:
             "exp_avg_sq": exact.new_zeros(exact.shape),
         }
 
-    def update_(self, shard: Shard, hyper: Hyper) -> Sums:
+    def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
         first, second = self.betas
-        step_size = hyper.lr / (1 - first**hyper.step)
-        root_correction = math.sqrt(1 - second**hyper.step)
+        step_size = settings.lr / (1 - first**settings.step)
+        root_correction = math.sqrt(1 - second**settings.step)
         for at in shard.chunks():
-            grad = shard.scaled_grad(at, hyper)
+            grad = shard.scaled_grad(at, settings)
             exp_avg = shard.state["exp_avg"][at].lerp_(grad, 1 - first)
             exp_avg_sq = shard.state["exp_avg_sq"][at].mul_(second).addcmul_(grad, grad, value=1 - second)
-            exact = shard.state["param"][at].mul_(1 - hyper.lr * hyper.weight_decay)
+            exact = shard.state["param"][at].mul_(1 - settings.lr * settings.weight_decay)
             exact.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / root_correction).add_(self.eps), value=-step_size)
             shard.param[at] = exact
         yield from ()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.rules.rounding import chunk_numel
-from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
+from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
 
 Clipping = Literal["global", "value", "per_parameter", "lagged"]
 """What ``gradient_clipping`` bounds: the norm over all parameters, each element, each parameter's norm, or
@@ -49,11 +49,13 @@ def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
     return min(1.0, max_grad_norm / (grad_norm + _NORM_EPS))
 
 
-def clipped_per_parameter(rule: Rule, shard: Shard, hyper: Hyper, max_grad_norm: float) -> Sums:
+def clipped_per_parameter(
+    rule: Rule, shard: Shard, settings: StepSettings, max_grad_norm: float
+) -> ShardUpdate:
     """``rule``'s update with the parameter's gradient clipped to a norm of its own. Asks for one sum more."""
     own = torch.zeros(1, dtype=torch.float32, device=shard.grad.device)
     for at in shard.chunks():
-        own += shard.scaled_grad(at, hyper).square().sum()
+        own += shard.scaled_grad(at, settings).square().sum()
     norm = (yield own).sqrt().squeeze(0)
     factor = (max_grad_norm / (norm + _NORM_EPS)).clamp(max=1.0)
-    yield from rule.update_(shard, replace(hyper, grad_scale=factor * hyper.grad_scale))
+    yield from rule.update_(shard, replace(settings, grad_scale=factor * settings.grad_scale))

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lomo_ds.rules.rule import Hyper, Shard, Sums
+from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
 from lomo_ds.shards import ShardSpec
 
 
@@ -19,18 +19,18 @@ class LomoRule:
     """
 
     needs_sums: ClassVar[bool] = False
-    keeps_copy: ClassVar[bool] = False
+    keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
 
     def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def update_(self, shard: Shard, hyper: Hyper) -> Sums:
+    def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
         for at in shard.chunks():
             exact = shard.write_back.read(shard.param, at)
-            grad = shard.scaled_grad(at, hyper)
-            if hyper.weight_decay:
-                grad = grad.add(exact, alpha=hyper.weight_decay)
-            exact.add_(grad, alpha=-hyper.lr)
+            grad = shard.scaled_grad(at, settings)
+            if settings.weight_decay:
+                grad = grad.add(exact, alpha=settings.weight_decay)
+            exact.add_(grad, alpha=-settings.lr)
             shard.write_back.write(exact, shard.param, at)
         yield from ()

@@ -11,14 +11,14 @@ from torch import Tensor
 from lomo_ds.rules.rounding import WriteBack, chunk_numel
 from lomo_ds.shards import ShardSpec
 
-Sums = Generator[Tensor, Tensor, None]
+ShardUpdate = Generator[Tensor, Tensor, None]
 """An update in progress. It yields sums over its shard (1-D, fp32) and is sent their totals over all
 shards of the parameter; the engine adds up those of many parameters in one all-reduce. A rule that needs
 no sums yields nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyper:
+class StepSettings:
     """The numbers of one update.
 
     Attributes:
@@ -61,12 +61,12 @@ class Shard:
         for start in range(0, numel, step):
             yield slice(start, min(start + step, numel))
 
-    def scaled_grad(self, at: slice, hyper: Hyper) -> Tensor:
+    def scaled_grad(self, at: slice, settings: StepSettings) -> Tensor:
         """The gradient's elements ``at``, scaled and clipped by value, in fp32. Not to be written to."""
         grad = self.grad[at].float()
-        if not (isinstance(hyper.grad_scale, float) and hyper.grad_scale == 1.0):
-            grad = grad * hyper.grad_scale
-        return grad if hyper.clip_value is None else grad.clamp(-hyper.clip_value, hyper.clip_value)
+        if not (isinstance(settings.grad_scale, float) and settings.grad_scale == 1.0):
+            grad = grad * settings.grad_scale
+        return grad if settings.clip_value is None else grad.clamp(-settings.clip_value, settings.clip_value)
 
 
 class Rule(Protocol):
@@ -76,17 +76,18 @@ class Rule(Protocol):
         needs_sums: whether ``update_`` yields anything; the gradient then has to outlive its bucket.
         replicated_state: names of the state's tensors that every rank holds whole; the others are cut
             like the parameter, shape (shard_numel,).
-        keeps_copy: whether the state has an fp32 copy of the weights, so that rounding loses nothing.
+        keeps_master_weights: whether the state has an fp32 copy of the weights; rounding then loses
+            nothing.
     """
 
     needs_sums: ClassVar[bool]
-    keeps_copy: ClassVar[bool]
+    keeps_master_weights: ClassVar[bool]
     replicated_state: ClassVar[frozenset[str]]
 
     def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
         """The tensors that the rule keeps for a parameter, on the shard's device."""
         ...
 
-    def update_(self, shard: Shard, hyper: Hyper) -> Sums:
-        """Update the shard in place; see ``Sums`` for how it learns of the other shards."""
+    def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
+        """Update the shard in place; see ``ShardUpdate`` for how it learns of the other shards."""
         ...

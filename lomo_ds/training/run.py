@@ -19,12 +19,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import lomo_ds
-from lomo_ds.checkpoint.export import export_pretrained
-from lomo_ds.checkpoint.foreign_code import plain_refusals
-from lomo_ds.checkpoint.load import load_pretrained, model_dtype, model_folder
-from lomo_ds.checkpoint.newest import newest_whole
-from lomo_ds.checkpoint.root import CheckpointRoot, require_tag
+from lomo_ds.checkpoint.directory import CheckpointRoot, require_tag
+from lomo_ds.checkpoint.latest_resumable import latest_resumable
 from lomo_ds.integrations.peft import add_adapters, save_adapters
+from lomo_ds.model_io.export import export_pretrained
+from lomo_ds.model_io.load import load_pretrained, model_dtype, model_folder
+from lomo_ds.model_io.remote_code import plain_refusals
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.evaluation import Evaluation
 from lomo_ds.training.data_sets import DataSets, encode_data_sets
@@ -39,7 +39,7 @@ from lomo_ds.training.progress import TrainingProgress
 from lomo_ds.training.recipe_file import continues_output, require_free_output
 from lomo_ds.training.resume import identity, read_history, require_same_run
 from lomo_ds.training.schedule import SHAPES, Schedule, num_warmup_steps
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.collective_errors import failing_together
 
 EngineMaker = Callable[[RunPlan], Any]
 
@@ -149,7 +149,7 @@ def _checkpoint_to_resume(recipe: Recipe) -> Path | None:
         return None
     if recipe.resume == "auto":
         root = CheckpointRoot(OutputFolder(recipe.output).checkpoints)
-        tag = newest_whole(root)
+        tag = latest_resumable(root)
         return None if tag is None else root.folder(tag)
     with failing_together():
         folder = Path(recipe.resume)
@@ -322,7 +322,7 @@ def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
             save_adapters(job.engine, job.output.adapters)
         job.lap("export_s")
     peaks = torch.tensor([peak_bytes(), 0], dtype=torch.int64, device=job.engine.device)
-    parked = torch.tensor(job.engine.optimizer.parked_host_bytes, device=job.engine.device)
+    parked = torch.tensor(job.engine.optimizer.gradient_host_bytes, device=job.engine.device)
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
     dist.all_reduce(parked)
     with failing_together():
@@ -334,7 +334,7 @@ def _write_results(job: _Job, held_out: dict[str, float | None]) -> None:
             _report(job, summary)
 
 
-def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[str, Any]:
+def _figures(job: _Job, peak_device_bytes: int, gradient_host_bytes: int) -> dict[str, Any]:
     return {
         "num_eval_examples": len(job.plan.held_out_examples),
         "num_cut_answers": job.data.num_cut,
@@ -344,7 +344,7 @@ def _figures(job: _Job, peak_device_bytes: int, parked_host_bytes: int) -> dict[
         "dtype": str(model_dtype(job.plan.ds_json)).removeprefix("torch."),
         "peak_device_bytes": peak_device_bytes,
         "peak_device_bytes_source": peak_source(),
-        "parked_host_bytes": parked_host_bytes,
+        "gradient_host_bytes": gradient_host_bytes,
         "wall_s": time.perf_counter() - job.start_s,
         **job.seconds,
         "versions": {name: version(name) for name in ("lomo_ds", "torch", "deepspeed", "transformers")},

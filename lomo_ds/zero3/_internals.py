@@ -39,8 +39,8 @@ from lomo_ds.zero3.private_names import CONTRACT, SCALER_STATE, STAGE3_ARGUMENTS
 __all__ = [
     "CONTRACT",
     "DeepSpeedConfig",
-    "EngineSeam",
-    "Stage3Seam",
+    "EngineBase",
+    "Stage3Base",
     "accumulation_dtype",
     "check_contract",
     "forget_module_state",
@@ -52,7 +52,7 @@ __all__ = [
     "process_group",
     "ranks_not_compared",
     "shard_spec",
-    "standing_buffers",
+    "permanent_buffers",
     "stored_shard",
 ]
 
@@ -138,7 +138,7 @@ def forget_module_state() -> None:
         partition_parameters.shutdown_init_context()
 
 
-def standing_buffers(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
+def permanent_buffers(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
     """(kind, tensor) of what stage 3 keeps beside the shards.
 
     "bucket" for the reduce buckets, "gradient" for the flat gradient buffer and "state" for fp32 copies
@@ -170,7 +170,7 @@ class ReducedGradient(NamedTuple):
     shard: Tensor
 
 
-class Stage3Seam(DeepSpeedZeroOptimizer_Stage3):
+class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
     """Stage 3 without fp32 copies and without a gradient buffer; what it reduces goes to ``take``.
 
     A subclass implements ``set_up`` (called when the shards stand and before any gradient), ``take``
@@ -347,14 +347,14 @@ def _reduced(param: Parameter, partition: Tensor) -> ReducedGradient:
     return ReducedGradient(param, real)
 
 
-class EngineSeam(DeepSpeedEngine):
+class EngineBase(DeepSpeedEngine):
     """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
 
     def __init__(self, **engine_arguments: Any) -> None:
         super().__init__(**engine_arguments)
         self._configure_python_gc()
 
-    def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Seam:
+    def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Base:
         raise NotImplementedError
 
     def offloads_checkpoints(self) -> bool:
@@ -367,7 +367,7 @@ class EngineSeam(DeepSpeedEngine):
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return True  # the name in the JSON has been checked against ours before
 
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Stage3Seam:
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Stage3Base:
         if self.zero_allgather_sequential():
             self._config.zero_config.prefetch_bucket_size = 1
         arguments = {name: getattr(self, method)() for name, method in STAGE3_ARGUMENTS.items()}

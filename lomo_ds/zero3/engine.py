@@ -11,16 +11,16 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor
 
-from lomo_ds.zero3._internals import EngineSeam
-from lomo_ds.zero3.checkpoint_offload import checkpoints_on_host
+from lomo_ds.zero3._internals import EngineBase
+from lomo_ds.zero3.activation_offload import checkpoints_on_host
+from lomo_ds.zero3.apply.choose import Choice
+from lomo_ds.zero3.apply.two_pass import backward_twice
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
-from lomo_ds.zero3.passes import backward_twice
-from lomo_ds.zero3.policy import Choice
-from lomo_ds.zero3.tiled_vocabulary import TiledVocabularyConfig
-from lomo_ds.zero3.vocabulary_modules import TiledVocabulary
+from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
+from lomo_ds.zero3.vocabulary.tiled_modules import TiledVocabulary
 
 
-class LomoEngine(EngineSeam):
+class LomoEngine(EngineBase):
     """``DeepSpeedEngine`` whose gradients are applied shard by shard; used like DeepSpeed's.
 
     Args:

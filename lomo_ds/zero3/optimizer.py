@@ -14,20 +14,20 @@ from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
+from lomo_ds.byte_units import shown_bytes
 from lomo_ds.optimizers import rule_of
 from lomo_ds.rules.clipping import clip_factor, clipped_per_parameter, sum_of_squares
-from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
-from lomo_ds.sizes import shown_bytes
-from lomo_ds.zero3._internals import ReducedGradient, Stage3Seam, local_shard, process_group, shard_spec
-from lomo_ds.zero3.agreement import failing_together
-from lomo_ds.zero3.nvme_parking import NvmeParking
-from lomo_ds.zero3.parking import Parking
-from lomo_ds.zero3.policy import Choice
-from lomo_ds.zero3.rounding_watch import RoundingWatch
+from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
+from lomo_ds.zero3._internals import ReducedGradient, Stage3Base, local_shard, process_group, shard_spec
+from lomo_ds.zero3.apply.choose import Choice
+from lomo_ds.zero3.apply.host_buffer import HostBuffer
+from lomo_ds.zero3.apply.nvme_buffer import NvmeBuffer
+from lomo_ds.zero3.collective_errors import failing_together
+from lomo_ds.zero3.stalled_updates import StalledUpdates
 from lomo_ds.zero3.updater import Updater
 
 
-class LomoZeroOptimizer(Stage3Seam):
+class LomoZeroOptimizer(Stage3Base):
     """DeepSpeed's stage 3 with an update rule in place of fp32 copies, states and a gradient buffer.
 
     Built by the engine. All ranks call every method together.
@@ -63,31 +63,31 @@ class LomoZeroOptimizer(Stage3Seam):
         rules = {param: rule_of(self._group(param)) for param in self.trainable_params()}
         self.updater = Updater(rules, self.optimizer.rounding, self.optimizer.seed)
         nearest = self.optimizer.rounding == "nearest"
-        self._rounding_watch = RoundingWatch(enabled=nearest and dist.get_rank() == 0)
+        self._stalled_updates = StalledUpdates(enabled=nearest and dist.get_rank() == 0)
         self._parking = self._make_parking() if self.choice.policy == "deferred" else None
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
 
-    def _make_parking(self) -> Parking | NvmeParking:
+    def _make_parking(self) -> HostBuffer | NvmeBuffer:
         shard_numel, dtype = self._shard_numel(), self.gradient_accumulation_dtype
         device = torch.device(get_accelerator().current_device_name())
         if self.choice.nvme is None:
-            return Parking(shard_numel, dtype, device, max_numel_moving=self.reduce_bucket_size)
+            return HostBuffer(shard_numel, dtype, device, max_numel_moving=self.reduce_bucket_size)
         with failing_together():
-            return NvmeParking(shard_numel, dtype, device, self.choice.nvme)
+            return NvmeBuffer(shard_numel, dtype, device, self.choice.nvme)
 
     def _shard_numel(self) -> dict[Parameter, int]:
         return {param: shard_spec(param).shard_numel for param in self.trainable_params()}
 
     @property
-    def parked_host_bytes(self) -> int:
+    def gradient_host_bytes(self) -> int:
         """Host memory that this rank keeps for parked gradients, in bytes; 0 unless ``deferred``."""
         return self._parking.num_bytes if self._parking else 0
 
     @property
-    def parked_file_bytes(self) -> int:
+    def gradient_file_bytes(self) -> int:
         """Disk that this rank keeps for parked gradients, in bytes; 0 without ``park_to``."""
-        return self._parking.num_file_bytes if isinstance(self._parking, NvmeParking) else 0
+        return self._parking.num_file_bytes if isinstance(self._parking, NvmeBuffer) else 0
 
     # Whose gradients ---------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class LomoZeroOptimizer(Stage3Seam):
             self.forget_unfinished_backward()
             self.updater.forget_pending()
             if not in_forward or self._num_taken > num_taken:
-                self._rounding_watch.forget()
+                self._stalled_updates.forget()
                 self.zero_grad()
             raise
         finally:
@@ -157,7 +157,7 @@ class LomoZeroOptimizer(Stage3Seam):
                 self._begin_update(param, grad_shard.clone() if self._needs_sums(param) else grad_shard)
         self.updater.advance()
 
-    def take_reduced(self, param: Parameter, grad_shard: Tensor) -> None:
+    def on_reduced_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
         """Take a gradient shard that was averaged over the ranks elsewhere, not by ZeRO-3. Collective."""
         if not self.accepts_gradients():
             self.refuse(param)
@@ -219,11 +219,11 @@ class LomoZeroOptimizer(Stage3Seam):
     def _begin_update(self, param: Parameter, grad_shard: Tensor) -> None:
         self._shards_changed = True
         group = self._group(param)
-        if group["lr"] > 0 and not self.updater.entries[param].rule.keeps_copy:
-            self._rounding_watch.before_update(local_shard(param), grad_shard)
+        if group["lr"] > 0 and not self.updater.entries[param].rule.keeps_master_weights:
+            self._stalled_updates.before_update(local_shard(param), grad_shard)
 
-        def update(rule: Rule, shard: Shard, num_updates: int) -> Sums:
-            hyper = Hyper(
+        def update(rule: Rule, shard: Shard, num_updates: int) -> ShardUpdate:
+            settings = StepSettings(
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 grad_scale=self._grad_scale(),
@@ -233,8 +233,8 @@ class LomoZeroOptimizer(Stage3Seam):
                 step=num_updates,
             )
             if self._clips_per_parameter:
-                return clipped_per_parameter(rule, shard, hyper, self.clip_grad)
-            return rule.update_(shard, hyper)
+                return clipped_per_parameter(rule, shard, settings, self.clip_grad)
+            return rule.update_(shard, settings)
 
         self.updater.begin(param, grad_shard, update)
 
@@ -288,7 +288,7 @@ class LomoZeroOptimizer(Stage3Seam):
         if self.optimizer.clipping == "lagged" and math.isfinite(norm := float(self._global_grad_norm)):
             self.last_norm = norm
         self.scale_after(self.overflow)
-        self._rounding_watch.end_step()
+        self._stalled_updates.end_step()
         self.gather_persistent_params()
         self._shards_changed = False
         self.zero_grad()

@@ -5,7 +5,7 @@ Names only, as text: nothing here reaches into DeepSpeed but to read its source.
 
 from __future__ import annotations
 
-from lomo_ds.zero3.contract import PrivateName, PrivateNameStatus, check_names
+from lomo_ds.zero3.name_checks import PrivateName, PrivateNameStatus, check_names
 
 STAGE3_ARGUMENTS = {
     "static_loss_scale": "loss_scale",

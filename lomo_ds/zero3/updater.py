@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.rules.rounding import Rounding, WriteBack, error_state
-from lomo_ds.rules.rule import Rule, Shard, Sums
+from lomo_ds.rules.rule import Rule, Shard, ShardUpdate
 from lomo_ds.shards import ShardSpec
 from lomo_ds.zero3._internals import local_shard, process_group, shard_spec
 
@@ -42,7 +42,7 @@ class Entry:
 class _Pending:
     """An update that waits for the totals of ``sums``."""
 
-    update: Sums
+    update: ShardUpdate
     sums: Tensor
 
 
@@ -72,7 +72,7 @@ class Updater:
         shard = local_shard(param)
         spec = shard_spec(param)
         state = rule.init_state(spec, shard)
-        error = None if rule.keeps_copy else error_state(self._rounding, shard)
+        error = None if rule.keeps_master_weights else error_state(self._rounding, shard)
         return Entry(index=index, spec=spec, rule=rule, state=state, error=error)
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class Updater:
         self,
         param: Parameter,
         grad_shard: Tensor,
-        make_update: Callable[[Rule, Shard, int], Sums],
+        make_update: Callable[[Rule, Shard, int], ShardUpdate],
     ) -> None:
         """Start an update and run it as far as this rank's shard takes it.
 
@@ -134,7 +134,7 @@ class Updater:
         """Drop updates that wait, as after a backward that raised."""
         self._pending.clear()
 
-    def _wait_for(self, update: Sums, totals: Any) -> None:
+    def _wait_for(self, update: ShardUpdate, totals: Any) -> None:
         try:
             self._pending.append(_Pending(update=update, sums=update.send(totals)))
         except StopIteration:

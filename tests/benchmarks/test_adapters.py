@@ -29,7 +29,7 @@ def cell(method: str, seed: int, accuracy: float) -> dict:
         "num_ranks": 2,
         "dtype": "bfloat16",
         "peak_device_bytes": 1.5e9,
-        "parked_host_bytes": 3e8,
+        "gradient_host_bytes": 3e8,
     }
 
 

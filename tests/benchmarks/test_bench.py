@@ -18,7 +18,7 @@ def rank_result(peak, build, parked, seconds, rank=0, parameters=1000):
         "phase_peak_bytes": {"model": build, "engine": build, "warm-up steps": peak, "steps": peak},
         "at_rest_bytes": build,
         "live_peak_bytes": peak,
-        "parked_bytes": parked,
+        "offloaded_bytes": parked,
         "sent_bytes": {"all_gather_into_tensor": 30.0, "all_reduce": 10.0 * rank},
         "tokens_per_step": 512,
         "warmup": steps[:1],

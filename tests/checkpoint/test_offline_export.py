@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lomo_ds.checkpoint import aside, offline_export, tensor_file
+from lomo_ds.checkpoint import offline_export
 from lomo_ds.checkpoint.description import read_description, write_description
 from lomo_ds.checkpoint.manifest import read_manifest, record_of, write_manifest
 from lomo_ds.cli.export import main
-from tests.checkpoint import export_jobs as jobs
-from tests.checkpoint.test_load import zero3
+from lomo_ds.model_io import atomic_folder, tensor_file
 from tests.harness import run_ranks
+from tests.model_io import export_jobs as jobs
+from tests.model_io.test_load import zero3
 from tests.tiny import write_tiny_folder
 
 BARE_PYTHON = """
@@ -245,7 +246,7 @@ def test_the_checkpoint_is_never_the_target(
 def test_too_little_room(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aside, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(atomic_folder, "free_bytes", lambda folder: 1000)
     assert "1e-06 GB left" in refused(capsys, root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

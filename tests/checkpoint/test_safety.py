@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lomo_ds.checkpoint.folder import read_folder
+from lomo_ds.checkpoint.directory import CheckpointRoot
 from lomo_ds.checkpoint.manifest import (
     checksum,
     find_damage,
@@ -20,11 +20,11 @@ from lomo_ds.checkpoint.manifest import (
     unlisted_files,
     write_manifest,
 )
-from lomo_ds.checkpoint.root import CheckpointRoot
-from tests.checkpoint import export_jobs
+from lomo_ds.model_io.folder import read_folder
 from tests.checkpoint.hostile import WRITERS, check_that_it_goes_off
-from tests.checkpoint.test_load import zero3
 from tests.harness import run_ranks
+from tests.model_io import export_jobs
+from tests.model_io.test_load import zero3
 from tests.tasks.test_named import ROWS, write
 from tests.tiny import write_tiny_folder
 
@@ -75,7 +75,7 @@ def load_model(folder: str, trust: bool) -> str:
     """Load a model folder and its tokenizer; returns what was refused."""
     import deepspeed
 
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
 
     deepspeed.init_distributed()
     try:
@@ -163,7 +163,7 @@ def test_foreign_code_needs_the_key(foreign: Path, monkeypatch: pytest.MonkeyPat
 def test_foreign_code_of_a_tokenizer_needs_the_key(foreign: Path) -> None:
     from transformers import AutoTokenizer
 
-    from lomo_ds.checkpoint.foreign_code import plain_refusals
+    from lomo_ds.model_io.remote_code import plain_refusals
 
     change_json(
         foreign / "tokenizer_config.json",

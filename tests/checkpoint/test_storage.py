@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lomo_ds.checkpoint.latest_resumable import _share
 from lomo_ds.checkpoint.manifest import FileRecord
-from lomo_ds.checkpoint.newest import _share
 from lomo_ds.checkpoint.planners import PieceLoadPlanner, PieceSavePlanner
 from lomo_ds.checkpoint.shard_files import ShardFiles
 from lomo_ds.checkpoint.storage import ShardReader, ShardWriter

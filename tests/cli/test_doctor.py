@@ -12,7 +12,7 @@ import pytest
 
 from lomo_ds.cli import doctor
 from lomo_ds.versions import VersionStatus
-from lomo_ds.zero3.contract import PrivateNameStatus
+from lomo_ds.zero3.name_checks import PrivateNameStatus
 
 BLOCK_DEEPSPEED = """
 import sys

@@ -134,7 +134,7 @@ def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
     assert summary["loss_before"] > 0 and summary["loss_after"] > 0
     assert summary["num_eval_examples"] == 7 and summary["num_ranks"] == 2
     assert summary["peak_device_bytes"] >= lines[-1]["peak_memory_bytes"]
-    assert summary["parked_host_bytes"] > 0 and summary["wall_s"] > summary["training_s"] > 0
+    assert summary["gradient_host_bytes"] > 0 and summary["wall_s"] > summary["training_s"] > 0
     assert f"{summary['accuracy_after']:.3f} after" in done.stdout
     assert str(out / "loss_and_memory.png") in done.stdout
     assert (out / "loss_and_memory.png").read_bytes().startswith(b"\x89PNG")

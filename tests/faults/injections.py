@@ -194,7 +194,7 @@ def _goes_on_after_a_warning(inputs: Inputs, output: Path, path: Path) -> None:
 
 def full_disk(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """A disk without room for the next checkpoint: a clear error, and the one before is whole."""
-    from lomo_ds.checkpoint.aside import SPARE_BYTES
+    from lomo_ds.model_io.atomic_folder import SPARE_BYTES
 
     _with_small_disk(inputs, output, SPARE_BYTES + _LITTLE_ROOM_BYTES, "a checkpoint takes", None)
 
@@ -206,9 +206,9 @@ def disk_that_fills_up(inputs: Inputs, output: Path, dice: random.Random) -> Non
 
 def claim_room() -> None:
     """Let every disk seem to have room."""
-    from lomo_ds.checkpoint import aside
+    from lomo_ds.model_io import atomic_folder
 
-    aside.free_bytes = lambda folder: 1 << 40
+    atomic_folder.free_bytes = lambda folder: 1 << 40
 
 
 def _with_small_disk(

@@ -166,7 +166,7 @@ def same_run(output: Path, reference: Path) -> bool:
 
 def checkpoints(output: Path) -> dict[str, Any]:
     """Tag -> folder, newest first."""
-    from lomo_ds.checkpoint.root import CheckpointRoot
+    from lomo_ds.checkpoint.directory import CheckpointRoot
 
     root = CheckpointRoot(output / "checkpoints")
     return {tag: root.folder(tag) for tag in root.tags()}

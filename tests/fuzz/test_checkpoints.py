@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lomo_ds.checkpoint.directory import CheckpointRoot
 from lomo_ds.checkpoint.manifest import MANIFEST_FILE, checksum, read_manifest, record_of, write_manifest
-from lomo_ds.checkpoint.root import CheckpointRoot
 from lomo_ds.cli.export import main
-from tests.checkpoint import export_jobs
-from tests.checkpoint.test_load import zero3
 from tests.fuzz.cases import book, cases
 from tests.fuzz.mutations import damaged, mutated
 from tests.harness import run_ranks
+from tests.model_io import export_jobs
+from tests.model_io.test_load import zero3
 from tests.tiny import tiny_tokenizer, write_tiny_folder
 
 TAG = "global_step0"
@@ -37,7 +37,7 @@ def save(folder: str, root: str) -> None:
 
 def load(folder: str, root: str) -> str:
     """Try to load; "" or the error, which has to be ours and has to leave everything as it was."""
-    from lomo_ds.zero3.agreement import OtherRankFailed
+    from lomo_ds.zero3.collective_errors import OtherRankFailed
 
     engine = _ENGINES.get(folder) or export_jobs.engine_of(folder, zero3(0), export_jobs.LORA)
     _ENGINES[folder] = engine

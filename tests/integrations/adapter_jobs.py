@@ -53,8 +53,8 @@ def step_ids(step: int, world_size: int) -> Tensor:
 
 def build(train_base: bool | None, folder: str | None, ds_json: dict, checkpointing: bool) -> Any:
     """The tiny model, whole or from ``folder`` into shards, with adapters unless ``train_base`` is None."""
-    from lomo_ds.checkpoint.load import load_pretrained
     from lomo_ds.integrations.peft import add_adapters
+    from lomo_ds.model_io.load import load_pretrained
     from lomo_ds.recipe import LoraRecipe
 
     model = tiny_llama() if folder is None else load_pretrained(folder, ds_json)
@@ -97,8 +97,8 @@ def _train_step(engine: Any, step: int, run: Run) -> None:
 
 
 def _export(engine: Any, out: str) -> None:
-    from lomo_ds.checkpoint.export import export_pretrained
     from lomo_ds.integrations.peft import save_adapters
+    from lomo_ds.model_io.export import export_pretrained
 
     export_pretrained(engine, f"{out}/model", tiny_tokenizer(), max_file_bytes=20_000)
     save_adapters(engine, f"{out}/adapters")

@@ -53,16 +53,16 @@ def test_figures_are_those_of_every_micro_batch(
     few, every = runs[optimizer, 6], whole_runs[optimizer]
     assert len(every.phase_starts) == len(few.phase_starts) + 2 * 3 * 3
     names = ("sent_bytes", "calls", "flops", "host_traffic_bytes", "phase_peaks", "standing", "policy")
-    for name in (*names, "parked_host_bytes"):
+    for name in (*names, "gradient_host_bytes"):
         assert getattr(few, name) == getattr(every, name), name
 
 
 def test_accumulation_parks(runs: dict) -> None:
     once, twice, often = (runs["Lomo", count] for count in (1, 2, 6))
-    assert "immediate" in once.policy and once.parked_host_bytes == 0
+    assert "immediate" in once.policy and once.gradient_host_bytes == 0
     assert "deferred" in often.policy and '"gradient_accumulation_steps": 6' in often.policy
     for run in (twice, often):
-        assert run.parked_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
+        assert run.gradient_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
 
 
 def test_a_step_is_all_of_its_micro_batches(runs: dict) -> None:
@@ -70,6 +70,6 @@ def test_a_step_is_all_of_its_micro_batches(runs: dict) -> None:
     assert often.flops == 6 * once.flops
     assert often.sent_bytes["reduce_scatter"] == 6 * once.sent_bytes["reduce_scatter"]
     # parked once, fetched and parked again by five more micro-batches, and fetched by the update
-    assert often.host_traffic_bytes == pytest.approx(12 * often.parked_host_bytes, rel=0.01)
+    assert often.host_traffic_bytes == pytest.approx(12 * often.gradient_host_bytes, rel=0.01)
     tokens = estimate_time(accumulating("Lomo", 6), often, find_hardware("3090")).tokens
     assert tokens == 6 * 128

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
+from lomo_ds.byte_units import parse_bytes
 from lomo_ds.cli.main import USAGE_ERROR
 from lomo_ds.cli.plan import main
 from lomo_ds.planner.job import default_ds_json
-from lomo_ds.sizes import parse_bytes
 from tests.planner.small_jobs import small_llama
 
 ASKED = (
     "peak_device_bytes",
     "device_breakdown",
-    "parked_host_bytes_per_node",
+    "gradient_host_bytes_per_node",
     "wire_bytes_per_step",
     "flops_per_step",
     "fits",
@@ -180,7 +180,7 @@ def test_the_json(planned: tuple[Path, str, int]) -> None:
     plan = json.loads((planned[0] / "plan.json").read_text())
     assert set(ASKED) <= set(plan)
     assert sum(plan["device_breakdown"].values()) == plan["peak_device_bytes"]
-    assert plan["parked_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
+    assert plan["gradient_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
     assert plan["wire_bytes_per_step"]["reduce_scatter"] > 0
     assert plan["flops_per_step"] > 6 * plan["num_params"] * 64
     assert plan["closed_form_peak_bytes"] is None
@@ -207,5 +207,5 @@ def test_the_users_json(tmp_path: Path) -> None:
     expected = written | {"train_micro_batch_size_per_gpu": 1}
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert json.loads((tmp_path / "written.json").read_text()) == plan["ds_json"] == expected
-    assert plan["parked_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
+    assert plan["gradient_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
     assert '"gradient_accumulation_steps": 8' in plan["policy"]

@@ -45,11 +45,11 @@ def test_tiles_hold_no_table(dry_runs: dict[str, DryRun]) -> None:
 
 def test_host_holds_what_is_parked_and_little_else(dry_runs: dict[str, DryRun]) -> None:
     run = dry_runs["tiles"]
-    assert run.parked_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
-    assert run.tops["step 2: backward"]["host"].num_bytes == run.parked_host_bytes
+    assert run.gradient_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
+    assert run.tops["step 2: backward"]["host"].num_bytes == run.gradient_host_bytes
     offloaded = dry_runs["offloaded"].tops["step 2: backward"]["host"].by_role()
     assert offloaded["checkpoints"] >= 3 * 2 * 128 * 512
-    assert offloaded["parked gradients"] == run.parked_host_bytes
+    assert offloaded["offloaded gradients"] == run.gradient_host_bytes
 
 
 def test_traffic_and_arithmetic(dry_runs: dict[str, DryRun]) -> None:
@@ -60,7 +60,7 @@ def test_traffic_and_arithmetic(dry_runs: dict[str, DryRun]) -> None:
     matrices = run.num_params - 8000 * 512
     assert run.flops == pytest.approx(8 * matrices * 128, rel=0.15)
     assert dry_runs["one GPU"].sent_bytes == {}
-    assert run.host_traffic_bytes == pytest.approx(2 * run.parked_host_bytes, rel=0.01)
+    assert run.host_traffic_bytes == pytest.approx(2 * run.gradient_host_bytes, rel=0.01)
 
 
 def test_the_peak_is_that_of_the_timeline(dry_runs: dict[str, DryRun]) -> None:

@@ -29,7 +29,7 @@ class Run:
     """Stands in for a dry run of one rank."""
 
     host: Stands
-    parked_host_bytes: int = 0
+    gradient_host_bytes: int = 0
     device: Stands = field(default_factory=lambda: Stands(GIB))
 
 

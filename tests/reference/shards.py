@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.rules.rounding import Rounding, WriteBack, error_state
-from lomo_ds.rules.rule import Hyper, Rule, Shard, Sums
+from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
 from lomo_ds.shards import ShardSpec
 
 
@@ -34,14 +34,14 @@ class CutParameter:
     def whole(self) -> Tensor:
         return torch.cat(self._params).view(self._specs[0].shape)
 
-    def update(self, whole_grad: Tensor, hyper: Hyper) -> None:
+    def update(self, whole_grad: Tensor, settings: StepSettings) -> None:
         """One update of all shards in lock-step."""
-        run_together([self._begin(rank, whole_grad, hyper) for rank in range(len(self._specs))])
+        run_together([self._begin(rank, whole_grad, settings) for rank in range(len(self._specs))])
 
-    def _begin(self, rank: int, whole_grad: Tensor, hyper: Hyper) -> Sums:
+    def _begin(self, rank: int, whole_grad: Tensor, settings: StepSettings) -> ShardUpdate:
         spec = self._specs[rank]
         write_back = WriteBack(
-            rounding=self._rounding, key=(0, 0, hyper.step), start=spec.start, error=self._errors[rank]
+            rounding=self._rounding, key=(0, 0, settings.step), start=spec.start, error=self._errors[rank]
         )
         shard = Shard(
             param=self._params[rank],
@@ -50,10 +50,10 @@ class CutParameter:
             state=self.states[rank],
             write_back=write_back,
         )
-        return self._rule.update_(shard, hyper)
+        return self._rule.update_(shard, settings)
 
 
-def run_together(updates: list[Sums]) -> None:
+def run_together(updates: list[ShardUpdate]) -> None:
     """Give each update the total of what all of them yield, until they end together."""
     totals = None
     while True:

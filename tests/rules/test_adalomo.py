@@ -7,7 +7,7 @@ import torch
 from transformers.optimization import Adafactor
 
 from lomo_ds.rules.adalomo import AdaLomoRule
-from lomo_ds.rules.rule import Hyper
+from lomo_ds.rules.rule import StepSettings
 from tests.reference.shards import CutParameter
 
 SHAPES = [(1,), (13,), (7, 5), (1, 9), (9, 1), (3, 5, 7), (2, 3, 4, 5), ()]
@@ -45,7 +45,7 @@ def by_torch(shape: tuple[int, ...], weight_decay: float) -> torch.Tensor:
 def by_shards(shape: tuple[int, ...], world_size: int, weight_decay: float) -> CutParameter:
     cut = CutParameter(start(shape), AdaLomoRule(), world_size)
     for step, grad in enumerate(grads(shape), start=1):
-        cut.update(grad, Hyper(lr=LR, weight_decay=weight_decay, step=step))
+        cut.update(grad, StepSettings(lr=LR, weight_decay=weight_decay, step=step))
     return cut
 
 
@@ -80,6 +80,6 @@ def test_state_is_one_row_and_one_column_and_the_same_on_every_rank() -> None:
 def test_the_gradients_scale_comes_first(scale: float | torch.Tensor) -> None:
     scaled, plain = (CutParameter(start((7, 5)), AdaLomoRule(), 2) for _ in range(2))
     grad = grads((7, 5))[3]
-    scaled.update(grad * 4, Hyper(lr=LR, grad_scale=scale))
-    plain.update(grad, Hyper(lr=LR))
+    scaled.update(grad * 4, StepSettings(lr=LR, grad_scale=scale))
+    plain.update(grad, StepSettings(lr=LR))
     assert torch.equal(scaled.whole(), plain.whole())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lomo_ds.rules.adamw import AdamWRule
-from lomo_ds.rules.rule import Hyper
+from lomo_ds.rules.rule import StepSettings
 from tests.reference.shards import CutParameter
 
 
@@ -22,6 +22,6 @@ def test_equals_torchs_adamw_on_an_fp32_copy(dtype: torch.dtype, world_size: int
         grad = torch.randn(7, 5, generator=generator)
         whole.grad = grad
         optimizer.step()
-        cut.update(grad, Hyper(lr=0.01, weight_decay=0.1, step=step))
+        cut.update(grad, StepSettings(lr=0.01, weight_decay=0.1, step=step))
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
     torch.testing.assert_close(cut.whole().float(), whole.detach(), **tolerance)

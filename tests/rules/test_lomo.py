@@ -8,16 +8,16 @@ import torch
 from lomo_ds.rules import rule
 from lomo_ds.rules.clipping import clip_factor, sum_of_squares
 from lomo_ds.rules.lomo import LomoRule
-from lomo_ds.rules.rule import Hyper, Shard
+from lomo_ds.rules.rule import Shard, StepSettings
 from lomo_ds.shards import ShardSpec
 from tests.reference.shards import run_together
 
-HYPER = Hyper(lr=0.013, weight_decay=0.1, grad_scale=0.37)
+HYPER = StepSettings(lr=0.013, weight_decay=0.1, grad_scale=0.37)
 
 
-def apply(param: torch.Tensor, grad: torch.Tensor, hyper: Hyper) -> None:
+def apply(param: torch.Tensor, grad: torch.Tensor, settings: StepSettings) -> None:
     spec = ShardSpec(shape=tuple(param.shape), rank=0, world_size=1)
-    run_together([LomoRule().update_(Shard(param=param, grad=grad, spec=spec), hyper)])
+    run_together([LomoRule().update_(Shard(param=param, grad=grad, spec=spec), settings)])
 
 
 def shards(dtype: torch.dtype, grad_dtype: torch.dtype, numel: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,32 +26,32 @@ def shards(dtype: torch.dtype, grad_dtype: torch.dtype, numel: int) -> tuple[tor
     return param, torch.randn(numel, generator=generator).to(grad_dtype)
 
 
-def exact_update(param: torch.Tensor, grad: torch.Tensor, hyper: Hyper) -> torch.Tensor:
+def exact_update(param: torch.Tensor, grad: torch.Tensor, settings: StepSettings) -> torch.Tensor:
     """In fp64, on the values that the low-precision shards hold."""
     param, grad = param.double(), grad.double()
-    return param - hyper.lr * (hyper.grad_scale * grad + hyper.weight_decay * param)
+    return param - settings.lr * (settings.grad_scale * grad + settings.weight_decay * param)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("hyper", [HYPER, Hyper(lr=0.013)])
-def test_bf16_is_rounded_once_from_fp32(grad_dtype: torch.dtype, hyper: Hyper) -> None:
+@pytest.mark.parametrize("settings", [HYPER, StepSettings(lr=0.013)])
+def test_bf16_is_rounded_once_from_fp32(grad_dtype: torch.dtype, settings: StepSettings) -> None:
     """Equal to the exact result rounded to bf16, but where fp32 and fp64 fall on two sides of a tie."""
     param, grad = shards(torch.bfloat16, grad_dtype, 10_007)
-    expected = exact_update(param, grad, hyper)
-    apply(param, grad, hyper)
+    expected = exact_update(param, grad, settings)
+    apply(param, grad, settings)
     wrong = (param != expected.to(torch.bfloat16)).sum().item()
     assert wrong <= 10_007 * 2**-12, "fp32 arithmetic errs by 2**-16 of a bf16 spacing's half, a few times"
     nearest = 2.0**-8 * expected.abs() * (1 + 2**-12)
     assert ((param.double() - expected).abs() <= nearest).all()
 
 
-@pytest.mark.parametrize("hyper", [HYPER, Hyper(lr=0.013)])
-def test_fp32_equals_torch_sgd(hyper: Hyper) -> None:
+@pytest.mark.parametrize("settings", [HYPER, StepSettings(lr=0.013)])
+def test_fp32_equals_torch_sgd(settings: StepSettings) -> None:
     param, grad = shards(torch.float32, torch.float32, 1_000)
     whole = torch.nn.Parameter(param.clone())
-    whole.grad = grad * hyper.grad_scale
-    torch.optim.SGD([whole], lr=hyper.lr, weight_decay=hyper.weight_decay).step()
-    apply(param, grad, hyper)
+    whole.grad = grad * settings.grad_scale
+    torch.optim.SGD([whole], lr=settings.lr, weight_decay=settings.weight_decay).step()
+    apply(param, grad, settings)
     torch.testing.assert_close(param, whole.detach(), rtol=4 * 2**-24, atol=4 * 2**-24)
 
 

@@ -8,7 +8,7 @@ import torch
 from lomo_ds.rules.lomo import LomoRule
 from lomo_ds.rules.noise import random_int32
 from lomo_ds.rules.rounding import WriteBack, error_state
-from lomo_ds.rules.rule import Hyper
+from lomo_ds.rules.rule import StepSettings
 from tests.reference.shards import CutParameter
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -70,7 +70,7 @@ def test_shards_round_as_the_whole(rounding: str, dtype: torch.dtype) -> None:
     for world_size in (1, 2, 3):
         cut = CutParameter(start, LomoRule(), world_size, rounding)
         for step in range(1, 5):
-            cut.update(grad, Hyper(lr=0.001, step=step))
+            cut.update(grad, StepSettings(lr=0.001, step=step))
         results.append(cut.whole())
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -95,7 +95,7 @@ def stalled(rounding: str, dtype: torch.dtype, num_steps: int = 400) -> float:
     cut = CutParameter(torch.full((64,), 2.0, dtype=dtype), LomoRule(), 2, rounding)
     for step in range(1, num_steps + 1):
         grad = cut.whole().float() - 3.0
-        cut.update(grad, Hyper(lr=0.004, step=step))
+        cut.update(grad, StepSettings(lr=0.004, step=step))
     return (cut.whole().double().mean() - 3.0).abs().item()
 
 

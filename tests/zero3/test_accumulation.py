@@ -44,7 +44,7 @@ def accumulate(ds_json: dict[str, Any]) -> tuple[Tensor, int]:
         engine.backward(engine(part * share))
         engine.step()
     assert engine.was_step_applied()
-    return jobs.whole_params(engine.module)["weights"], optimizer.parked_host_bytes
+    return jobs.whole_params(engine.module)["weights"], optimizer.gradient_host_bytes
 
 
 def expected_weights(dtype: torch.dtype) -> Tensor:
@@ -70,6 +70,6 @@ def test_micro_batches_add_up_in_the_dtype_of_the_json(name: str | None) -> None
     lossy, exact = expected_weights(torch.bfloat16), expected_weights(torch.float32)
     assert (exact / lossy >= 1.05).all(), "a sum in bf16 has to lose what fp32 keeps"
     shards = (NUMEL + 1) // 2, NUMEL // 2
-    for (weights, parked_bytes), numel in zip(run_ranks(2, accumulate, ds_json), shards, strict=True):
+    for (weights, offloaded_bytes), numel in zip(run_ranks(2, accumulate, ds_json), shards, strict=True):
         assert torch.equal(weights, exact if DTYPES[name] == torch.float32 else lossy)
-        assert parked_bytes == numel * (4 if name == "fp32" else 2)
+        assert offloaded_bytes == numel * (4 if name == "fp32" else 2)

@@ -97,13 +97,13 @@ def refusal_of_accumulation(ds_json: dict[str, Any]) -> str:
     return str(refusal.value)
 
 
-def parked_host_bytes() -> int:
-    return start(DEFERRED)[0].optimizer.parked_host_bytes
+def gradient_host_bytes() -> int:
+    return start(DEFERRED)[0].optimizer.gradient_host_bytes
 
 
 @pytest.mark.parametrize("ds_json", [IMMEDIATE, jobs.lomo_json("two_pass")], ids=["immediate", "two_pass"])
 def test_what_cannot_add_up_is_refused_with_the_bytes_that_it_would_take(ds_json: dict[str, Any]) -> None:
-    parked = run_ranks(2, parked_host_bytes)
+    parked = run_ranks(2, gradient_host_bytes)
     for message, num_bytes in zip(run_ranks(2, refusal_of_two_backwards, ds_json), parked, strict=True):
         assert '"deferred"' in message and f"takes {num_bytes} bytes of host memory" in message
     for message in run_ranks(2, refusal_of_accumulation, ds_json):
@@ -305,7 +305,7 @@ def bytes_at_rest(ds_json: dict[str, Any]) -> dict[str, int]:
     for _ in range(2):
         engine.backward(engine(torch.ones(1, 256, dtype=torch.bfloat16)).sum())
         engine.step()
-    return {"live": _live_bytes() - before, "parked": optimizer.parked_host_bytes}
+    return {"live": _live_bytes() - before, "parked": optimizer.gradient_host_bytes}
 
 
 def _live_bytes() -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lomo_ds.zero3 import _internals
-from lomo_ds.zero3.contract import PrivateName, PrivateNameStatus, check_names
+from lomo_ds.zero3.name_checks import PrivateName, PrivateNameStatus, check_names
 
 STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 PRIVATE = re.compile(r"^(ds_\w+|_[a-zA-Z]\w*)$")
@@ -50,7 +50,7 @@ def test_the_contract_names_what_the_file_uses() -> None:
     used = {
         node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and PRIVATE.match(node.attr)
     }
-    used |= overridden_in(_internals.Stage3Seam) | overridden_in(_internals.EngineSeam)
+    used |= overridden_in(_internals.Stage3Base) | overridden_in(_internals.EngineBase)
     assert used - {entry.name for entry in _internals.CONTRACT} == set()
 
 

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from lomo_ds.zero3 import rounding_watch
-from lomo_ds.zero3.rounding_watch import RoundingWatch
+from lomo_ds.zero3 import stalled_updates
+from lomo_ds.zero3.stalled_updates import StalledUpdates
 from tests.harness import run_ranks
 from tests.reference.model import rank_batch
 from tests.zero3 import jobs
@@ -52,10 +52,10 @@ def test_one_warning_names_the_remedy_when_updates_are_rounded_away() -> None:
 def test_more_than_half_of_the_updates_have_to_be_lost(num_lost: int, warns: bool) -> None:
     """Of those with a gradient: an element without one loses nothing."""
     weights, gradient = torch.ones(10, dtype=torch.bfloat16), torch.tensor([1.0] * 8 + [0.0] * 2)
-    watch = RoundingWatch(enabled=True)
+    watch = StalledUpdates(enabled=True)
     watch.before_update(weights, gradient)
     weights[num_lost:8] = 2.0
-    with mock.patch.object(rounding_watch.logger, "warning") as warning:
+    with mock.patch.object(stalled_updates.logger, "warning") as warning:
         watch.end_step()
     assert warning.called is warns
 

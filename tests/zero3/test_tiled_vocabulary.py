@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lomo_ds.shards import ShardSpec
-from lomo_ds.zero3.row_tiles import pieces_of_rows
+from lomo_ds.zero3.vocabulary.row_tiles import pieces_of_rows
 from tests.harness import run_ranks
 from tests.zero3.vocabulary_jobs import (
     logits_without_labels,

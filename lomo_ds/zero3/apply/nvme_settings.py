@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from lomo_ds.byte_units import shown_bytes
 from lomo_ds.config import from_mapping
-from lomo_ds.sizes import shown_bytes
 
 KEY = '"optimizer.params.park_to"'
 NUM_SLOTS = 4

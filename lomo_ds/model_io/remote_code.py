@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lomo_ds.checkpoint.json_file import read_json
+from lomo_ds.model_io.json_file import read_json
 
 _KEY = "trust_remote_code"
 _KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
 
-def refuse_foreign_kernels(path: Path) -> None:
+def refuse_remote_kernels(path: Path) -> None:
     """Refuse a model folder that asks for compute kernels from the hub, which are code like any other.
 
     Args:

@@ -30,7 +30,7 @@ def load_and_gather(folder: str, ds_json: dict, initialized: bool = False) -> di
     import deepspeed
 
     import lomo_ds
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
 
     deepspeed.init_distributed()
     model = load_pretrained(folder, ds_json)
@@ -56,7 +56,7 @@ def logits_of_engine(folder: str, ds_json: dict) -> torch.Tensor:
     import deepspeed
 
     import lomo_ds
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
 
     deepspeed.init_distributed()
     engine, *_ = lomo_ds.initialize(model=load_pretrained(folder, ds_json), config=ds_json)
@@ -140,7 +140,7 @@ def test_outdated_and_doubly_stored_tensors_are_taken(tmp_path: Path):
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path):
-    from lomo_ds.checkpoint.folder import read_folder
+    from lomo_ds.model_io.folder import read_folder
 
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match="pickle files"):
@@ -155,8 +155,8 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path):
 def test_any_stretch_can_be_read(
     tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    from lomo_ds.checkpoint import tensor_file
-    from lomo_ds.checkpoint.folder import read_folder
+    from lomo_ds.model_io import tensor_file
+    from lomo_ds.model_io.folder import read_folder
 
     monkeypatch.setattr(tensor_file, "PIECE_BYTES", 20)
     tensor = torch.randn(shape).to(dtype)
@@ -176,7 +176,7 @@ def load_peak(toy: str, folder: str, ds_json: dict) -> tuple[int, int, int]:
 
     import deepspeed
 
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
     from lomo_ds.zero3._internals import full_numel, local_shard
 
     for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: what is freed leaves the process

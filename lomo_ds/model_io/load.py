@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lomo_ds.checkpoint.folder import read_folder
-from lomo_ds.checkpoint.foreign_code import plain_refusals, refuse_foreign_kernels
 from lomo_ds.checkpoint.tensors import named_buffers
-from lomo_ds.checkpoint.universal import UniversalFolder, read_universal
+from lomo_ds.model_io.folder import read_folder
+from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
+from lomo_ds.model_io.universal import UniversalFolder, read_universal
 from lomo_ds.zero3._internals import is_sharded, local_shard, shard_spec
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.collective_errors import failing_together
 
 _MAX_NAMED = 3
 """Tensors that an error names before it only counts the rest."""
@@ -75,7 +75,7 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     if not trust_remote_code:
-        refuse_foreign_kernels(path)
+        refuse_remote_kernels(path)
     with plain_refusals(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.utils import logger
 
-from lomo_ds.checkpoint.newest import latest_tag
+from lomo_ds.checkpoint.directory import CheckpointRoot, require_tag
+from lomo_ds.checkpoint.latest_resumable import latest_tag
 from lomo_ds.checkpoint.restore import LoadOptions, restore
-from lomo_ds.checkpoint.root import CheckpointRoot, require_tag
 from lomo_ds.checkpoint.snapshot import take_snapshot
 from lomo_ds.checkpoint.writer import CheckpointWriter, SaveJob
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.collective_errors import failing_together
 from lomo_ds.zero3.engine import LomoEngine
 
 

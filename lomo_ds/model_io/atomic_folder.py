@@ -38,7 +38,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def make_aside(path: Path) -> Path:
+def make_scratch_folder(path: Path) -> Path:
     """An empty hidden folder beside ``path``, to be filled and given to ``put_in_place``.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 _SAMPLE_NUMEL = 1024
 
 
-class RoundingWatch:
+class StalledUpdates:
     """Says once when most of a step's updates were rounded away.
 
     Looks at the first elements of every shard, in the steps 1, 2, 4, 8 and so on: an element whose

@@ -18,8 +18,8 @@ def engine_of(folder: str, ds_json: dict[str, Any], lora: dict[str, Any] | None 
     import deepspeed
 
     import lomo_ds
-    from lomo_ds.checkpoint.load import load_pretrained
     from lomo_ds.integrations.peft import add_adapters
+    from lomo_ds.model_io.load import load_pretrained
     from lomo_ds.recipe import LoraRecipe
 
     deepspeed.init_distributed()
@@ -48,7 +48,7 @@ def train_and_save(
     **options: Any,
 ) -> torch.Tensor:
     """Train three steps, save, export from the engine, too; returns the engine's own logits."""
-    from lomo_ds.checkpoint.export import export_pretrained
+    from lomo_ds.model_io.export import export_pretrained
 
     engine = engine_of(folder, ds_json, lora)
     for _ in range(3):

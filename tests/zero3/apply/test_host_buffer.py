@@ -1,4 +1,4 @@
-"""Parking beside a device with streams, which stand-ins play: what is on its way to the host is bounded."""
+"""The host buffer of a device with streams (stand-ins): what is on its way to the host is bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lomo_ds.zero3 import parking
+from lomo_ds.zero3.apply import host_buffer
 
 
 class Device:
@@ -63,15 +63,15 @@ class _Stream:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setattr(parking, "get_accelerator", lambda: device)
+    monkeypatch.setattr(host_buffer, "get_accelerator", lambda: device)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     return device
 
 
-def park(sizes: list[int], max_numel_moving: int) -> parking.Parking:
+def park(sizes: list[int], max_numel_moving: int) -> host_buffer.HostBuffer:
     params = [Parameter(torch.zeros(size)) for size in sizes]
     numel = {param: param.numel() for param in params}
-    place = parking.Parking(numel, torch.float32, torch.device("cpu"), max_numel_moving)
+    place = host_buffer.HostBuffer(numel, torch.float32, torch.device("cpu"), max_numel_moving)
     for param in params:
         place.add(param, torch.ones(param.numel()))
     return place
@@ -91,7 +91,7 @@ def test_waiting_ends_all(device: Device) -> None:
 
 def test_parts_of_a_step_add_up(device: Device) -> None:
     param = Parameter(torch.zeros(3))
-    place = parking.Parking({param: 3}, torch.float32, torch.device("cpu"), 20)
+    place = host_buffer.HostBuffer({param: 3}, torch.float32, torch.device("cpu"), 20)
     for value in (1.0, 2.0, 4.0):
         total = place.add(param, torch.full((3,), value))
     place.wait()

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 
 from lomo_ds.checkpoint.description import read_description
+from lomo_ds.checkpoint.directory import CheckpointRoot
 from lomo_ds.checkpoint.manifest import FileRecord, find_damage, read_manifest, unlisted_files
-from lomo_ds.checkpoint.root import CheckpointRoot
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.collective_errors import failing_together
 
 
 def damage_of(folder: Path) -> str | None:
@@ -49,7 +49,7 @@ def _share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> dict[
     return share
 
 
-def newest_whole(root: CheckpointRoot) -> str | None:
+def latest_resumable(root: CheckpointRoot) -> str | None:
     """The tag of the newest checkpoint that is whole; each broken one is named in a warning. Collective."""
     with failing_together():
         found = [root.tags()] if _prepare(root) else []

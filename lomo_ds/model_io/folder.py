@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lomo_ds.checkpoint.json_file import read_json, write_json
-from lomo_ds.checkpoint.tensor_file import TensorFile, read_tensor_file
+from lomo_ds.model_io.json_file import read_json, write_json
+from lomo_ds.model_io.tensor_file import TensorFile, read_tensor_file
 from lomo_ds.zero3.piecewise import pieces_of
 
 SINGLE_FILE = "model.safetensors"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lomo_ds.zero3 import checkpoint_offload
-from lomo_ds.zero3.checkpoint_offload import checkpoints_on_host
+from lomo_ds.zero3 import activation_offload
+from lomo_ds.zero3.activation_offload import checkpoints_on_host
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_gradients_are_the_same() -> None:
 
 def test_hidden_states_move_and_weights_stay(monkeypatch) -> None:
     moved = []
-    real = checkpoint_offload._to_host
-    monkeypatch.setattr(checkpoint_offload, "_to_host", lambda one: (moved.append(one.shape), real(one))[1])
+    real = activation_offload._to_host
+    monkeypatch.setattr(activation_offload, "_to_host", lambda one: (moved.append(one.shape), real(one))[1])
     gradients(True)
     assert moved and all(shape == (2, 3, 4) for shape in moved)

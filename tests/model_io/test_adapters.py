@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lomo_ds.checkpoint.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
-from lomo_ds.checkpoint.export import stored_tensors
+from lomo_ds.model_io.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
+from lomo_ds.model_io.export import stored_tensors
 from tests.tiny import tiny_llama
 
 

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.zero3.nvme import NUM_SLOTS, NvmeSettings, name_of, new_buffer
+from lomo_ds.zero3.apply.nvme_settings import NUM_SLOTS, NvmeSettings, name_of, new_buffer
 
 
 class _Slot:
@@ -80,8 +80,8 @@ class _Slot:
         self._io_runs = True
 
 
-class NvmeParking:
-    """A place in a file for each parameter's gradient shard; used like ``Parking``.
+class NvmeBuffer:
+    """A place in a file for each parameter's gradient shard; used like ``HostBuffer``.
 
     The file has no name: it is gone when the process is, however it ends.
 

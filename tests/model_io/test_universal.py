@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lomo_ds.checkpoint.universal import read_universal
-from tests.checkpoint import export_jobs
+from lomo_ds.model_io.universal import read_universal
 from tests.checkpoint.hostile import WRITERS, check_that_it_goes_off
-from tests.checkpoint.test_load import zero3
 from tests.harness import run_ranks
+from tests.model_io import export_jobs
+from tests.model_io.test_load import zero3
 from tests.tiny import write_tiny_folder
 from tests.zero3.jobs import whole_params
 
@@ -24,7 +24,7 @@ def deepspeeds_own(folder: str, root: str) -> dict[str, torch.Tensor]:
     """A step of ZeRO-3 with AdamW, saved by DeepSpeed; returns the fp32 weights."""
     import deepspeed
 
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
 
     deepspeed.init_distributed()
     ds_json = zero3(0) | {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}
@@ -38,7 +38,7 @@ def load_and_gather(folder: str, weights: str, bf16: bool) -> Any:
     """The whole weights that a rank gathers, or what it says of weights that do not fit."""
     import deepspeed
 
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
 
     deepspeed.init_distributed()
     try:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lomo_ds.checkpoint.export import plan_files
-from tests.checkpoint.test_load import zero3
+from lomo_ds.model_io.export import plan_files
 from tests.harness import run_ranks
+from tests.model_io.test_load import zero3
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_folder
 
 IDS = torch.arange(2, 14).view(2, 6)
@@ -20,7 +20,7 @@ def _engine(folder: str, ds_json: dict):
     import deepspeed
 
     import lomo_ds
-    from lomo_ds.checkpoint.load import load_pretrained
+    from lomo_ds.model_io.load import load_pretrained
 
     deepspeed.init_distributed()
     return lomo_ds.initialize(model=load_pretrained(folder, ds_json), config=ds_json)[0]
@@ -34,7 +34,7 @@ def _step(engine) -> float:
 
 
 def export_between_steps(folder: str, out: str, ds_json: dict, max_file_bytes: int) -> list[float]:
-    from lomo_ds.checkpoint.export import export_pretrained
+    from lomo_ds.model_io.export import export_pretrained
 
     engine = _engine(folder, ds_json)
     losses = [_step(engine)]
@@ -47,7 +47,7 @@ def export_between_steps(folder: str, out: str, ds_json: dict, max_file_bytes: i
 
 
 def export_to_a_full_disk(folder: str, out: str, ds_json: dict) -> None:
-    import lomo_ds.checkpoint.export as export
+    import lomo_ds.model_io.export as export
 
     def no_space(*args, **kwargs):
         raise OSError("no space left on device")

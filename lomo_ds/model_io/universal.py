@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lomo_ds.checkpoint.root import is_tag
+from lomo_ds.checkpoint.directory import is_tag
 
 LATEST_UNIVERSAL = "latest_universal"
 """DeepSpeed's name for the file that holds the newest universal checkpoint's tag."""

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
-from lomo_ds.zero3.tiled_vocabulary import KEY, EmbeddingInTiles, Table, TiledVocabularyConfig, causal_loss
+from lomo_ds.zero3.vocabulary.tiled_functions import (
+    KEY,
+    EmbeddingInTiles,
+    Table,
+    TiledVocabularyConfig,
+    causal_loss,
+)
 
 
 class TiledVocabulary:
@@ -41,7 +47,10 @@ class TiledVocabulary:
         weight = module.weight
         if weight not in self._tables:
             self._tables[weight] = Table(
-                weight, self._config.tile_numel, self._optimizer.take_reduced, self._optimizer.reduced_dtype
+                weight,
+                self._config.tile_numel,
+                self._optimizer.on_reduced_gradient,
+                self._optimizer.reduced_dtype,
             )
         table = self._tables[weight]
         table.num_uses += 1

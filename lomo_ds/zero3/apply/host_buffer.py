@@ -16,7 +16,7 @@ _PINNED_PIECE_BYTES = 1 << 28
 one large buffer could be twice what is needed."""
 
 
-class Parking:
+class HostBuffer:
     """A place on the host for each parameter's gradient shard.
 
     The memory is allocated once, page-locked where there is an accelerator to copy from, and shards of

@@ -9,9 +9,9 @@ from typing import Literal
 
 import psutil
 
+from lomo_ds.byte_units import shown_bytes
 from lomo_ds.optimizers import Apply
-from lomo_ds.sizes import shown_bytes
-from lomo_ds.zero3.nvme import NvmeSettings
+from lomo_ds.zero3.apply.nvme_settings import NvmeSettings
 
 Policy = Literal["immediate", "deferred", "two_pass"]
 
@@ -61,13 +61,13 @@ class Choice:
         return f"apply: {self.policy} ({self.reason})"
 
 
-def refuse_contradictions(apply: Apply, demands: Demands, parked_bytes: int) -> None:
+def refuse_contradictions(apply: Apply, demands: Demands, offloaded_bytes: int) -> None:
     """Hold ``apply`` against the rest of the JSON, before anything is allocated.
 
     Args:
         apply: the user's setting.
         demands: what the JSON asks.
-        parked_bytes: host memory per rank that deferring would take, for the message.
+        offloaded_bytes: host memory per rank that deferring would take, for the message.
 
     Raises:
         ValueError: ``immediate`` or ``two_pass`` together with something that it cannot do.
@@ -78,17 +78,17 @@ def refuse_contradictions(apply: Apply, demands: Demands, parked_bytes: int) -> 
     raise ValueError(
         f'"optimizer.params.apply": "{apply}" applies each gradient inside backward and cannot honour '
         f'{" and ".join(refused)}: set apply to "deferred" or "auto", which takes '
-        f"{shown_bytes(parked_bytes)} of host memory per rank, or {_remedy(refused)}"
+        f"{shown_bytes(offloaded_bytes)} of host memory per rank, or {_remedy(refused)}"
     )
 
 
-def choose(apply: Apply, demands: Demands, parked_bytes: int, host_room_bytes: int) -> Choice:
+def choose(apply: Apply, demands: Demands, offloaded_bytes: int, host_room_bytes: int) -> Choice:
     """``immediate`` where nothing asks for more, ``deferred`` where the host has room, else ``two_pass``.
 
     Args:
         apply: the user's setting.
         demands: what the JSON asks.
-        parked_bytes: host memory that deferring takes on this rank.
+        offloaded_bytes: host memory that deferring takes on this rank.
         host_room_bytes: host memory that this rank may take; the least of all ranks.
 
     Raises:
@@ -100,8 +100,8 @@ def choose(apply: Apply, demands: Demands, parked_bytes: int, host_room_bytes: i
     why = f"asked for by {' and '.join(named)}" if named else 'asked for by "apply"'
     if apply == "two_pass":
         return Choice(policy="two_pass", reason=f"{why}; a second backward a step")
-    parked, free = shown_bytes(parked_bytes), shown_bytes(host_room_bytes)
-    if parked_bytes <= host_room_bytes:
+    parked, free = shown_bytes(offloaded_bytes), shown_bytes(host_room_bytes)
+    if offloaded_bytes <= host_room_bytes:
         return Choice(policy="deferred", reason=f"{why}; {parked} of host memory per rank")
     room = f"{free} of host memory per rank are free where parking takes {parked}"
     if apply == "auto" and not demands.accumulation:

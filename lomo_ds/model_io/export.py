@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lomo_ds.checkpoint.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
-from lomo_ds.checkpoint.aside import make_aside, put_in_place
-from lomo_ds.checkpoint.folder import MAX_FILE_BYTES, plan_files, write_index
 from lomo_ds.checkpoint.tensors import named_buffers
+from lomo_ds.model_io.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
+from lomo_ds.model_io.atomic_folder import make_scratch_folder, put_in_place
+from lomo_ds.model_io.folder import MAX_FILE_BYTES, plan_files, write_index
 from lomo_ds.zero3._internals import is_sharded, shard_spec
-from lomo_ds.zero3.agreement import failing_together
+from lomo_ds.zero3.collective_errors import failing_together
 
 
 def export_pretrained(
@@ -51,7 +51,7 @@ def export_pretrained(
     try:
         with failing_together():
             if dist.get_rank() == 0:
-                scratch = make_aside(path)
+                scratch = make_scratch_folder(path)
                 _write_descriptions(model, tokenizer, plan, scratch)
         for file, names in plan.items():
             gathered = _gather_on_rank_0(tensors, names)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lomo_ds.zero3.nvme import NUM_SLOTS, NvmeSettings
+from lomo_ds.zero3.apply.nvme_settings import NUM_SLOTS, NvmeSettings
 from tests.harness import run_ranks
 from tests.harness.client import rank_environment
 from tests.reference.model import TinyModel, rank_batch
@@ -65,8 +65,8 @@ def train_parked(ds_json: dict[str, Any], folder: str) -> dict[str, Any]:
     return {
         "params": jobs.whole_params(engine.module),
         "norms": norms,
-        "host_bytes": optimizer.parked_host_bytes,
-        "file_bytes": optimizer.parked_file_bytes,
+        "host_bytes": optimizer.gradient_host_bytes,
+        "file_bytes": optimizer.gradient_file_bytes,
         "names": os.listdir(folder),
     }
 
@@ -102,13 +102,13 @@ def test_a_dropped_step_leaves_nothing_in_the_file(tmp_path: Path, aio_op: None)
 
 def park_large_shards(folder: str) -> bool:
     """Shards of many blocks, parked twice, fetched in another order than they came."""
-    from lomo_ds.zero3.nvme_parking import NvmeParking
+    from lomo_ds.zero3.apply.nvme_buffer import NvmeBuffer
 
     settings = NvmeSettings.of(folder, {"block_size": 8 * SECTOR_BYTES})
     params = [torch.nn.Parameter(torch.empty(0)) for _ in range(3 * NUM_SLOTS)]
     grads = {param: torch.randn(10_000 * index + 1) for index, param in enumerate(params)}
     numel = {param: grad.numel() for param, grad in grads.items()}
-    parking = NvmeParking(numel, torch.float32, torch.device("cpu"), settings)
+    parking = NvmeBuffer(numel, torch.float32, torch.device("cpu"), settings)
     for _ in range(2):
         parking.clear()
         for _ in range(2):
@@ -163,9 +163,9 @@ def test_a_folder_that_one_rank_lacks_is_refused_on_all(tmp_path: Path, aio_op: 
 
 
 def test_an_op_that_cannot_be_built_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lomo_ds.zero3 import nvme
+    from lomo_ds.zero3.apply import nvme_settings
 
-    monkeypatch.setattr(nvme.AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    monkeypatch.setattr(nvme_settings.AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(ValueError, match="park_to.*libaio-dev"):
         NvmeSettings.of(str(tmp_path), None)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lomo_ds.zero3.row_tiles import RowTiles
+from lomo_ds.zero3.vocabulary.row_tiles import RowTiles
 
 KEY = '"tiled_vocabulary"'
 

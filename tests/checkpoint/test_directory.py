@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lomo_ds.checkpoint.directory import CheckpointRoot
 from lomo_ds.checkpoint.manifest import find_damage, read_manifest, record_of, unlisted_files, write_manifest
-from lomo_ds.checkpoint.root import CheckpointRoot
 
 
 def write(root: CheckpointRoot, tag: str, num_steps: int, text: str = "content") -> Path:

@@ -1,0 +1,1 @@
+"""Hugging Face model folders to ZeRO-3's shards and back."""

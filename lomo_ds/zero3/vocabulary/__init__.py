@@ -1,0 +1,1 @@
+"""The head, its loss and the embedding, a tile of the vocabulary at a time."""
