@@ -57,12 +57,12 @@ def initialize(
     Args:
         args: may carry ``deepspeed_config``, a path, in place of ``config``.
         model: built under ``deepspeed.zero.Init`` or whole; a whole one is cut here.
-        optimizer: a ``lomo_ds.Lomo`` or ``lomo_ds.AdaLomo``; else the JSON's "optimizer" section is read.
+        optimizer: one of lomo_ds, such as ``lomo_ds.Lomo``; else the JSON's "optimizer" section is read.
         model_parameters: what is trained where the JSON names the optimizer, parameters or groups;
             by default all of the model's. Frozen ones are left alone.
         training_data: a dataset, for which DeepSpeed's dataloader is returned.
         lr_scheduler: a scheduler or a callable that takes the optimizer; else the JSON's "scheduler".
-        distributed_port: for the process group, where none stands yet.
+        distributed_port: for the process group, where there is none yet.
         mpu: refused unless None, like ``mesh_param``: data parallelism only.
         dist_init_required: as in DeepSpeed.
         collate_fn: for the dataloader.
@@ -81,7 +81,7 @@ def initialize(
         ds_json = _read_json(args, config if config is not None else config_params)
         tiling = _checked_model(model, ds_json)
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
-        nvme = NvmeSettings.of(optimizer.park_to, ds_json.get("aio")) if optimizer.park_to else None
+        nvme = NvmeSettings.of(optimizer.nvme_path, ds_json.get("aio")) if optimizer.nvme_path else None
         refuse_unreadable(ds_json)
     check_ranks(ds_json, ranks := dist.get_world_size())
     ds_config = DeepSpeedConfig(ds_json)
@@ -149,7 +149,7 @@ def _read_json(args: Any, config: str | Mapping[str, Any] | None) -> dict[str, A
 
 
 def _checked_model(model: Any, ds_json: Mapping[str, Any]) -> TiledVocabularyConfig:
-    """The JSON's "tiled_vocabulary" section, held against the model."""
+    """The JSON's "tiled_vocabulary" section, checked against the model."""
     _require(isinstance(model, torch.nn.Module), f"model has to be a torch module, not {type(model)}")
     tiling = from_mapping(TiledVocabularyConfig, ds_json.get("tiled_vocabulary") or {}, TILING_KEY)
     if tiling.enabled:

@@ -1,10 +1,15 @@
-"""The optimizers that users name or build. They hold hyperparameters; the engine does the updates."""
+"""The optimizers that users name or build. They hold settings; the engine does the updates.
+
+Which there are, and what each can be told, comes from the table of rules.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -12,44 +17,57 @@ from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 
 from lomo_ds.config import did_you_mean, from_mapping, shown
-from lomo_ds.rules.adalomo import AdaLomoRule
-from lomo_ds.rules.adamw import AdamWRule
 from lomo_ds.rules.clipping import Clipping
-from lomo_ds.rules.lomo import LomoRule
 from lomo_ds.rules.param_groups import split_by_patterns
 from lomo_ds.rules.rounding import Rounding
 from lomo_ds.rules.rule import Rule
+from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES, settings_of
 
 Apply = Literal["auto", "immediate", "deferred", "two_pass"]
 """When a reduced gradient shard is applied; see docs/semantics.md."""
 
-RULES: dict[str, type[Rule]] = {"Lomo": LomoRule, "AdaLomo": AdaLomoRule, "AdamW": AdamWRule}
-"""Name of a rule -> its class; a parameter group may name another than its optimizer's own."""
-
-_RULE_SETTINGS = ("eps", "clip_threshold", "decay_rate", "betas")
+_RULE_SETTINGS = {name: settings_of(row.rule) for name, row in RULES.items()}
+_ALL_SETTINGS = tuple(dict.fromkeys(key for own in _RULE_SETTINGS.values() for key in own))
+_RENAMED = {"park_to": 'offload_gradients: {"device": "nvme", "nvme_path": FOLDER}'}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupConfig:
-    """An entry of ``"optimizer.params.param_groups"``.
+class OffloadGradientsConfig:
+    """``"optimizer.params.offload_gradients"``: where ``deferred`` keeps gradients until the step boundary.
+
+    Attributes:
+        device: "cpu" for host memory, "nvme" for a file.
+        nvme_path: folder of that file, on every node.
+    """
+
+    device: Literal["cpu", "nvme"] = "cpu"
+    nvme_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device == "nvme" and not self.nvme_path:
+            raise ValueError('nvme_path has to name a folder where device is "nvme"')
+        if self.device == "cpu" and self.nvme_path is not None:
+            raise ValueError(
+                f'nvme_path: {self.nvme_path!r} needs "device": "nvme": set it, or delete the path'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseGroupConfig:
+    """An entry of ``"optimizer.params.param_groups"``; the fields of all rules' settings are added to it.
 
     Attributes:
         params: name patterns as of a shell; a parameter goes to the first group that matches it.
         lr, weight_decay: of the group; None for the optimizer's.
         frozen: the group is not trained.
         type: the rule of the group ("AdamW" for adapters); None for the optimizer's own.
-        betas, eps, clip_threshold, decay_rate: of the rule, where it has them.
     """
 
     params: list[str]
     lr: float | None = None
     weight_decay: float | None = None
     frozen: bool = False
-    type: Literal["Lomo", "AdaLomo", "AdamW"] | None = None
-    betas: tuple[float, float] | None = None
-    eps: float | tuple[float, float] | None = None
-    clip_threshold: float | None = None
-    decay_rate: float | None = None
+    type: Literal[tuple(RULES)] | None = None  # type: ignore[valid-type]
 
     def settings(self) -> dict[str, Any]:
         """What the group changes, in torch's form."""
@@ -58,18 +76,33 @@ class GroupConfig:
         return {key: value for key, value in given.items() if value is not None}
 
 
+def _any_rules_type(setting: str) -> Any:
+    """What a group may give for a setting that several rules may have, each with its own type."""
+    types = [own[setting] for own in _RULE_SETTINGS.values() if setting in own]
+    return functools.reduce(operator.or_, types) | None
+
+
+GroupConfig = make_dataclass(
+    "GroupConfig",
+    [(key, _any_rules_type(key), field(default=None)) for key in _ALL_SETTINGS],
+    bases=(BaseGroupConfig,),
+    frozen=True,
+    kw_only=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LomoConfig:
-    """``"optimizer": {"type": "Lomo", "params": {...}}`` of the DeepSpeed JSON.
+class OptimizerConfig:
+    """``"optimizer": {"type": ..., "params": {...}}`` of the DeepSpeed JSON; the rule's settings are added.
 
     Attributes:
         lr: learning rate.
-        weight_decay: L2 coefficient, as in torch.optim.SGD.
+        weight_decay: what the rule makes of it is said there.
         apply: when a reduced gradient shard is applied.
         clipping: what ``gradient_clipping`` bounds.
         rounding: how low-precision weights are written back.
         seed: of stochastic rounding.
-        park_to: a folder; parked gradients then go to a file there and not to host memory.
+        offload_gradients: where gradients wait that are applied at the step boundary.
         param_groups: groups by name patterns.
     """
 
@@ -79,33 +112,26 @@ class LomoConfig:
     clipping: Clipping = "global"
     rounding: Rounding = "nearest"
     seed: int = 0
-    park_to: str | None = None
-    param_groups: tuple[GroupConfig, ...] = ()
+    offload_gradients: OffloadGradientsConfig | None = None
+    param_groups: tuple[GroupConfig, ...] = ()  # type: ignore[valid-type]
 
     def __post_init__(self) -> None:
         _require_bounds(self.lr, self.weight_decay)
-        if self.park_to == "":
-            raise ValueError("park_to has to name a folder; delete it to park in host memory")
-        if self.park_to is not None and self.apply in ("immediate", "two_pass"):
+        if self.offload_gradients is not None and self.apply in ("immediate", "two_pass"):
             raise ValueError(
-                f'park_to: {self.park_to!r}, but "apply": "{self.apply}" parks nothing: set apply to '
-                '"deferred" or "auto", or delete park_to'
+                f'offload_gradients is given, but "apply": "{self.apply}" offloads nothing: set apply to '
+                '"deferred" or "auto", or delete offload_gradients'
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaLomoConfig(LomoConfig):
-    """``"optimizer": {"type": "AdaLomo", "params": {...}}`` of the DeepSpeed JSON.
-
-    Attributes:
-        eps: added to g^2, and least RMS of a parameter.
-        clip_threshold: largest RMS of an update.
-        decay_rate: exponent of the second moment's decay.
-    """
-
-    eps: tuple[float, float] = (1e-30, 1e-3)
-    clip_threshold: float = 1.0
-    decay_rate: float = -0.8
+def _config_type(name: str) -> type[OptimizerConfig]:
+    rule = RULES[name].rule
+    own = [
+        (f.name, _RULE_SETTINGS[name][f.name], field(default=f.default))
+        for f in fields(rule)  # type: ignore[arg-type]
+        if f.default is not MISSING
+    ]
+    return make_dataclass(f"{name}Config", own, bases=(OptimizerConfig,), frozen=True, kw_only=True)
 
 
 def _require_bounds(lr: float, weight_decay: float) -> None:
@@ -114,8 +140,14 @@ def _require_bounds(lr: float, weight_decay: float) -> None:
             raise ValueError(f"{name} has to be a finite number of at least 0, not {value}")
 
 
+def _refuse_renamed(settings: Mapping[str, Any], where: str) -> None:
+    for old, new in _RENAMED.items():
+        if old in settings:
+            raise ValueError(f"{where}: {old} is now {new}")
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Hyperparameters in ``torch.optim`` form, for schedulers and parameter groups.
+    """Settings in ``torch.optim`` form, for schedulers and parameter groups.
 
     Args:
         params: parameters, or groups of them. A group may have its own ``lr``, ``weight_decay`` and
@@ -126,27 +158,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ValueError: a setting that is unknown or out of range, also in a group.
     """
 
-    config_type: ClassVar[type[LomoConfig]]
+    config_type: ClassVar[type[OptimizerConfig]]
 
     def __init__(self, params: ParamsT, **settings: Any) -> None:
-        config = from_mapping(self.config_type, settings, type(self).__name__)
+        name = type(self).__name__
+        _refuse_renamed(settings, name)
+        config = from_mapping(self.config_type, settings, name)
         if config.param_groups:
-            raise ValueError(
-                f"{type(self).__name__}: pass groups in torch's form, as params; patterns are the JSON's"
-            )
+            raise ValueError(f"{name}: pass groups in torch's form, as params; patterns are the JSON's")
         self.apply: Apply = config.apply
         self.clipping: Clipping = config.clipping
         self.rounding: Rounding = config.rounding
         self.seed = config.seed
-        self.park_to = config.park_to
-        own = {key: getattr(config, key) for key in _RULE_SETTINGS if hasattr(config, key)}
-        defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "type": type(self).__name__, **own}
-        super().__init__(params, defaults)
+        self.offload_gradients = config.offload_gradients
+        own = {key: getattr(config, key) for key in _RULE_SETTINGS[name]}
+        super().__init__(params, {"lr": config.lr, "weight_decay": config.weight_decay, "type": name, **own})
+
+    @property
+    def nvme_path(self) -> str | None:
+        """Folder of the file in which gradients wait; None where they wait in host memory."""
+        return None if self.offload_gradients is None else self.offload_gradients.nvme_path
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, held to the same bounds as the defaults."""
         if param_group.get("type", self.defaults["type"]) != self.defaults["type"]:
-            param_group = {**dict.fromkeys(_RULE_SETTINGS), **param_group}
+            param_group = {**dict.fromkeys(_ALL_SETTINGS), **param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _require_bounds(group["lr"], group["weight_decay"])
@@ -164,26 +200,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
 
-class Lomo(ShardedOptimizer):
-    """LOMO: stochastic gradient descent. Settings: see ``LomoConfig``.
-
-    Reference: LOMO (arXiv 2306.09782).
-    """
-
-    config_type = LomoConfig
-
-
-class AdaLomo(ShardedOptimizer):
-    """AdaLomo: factored second moments. Settings: see ``AdaLomoConfig``.
-
-    Reference: AdaLomo (arXiv 2310.10195).
-    """
-
-    config_type = AdaLomoConfig
+def _optimizer_class(name: str) -> type[ShardedOptimizer]:
+    """The class that users build in Python: ``lomo_ds.Lomo``."""
+    rule = RULES[name].rule
+    body = {
+        "__doc__": f"{RULES[name].title} on ZeRO-3's shards; settings: ``{name}Config``.\n\n{rule.__doc__}",
+        "__module__": __name__,
+        "config_type": _config_type(name),
+    }
+    return type(name, (ShardedOptimizer,), body)
 
 
-OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {"Lomo": Lomo, "AdaLomo": AdaLomo}
-"""Name in the JSON -> class."""
+OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {name: _optimizer_class(name) for name in OWN_OPTIMIZERS}
+"""Name in the JSON -> class. Each is also an attribute of ``lomo_ds`` and of this module."""
+globals().update(OPTIMIZERS)
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
@@ -195,12 +225,11 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
     name = group["type"]
     if name not in RULES:
         raise ValueError(f"parameter group: unknown type {name!r}; {did_you_mean(str(name), RULES)}")
-    settings = {key: group[key] for key in _RULE_SETTINGS if group.get(key) is not None}
-    if name == "Lomo":
-        if settings:
-            raise ValueError(f"parameter group: Lomo has no {', '.join(settings)}")
-        return LomoRule()
-    return from_mapping(RULES[name], settings, f"parameter group of type {name}")
+    settings = {key: group[key] for key in _ALL_SETTINGS if group.get(key) is not None}
+    strange = [key for key in settings if key not in _RULE_SETTINGS[name]]
+    if strange:
+        raise ValueError(f"parameter group: {name} has no {', '.join(strange)}")
+    return from_mapping(RULES[name].rule, settings, f"parameter group of type {name}")
 
 
 def optimizer_from_json(
@@ -230,12 +259,14 @@ def optimizer_from_json(
             "For DeepSpeed's own use deepspeed.initialize"
         )
     settings = section.get("params") or {}
+    if isinstance(settings, Mapping):
+        _refuse_renamed(settings, '"optimizer.params"')
     config = from_mapping(cls.config_type, settings, '"optimizer.params"')
     own = {key: value for key, value in settings.items() if key != "param_groups"}
     return lambda model, params: cls(_groups(model, params, config), **own)
 
 
-def _groups(model: Module, params: Iterable | None, config: LomoConfig) -> ParamsT:
+def _groups(model: Module, params: Iterable | None, config: OptimizerConfig) -> ParamsT:
     if not config.param_groups:
         return model.parameters() if params is None else params
     if params is not None:

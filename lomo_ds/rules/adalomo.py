@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lomo_ds.rules.clipping import sum_of_squares
+from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rounding import chunk_numel
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
-from lomo_ds.shards import Block, ShardSpec
+from lomo_ds.shards import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,10 @@ class AdaLomoRule:
     clip_threshold: float = 1.0
     decay_rate: float = -0.8
 
-    def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
+    def is_scale_free(self, role: Role) -> bool:
+        return False
+
+    def init_state(self, spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
         if len(spec.shape) < 2:
             return {"variance": torch.zeros_like(param_shard, dtype=torch.float32)}
         rows, columns = prod(spec.shape[:-1]), prod(spec.shape[:-2]) * spec.shape[-1]

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
-from lomo_ds.shards import ShardSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,10 @@ class AdamWRule:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
+    def is_scale_free(self, role: Role) -> bool:
+        return False
+
+    def init_state(self, spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
         exact = param_shard.float().clone()
         return {
             "param": exact,

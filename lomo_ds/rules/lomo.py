@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
-from lomo_ds.shards import ShardSpec
 
 
+@dataclass(frozen=True, kw_only=True)
 class LomoRule:
     """p <- p - lr * (g + weight_decay * p), with g the scaled and clipped gradient. No state, no sums.
 
@@ -22,7 +24,10 @@ class LomoRule:
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
 
-    def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
+    def is_scale_free(self, role: Role) -> bool:
+        return False
+
+    def init_state(self, spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
         return {}
 
     def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:

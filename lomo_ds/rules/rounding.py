@@ -24,7 +24,7 @@ either sign."""
 
 
 def error_state(rounding: Rounding, param_shard: Tensor) -> Tensor | None:
-    """What a way of rounding keeps beside the shard: a zeroed tensor of its shape, or None.
+    """What a way of rounding keeps in addition to the shard: a zeroed tensor of its shape, or None.
 
     Cost: 2 bytes per element for ``kahan``, 1 for ``compensated8``, none else or in fp32.
     """

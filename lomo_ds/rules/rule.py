@@ -6,10 +6,11 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
+from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rounding import WriteBack, chunk_numel
-from lomo_ds.shards import ShardSpec
 
 ShardUpdate = Generator[Tensor, Tensor, None]
 """An update in progress. It yields sums over its shard (1-D, fp32) and is sent their totals over all
@@ -43,14 +44,14 @@ class Shard:
     Attributes:
         param: shape (shard_numel,), any floating dtype, updated in place.
         grad: shape (shard_numel,), any floating dtype, left as it is.
-        spec: where the shard lies in the parameter.
+        spec: which parameter, and where the shard lies in it.
         state: the rule's own tensors, updated in place.
         write_back: how the update is rounded.
     """
 
     param: Tensor
     grad: Tensor
-    spec: ShardSpec
+    spec: ParamSpec
     state: dict[str, Tensor] = field(default_factory=dict)
     write_back: WriteBack = field(default_factory=WriteBack)
 
@@ -66,11 +67,13 @@ class Shard:
         grad = self.grad[at].float()
         if not (isinstance(settings.grad_scale, float) and settings.grad_scale == 1.0):
             grad = grad * settings.grad_scale
-        return grad if settings.clip_value is None else grad.clamp(-settings.clip_value, settings.clip_value)
+        if settings.clip_value is None:
+            return grad
+        return grad.clamp(-settings.clip_value, settings.clip_value)
 
 
 class Rule(Protocol):
-    """An update rule.
+    """An update rule: a frozen dataclass whose fields are its own settings in the JSON.
 
     Attributes:
         needs_sums: whether ``update_`` yields anything; the gradient then has to outlive its bucket.
@@ -84,10 +87,38 @@ class Rule(Protocol):
     keeps_master_weights: ClassVar[bool]
     replicated_state: ClassVar[frozenset[str]]
 
-    def init_state(self, spec: ShardSpec, param_shard: Tensor) -> dict[str, Tensor]:
-        """The tensors that the rule keeps for a parameter, on the shard's device."""
+    def is_scale_free(self, role: Role) -> bool:
+        """Whether the update of such a parameter stays the same when its gradient is multiplied by a number.
+
+        Clipping by a norm and a loss scale then change nothing.
+        """
+        ...
+
+    def init_state(self, spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
+        """The tensors that the rule keeps for a parameter.
+
+        Args:
+            spec: of the parameter.
+            param_shard: shape (shard_numel,), the weights at the start. On the meta device its values are not
+                read, which tells what the state takes before anything is allocated (``state_bytes``).
+
+        Returns:
+            By name, on the shard's device.
+        """
         ...
 
     def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
         """Update the shard in place; see ``ShardUpdate`` for how it learns of the other shards."""
         ...
+
+
+def state_bytes(rule: Rule, spec: ParamSpec, dtype: torch.dtype) -> int:
+    """What a rule keeps on this rank for a parameter, in bytes; nothing is allocated.
+
+    Args:
+        rule: that updates it.
+        spec: of the parameter.
+        dtype: of the weights.
+    """
+    shard = torch.empty(spec.shard_numel, dtype=dtype, device="meta")
+    return sum(tensor.nbytes for tensor in rule.init_state(spec, shard).values())

@@ -14,7 +14,6 @@ from torch import Tensor
 from lomo_ds.zero3._internals import EngineBase
 from lomo_ds.zero3.activation_offload import checkpoints_on_host
 from lomo_ds.zero3.apply.choose import Choice
-from lomo_ds.zero3.apply.two_pass import backward_twice
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 from lomo_ds.zero3.vocabulary.tiled_modules import TiledVocabulary
@@ -59,7 +58,7 @@ class LomoEngine(EngineBase):
         return nullcontext()
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Run backward and apply or park every gradient shard. Collective.
+        """Run backward; every gradient shard is applied or offloaded inside it. Collective.
 
         Args:
             loss: a scalar; each rank's mean over its own examples.
@@ -75,9 +74,7 @@ class LomoEngine(EngineBase):
         one_pass = partial(self._one_backward, scale_wrt_gas=scale_wrt_gas)
         with self._telling_of_failures():
             _require_differentiable_scalar(loss)
-            if self.optimizer.choice.policy == "two_pass":
-                return backward_twice(self.optimizer, one_pass, loss, retain_graph)
-            return one_pass(loss, retain_graph=retain_graph)
+            return self.optimizer.run_backward(one_pass, loss, retain_graph)
 
     def _one_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> Tensor:
         with self.optimizer.accepting_gradients():

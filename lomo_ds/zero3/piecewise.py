@@ -37,7 +37,7 @@ def defragment_in_pieces(defragment: Callable[[list[Tensor]], Tensor], shards: S
 def pieces_of(
     items: Iterable[T], max_bytes: int, num_bytes_of: Callable[[T], int] = attrgetter("nbytes")
 ) -> Iterator[list[T]]:
-    """Cut tensors, or items of other sizes, into runs of at most ``max_bytes``; a larger one stands alone."""
+    """Cut tensors, or items of other sizes, into runs of at most ``max_bytes``; a larger one is alone."""
     piece: list[T] = []
     total = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""Noticing that a run stands still because its updates are smaller than the weights' spacing."""
+"""Noticing that a run does not move because its updates are smaller than the weights' spacing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StalledUpdates:
         self._samples: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def before_update(self, param_shard: Tensor, grad_shard: Tensor) -> None:
-        """Remember a sample of a shard that is about to be updated at a rate above 0."""
+        """Remember a sample of a shard that is about to be updated at a learning rate above 0."""
         step = self._num_steps + 1
         if self._enabled and step & (step - 1) == 0 and param_shard.dtype != torch.float32:
             sample = param_shard[:_SAMPLE_NUMEL]
@@ -45,7 +45,8 @@ class StalledUpdates:
             logger.warning(
                 f"{share:.0%} of the updates of step {self._num_steps} were rounded away: they are smaller "
                 'than half the spacing of the weights. Set "optimizer.params.rounding" to "stochastic" '
-                '(no memory), "compensated8" (1 byte per parameter) or "kahan" (2), or raise the rate'
+                '(no memory), "compensated8" (1 byte per parameter) or "kahan" (2), or raise the learning '
+                "rate"
             )
 
     def forget(self) -> None:

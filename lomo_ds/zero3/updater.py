@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,14 @@ from deepspeed import comm as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.rules.rounding import Rounding, WriteBack, error_state
-from lomo_ds.rules.rule import Rule, Shard, ShardUpdate
-from lomo_ds.shards import ShardSpec
-from lomo_ds.zero3._internals import local_shard, process_group, shard_spec
+from lomo_ds.optimizers import ShardedOptimizer, rule_of
+from lomo_ds.rules.clipping import clipped_per_parameter
+from lomo_ds.rules.param_spec import ParamSpec
+from lomo_ds.rules.rounding import WriteBack, error_state
+from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
+from lomo_ds.zero3._internals import local_shard, process_group
+from lomo_ds.zero3.grad_clip import GradClip
+from lomo_ds.zero3.stalled_updates import StalledUpdates
 
 
 @dataclass(kw_only=True)
@@ -23,15 +27,17 @@ class Entry:
 
     Attributes:
         index: of the parameter among the trained ones; the same on every rank and for every world size.
-        spec: this rank's place in it.
+        group_index: of its entry in ``optimizer.param_groups``.
+        spec: name, role, and this rank's part of it.
         rule: how it is updated.
         state: the rule's tensors.
-        error: what rounding keeps, or None; always None for a rule with its own copy of the weights.
+        error: what rounding keeps, or None; always None for a rule with master weights.
         num_updates: how many updates it has had.
     """
 
     index: int
-    spec: ShardSpec
+    group_index: int
+    spec: ParamSpec
     rule: Rule
     state: dict[str, Tensor]
     error: Tensor | None
@@ -54,64 +60,105 @@ class Updater:
     the first sums of this one together.
 
     Args:
-        rules: for each trained parameter, in an order that all ranks share.
-        rounding: how low-precision shards are written back.
-        seed: of stochastic rounding.
+        optimizer: the user's, with its groups and settings.
+        clip: how gradients are clipped.
+        specs: of each trained parameter, in an order that all ranks share.
+        group_index: for each of them the index of its group.
+
+    Attributes:
+        entries: what is kept for each parameter.
+        shards_changed: whether an update has begun since this was set to False.
+        stalled: tells where updates are rounded away.
     """
 
-    def __init__(self, rules: Mapping[Parameter, Rule], rounding: Rounding, seed: int) -> None:
-        self._rounding = rounding
-        self._seed = seed
+    def __init__(
+        self,
+        optimizer: ShardedOptimizer,
+        clip: GradClip,
+        specs: Mapping[Parameter, ParamSpec],
+        group_index: Mapping[Parameter, int],
+    ) -> None:
+        self._optimizer, self._clip = optimizer, clip
         self._pending: list[_Pending] = []
-        self._group = process_group(next(iter(rules)))
+        self._group = process_group(next(iter(specs)))
+        self.shards_changed = False
+        nearest = optimizer.rounding == "nearest"
+        self.stalled = StalledUpdates(enabled=nearest and dist.get_rank() == 0)
         self.entries = {
-            param: self._entry(index, param, rule) for index, (param, rule) in enumerate(rules.items())
+            param: self._entry(param, index, group_index[param], spec)
+            for index, (param, spec) in enumerate(specs.items())
         }
 
-    def _entry(self, index: int, param: Parameter, rule: Rule) -> Entry:
+    def _entry(self, param: Parameter, index: int, group_index: int, spec: ParamSpec) -> Entry:
+        rule = rule_of(self._optimizer.param_groups[group_index])
         shard = local_shard(param)
-        spec = shard_spec(param)
-        state = rule.init_state(spec, shard)
-        error = None if rule.keeps_master_weights else error_state(self._rounding, shard)
-        return Entry(index=index, spec=spec, rule=rule, state=state, error=error)
+        rounding = self._optimizer.rounding
+        return Entry(
+            index=index,
+            group_index=group_index,
+            spec=spec,
+            rule=rule,
+            state=rule.init_state(spec, shard),
+            error=None if rule.keeps_master_weights else error_state(rounding, shard),
+        )
 
     @torch.no_grad()
     def reset(self) -> None:
         """Give every rule the state of a first step, for shards that have been replaced."""
         self.entries = {
-            param: self._entry(entry.index, param, entry.rule) for param, entry in self.entries.items()
+            param: self._entry(param, entry.index, entry.group_index, entry.spec)
+            for param, entry in self.entries.items()
         }
 
     @torch.no_grad()
-    def begin(
-        self,
-        param: Parameter,
-        grad_shard: Tensor,
-        make_update: Callable[[Rule, Shard, int], ShardUpdate],
-    ) -> None:
+    def begin(self, param: Parameter, grad_shard: Tensor, grad_scale: float, is_view: bool = False) -> None:
         """Start an update and run it as far as this rank's shard takes it.
 
         Args:
             param: what is updated.
-            grad_shard: shape (shard_numel,), unchanged until the update has ended.
-            make_update: gives the update from the rule, the shard and the number of the update.
+            grad_shard: shape (shard_numel,).
+            grad_scale: factor on it.
+            is_view: it is a view of a buffer that is used again before the update has ended; it is copied
+                where the rule has to wait for sums.
         """
         entry = self.entries[param]
         entry.num_updates += 1
+        self.shards_changed = True
+        settings = self._settings(entry, grad_scale)
+        waits = entry.rule.needs_sums or self._clip.per_parameter
+        shard = self._shard(param, grad_shard.clone() if is_view and waits else grad_shard, entry)
+        if settings.lr > 0 and not entry.rule.keeps_master_weights:
+            self.stalled.before_update(shard.param, shard.grad)
+        if self._clip.per_parameter:
+            update = clipped_per_parameter(entry.rule, shard, settings, self._clip.max_grad_norm)
+        else:
+            update = entry.rule.update_(shard, settings)
+        self._wait_for(update, None)
+
+    def _settings(self, entry: Entry, grad_scale: float) -> StepSettings:
+        group = self._optimizer.param_groups[entry.group_index]
+        return StepSettings(
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            grad_scale=grad_scale,
+            clip_value=self._clip.clip_value,
+            step=entry.num_updates,
+        )
+
+    def _shard(self, param: Parameter, grad_shard: Tensor, entry: Entry) -> Shard:
         write_back = WriteBack(
-            rounding=self._rounding,
-            key=(self._seed, entry.index, entry.num_updates),
+            rounding=self._optimizer.rounding,
+            key=(self._optimizer.seed, entry.index, entry.num_updates),
             start=entry.spec.start,
             error=entry.error,
         )
-        shard = Shard(
+        return Shard(
             param=local_shard(param),
             grad=grad_shard,
             spec=entry.spec,
             state=entry.state,
             write_back=write_back,
         )
-        self._wait_for(make_update(entry.rule, shard, entry.num_updates), None)
 
     @torch.no_grad()
     def advance(self) -> None:

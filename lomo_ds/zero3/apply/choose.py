@@ -11,9 +11,18 @@ import psutil
 
 from lomo_ds.byte_units import shown_bytes
 from lomo_ds.optimizers import Apply
+from lomo_ds.zero3.apply.base import Promises
+from lomo_ds.zero3.apply.deferred import Deferred
+from lomo_ds.zero3.apply.immediate import Immediate
 from lomo_ds.zero3.apply.nvme_settings import NvmeSettings
+from lomo_ds.zero3.apply.two_pass import TwoPass
 
 Policy = Literal["immediate", "deferred", "two_pass"]
+PROMISES: dict[Policy, Promises] = {
+    "immediate": Immediate.promises,
+    "deferred": Deferred.promises,
+    "two_pass": TwoPass.promises,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +40,32 @@ class Demands:
     fp16: bool = False
 
     @property
-    def accumulation(self) -> list[str]:
-        """Accumulation, if asked for, as a user would name it."""
-        steps = self.num_micro_batches
-        return [f'"gradient_accumulation_steps": {steps}'] if steps > 1 else []
+    def named(self) -> list[str]:
+        """Everything that is asked for beyond applying gradients, as a user would name it."""
+        return self.not_met_by(Promises(global_clipping=False, accumulation=False, whole_steps=False))
 
-    @property
-    def need_whole_gradient(self) -> list[str]:
-        """What only a look at the whole gradient can meet, as a user would name it."""
-        clipping = [f'"gradient_clipping": {self.max_grad_norm}'] if self.max_grad_norm > 0 else []
-        return clipping + self.accumulation + (['"fp16"'] if self.fp16 else [])
+    def not_met_by(self, promises: Promises) -> list[str]:
+        """What a policy with these promises does not do, as a user would name it."""
+        asked = (
+            (self.max_grad_norm > 0, promises.global_clipping, f'"gradient_clipping": {self.max_grad_norm}'),
+            (
+                self.num_micro_batches > 1,
+                promises.accumulation,
+                f'"gradient_accumulation_steps": {self.num_micro_batches}',
+            ),
+            (self.fp16, promises.whole_steps, '"fp16"'),
+        )
+        return [name for is_asked, is_met, name in asked if is_asked and not is_met]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The policy taken and the reason, for one line in the log.
+    """The policy that was chosen and the reason, for one line in the log.
 
     Attributes:
         policy: when shards are applied.
         reason: for the log.
-        nvme: where ``deferred`` parks if not in host memory.
+        nvme: where ``deferred`` offloads gradients to, if not to host memory.
     """
 
     policy: Policy
@@ -62,17 +77,17 @@ class Choice:
 
 
 def refuse_contradictions(apply: Apply, demands: Demands, offloaded_bytes: int) -> None:
-    """Hold ``apply`` against the rest of the JSON, before anything is allocated.
+    """Compare ``apply`` with the rest of the JSON, before anything is allocated.
 
     Args:
         apply: the user's setting.
         demands: what the JSON asks.
-        offloaded_bytes: host memory per rank that deferring would take, for the message.
+        offloaded_bytes: host memory per rank that ``deferred`` would take, for the message.
 
     Raises:
         ValueError: ``immediate`` or ``two_pass`` together with something that it cannot do.
     """
-    refused = {"immediate": demands.need_whole_gradient, "two_pass": demands.accumulation}.get(apply)
+    refused = [] if apply == "auto" else demands.not_met_by(PROMISES[apply])
     if not refused:
         return
     raise ValueError(
@@ -88,27 +103,28 @@ def choose(apply: Apply, demands: Demands, offloaded_bytes: int, host_room_bytes
     Args:
         apply: the user's setting.
         demands: what the JSON asks.
-        offloaded_bytes: host memory that deferring takes on this rank.
+        offloaded_bytes: host memory that ``deferred`` takes on this rank.
         host_room_bytes: host memory that this rank may take; the least of all ranks.
 
     Raises:
-        ValueError: deferring is the only way, or was asked for, and the host has no room.
+        ValueError: ``deferred`` is the only way, or was asked for, and the host has no room.
     """
-    named = demands.need_whole_gradient
+    named = demands.named
     if apply == "immediate" or (apply == "auto" and not named):
         return Choice(policy="immediate", reason="each shard inside backward; nothing asks for more")
     why = f"asked for by {' and '.join(named)}" if named else 'asked for by "apply"'
     if apply == "two_pass":
         return Choice(policy="two_pass", reason=f"{why}; a second backward a step")
-    parked, free = shown_bytes(offloaded_bytes), shown_bytes(host_room_bytes)
+    needed, free = shown_bytes(offloaded_bytes), shown_bytes(host_room_bytes)
     if offloaded_bytes <= host_room_bytes:
-        return Choice(policy="deferred", reason=f"{why}; {parked} of host memory per rank")
-    room = f"{free} of host memory per rank are free where parking takes {parked}"
-    if apply == "auto" and not demands.accumulation:
+        return Choice(policy="deferred", reason=f"{why}; {needed} of host memory per rank")
+    room = f"{free} of host memory per rank are free where offloaded gradients take {needed}"
+    refused = demands.not_met_by(PROMISES["two_pass"])
+    if apply == "auto" and not refused:
         return Choice(policy="two_pass", reason=f"{why}; a second backward a step, since {room}")
     raise ValueError(
-        f"gradients have to be parked on the host, {why}, but only {room}: free host memory, or "
-        f"{_remedy(demands.accumulation) if demands.accumulation else 'set apply to two_pass'}"
+        f"gradients have to be offloaded to the host, {why}, but only {room}: free host memory, or "
+        f"{_remedy(refused) if refused else 'set apply to two_pass'}"
     )
 
 

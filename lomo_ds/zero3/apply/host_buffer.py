@@ -1,4 +1,4 @@
-"""Host memory where gradient shards wait for the step boundary."""
+"""Host memory where offloaded gradient shards wait for the step boundary."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class HostBuffer:
 
     Args:
         shard_numel: for each parameter the real elements of this rank's shard.
-        dtype: of the parked gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
+        dtype: of the gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
         device: where the gradients come from.
-        max_numel_moving: elements that may be on their way to the host at a time, but for the newest shard.
+        max_numel_moving: elements that may be on their way to the host at a time, but for the latest shard.
 
     Cost: ``num_bytes`` of host memory per rank, for all ranks together one gradient of the model.
     """
@@ -40,10 +40,15 @@ class HostBuffer:
     ) -> None:
         self._pieces, self._places = _allocate(shard_numel, dtype, pinned=device.type != "cpu")
         self._device = device
-        self._parked: set[Parameter] = set()
+        self._filled: set[Parameter] = set()
         self._copies = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
         self._max_numel_moving = max_numel_moving
         self._moving: deque[tuple[Any, int]] = deque()
+
+    @property
+    def num_file_bytes(self) -> int:
+        """Disk that this rank uses: none."""
+        return 0
 
     @property
     def num_bytes(self) -> int:
@@ -51,30 +56,30 @@ class HostBuffer:
         return sum(piece.numel() * piece.element_size() for piece in self._pieces)
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor:
-        """Park a shard, or add it to what is parked for ``param`` already.
+        """Offload a shard, or add it to what is offloaded for ``param`` already.
 
-        The copy runs on a stream of its own, behind the current stream's work so far and beside what
+        The copy runs on a stream of its own, after the current stream's work so far and in parallel to what
         follows; ``wait`` waits for it. The sum is done on the device. Where the link to the host is slower
         than backward, the call waits for older copies.
 
         Returns:
-            What is parked for ``param`` now, on the device; valid until the next call.
+            What is offloaded for ``param`` now, on the device; valid until the next call.
 
         Cost: on an accelerator a copy of the shard until the transfer is over.
         """
         place = self._places[param]
-        if param in self._parked:
+        if param in self._filled:
             if self._copies is not None:
                 get_accelerator().current_stream().wait_stream(self._copies)
             grad_shard = place.to(self._device, non_blocking=True).add_(grad_shard)
-        self._parked.add(param)
+        self._filled.add(param)
         if self._copies is None:
             place.copy_(grad_shard)
         else:
-            self._copy_beside(grad_shard.clone(), place)
+            self._copy_in_parallel(grad_shard.clone(), place)
         return grad_shard
 
-    def _copy_beside(self, grad_shard: Tensor, place: Tensor) -> None:
+    def _copy_in_parallel(self, grad_shard: Tensor, place: Tensor) -> None:
         accelerator = get_accelerator()
         self._copies.wait_stream(accelerator.current_stream())
         with accelerator.stream(self._copies):
@@ -94,16 +99,16 @@ class HostBuffer:
             self._moving.clear()
 
     def fetch(self, param: Parameter) -> Tensor:
-        """The parked shard on the device, shape (shard_numel,); on CPU the place itself, not a copy.
+        """The offloaded shard on the device, shape (shard_numel,); on CPU the place itself, not a copy.
 
         Call ``wait`` first.
         """
-        assert param in self._parked, "nothing is parked for this parameter"
+        assert param in self._filled, "nothing is offloaded for this parameter"
         return self._places[param].to(self._device, non_blocking=True)
 
     def clear(self) -> None:
-        """Forget what is parked; the memory stays."""
-        self._parked.clear()
+        """Forget what is offloaded; the memory stays."""
+        self._filled.clear()
 
 
 def _allocate(

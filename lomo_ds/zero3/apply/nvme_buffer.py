@@ -1,4 +1,4 @@
-"""A file where gradient shards wait for the step boundary, written and read beside the computation."""
+"""A file where offloaded gradient shards wait for the step boundary; I/O runs during the computation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class _Slot:
         if self._io_runs:
             self._io_runs = False
             if self._handle.wait() != 1:
-                raise RuntimeError(f"I/O on parked gradients failed in {os.path.realpath(self._path)}")
+                raise RuntimeError(f"I/O on offloaded gradients failed in {os.path.realpath(self._path)}")
         if self._device_copy is not None:
             self._device_copy.synchronize()
             self._device_copy = None
@@ -76,7 +76,7 @@ class _Slot:
 
     def _start(self, operation: Any, offset: int) -> None:
         if operation(self._bytes, self._path, offset) != 0:
-            raise RuntimeError(f"I/O on parked gradients could not start: {os.path.realpath(self._path)}")
+            raise RuntimeError(f"I/O on offloaded gradients could not start: {os.path.realpath(self._path)}")
         self._io_runs = True
 
 
@@ -87,7 +87,7 @@ class NvmeBuffer:
 
     Args:
         shard_numel: for each parameter the real elements of this rank's shard.
-        dtype: of the parked gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
+        dtype: of the gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
         device: where the gradients come from.
         settings: the folder, and how to write to it.
 
@@ -113,57 +113,62 @@ class NvmeBuffer:
         self._offsets = {
             param: end - self._padded[param] for param, end in zip(self._padded, ends, strict=True)
         }
-        self.num_file_bytes = settings.file_bytes(shard_bytes.values())
+        self._num_file_bytes = settings.file_bytes(shard_bytes.values())
         self._file = tempfile.TemporaryFile(dir=settings.folder)  # noqa: SIM115  (stays open)
-        if self.num_file_bytes:
-            os.posix_fallocate(self._file.fileno(), 0, self.num_file_bytes)
+        if self._num_file_bytes:
+            os.posix_fallocate(self._file.fileno(), 0, self._num_file_bytes)
         size = settings.staging_bytes(shard_bytes.values()) // NUM_SLOTS
         path, pinned = name_of(self._file.fileno()), device.type != "cpu"
         self._slots = deque(_Slot(settings, size, path, pinned) for _ in range(NUM_SLOTS))
-        self._parked: dict[Parameter, None] = {}
+        self._filled: dict[Parameter, None] = {}
         self._to_read: deque[Parameter] = deque()
         self._coming: dict[Parameter, _Slot] = {}
         self._copies = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
 
     @property
+    def num_file_bytes(self) -> int:
+        """Disk that this rank uses."""
+        return self._num_file_bytes
+
+    @property
     def num_bytes(self) -> int:
-        """Host memory that stands."""
+        """Host memory of this rank's slots."""
         return sum(slot.buffer.numel() for slot in self._slots)
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor:
-        """Park a shard, or add it to what is parked for ``param`` already.
+        """Offload a shard, or add it to what is offloaded for ``param`` already.
 
         Returns:
-            What is parked for ``param`` now, on the device; valid until the next call.
+            What is offloaded for ``param`` now, on the device; valid until the next call.
         """
-        if param in self._parked:
+        if param in self._filled:
             self.wait()
             self._start_reading([param])
             grad_shard = self.fetch(param).add_(grad_shard)
-        self._parked[param] = None
+        self._filled[param] = None
         for slot in self._slots:
             slot.submit(wait=False)
         if self._shard_bytes[param]:
             slot = self._take_slot()
-            copied = self._copy_beside(grad_shard, self._view(slot, param))
+            copied = self._copy_in_parallel(grad_shard, self._view(slot, param))
             slot.write(self._padded[param], self._offsets[param], copied)
         return grad_shard
 
     def wait(self) -> None:
-        """Wait until everything parked is in the file."""
+        """Wait until everything offloaded is in the file."""
         for slot in self._slots:
             slot.settle()
 
     def fetch(self, param: Parameter) -> Tensor:
-        """The parked shard on the device, shape (shard_numel,); a copy. Call ``wait`` first.
+        """The offloaded shard on the device, shape (shard_numel,); a copy. Call ``wait`` first.
 
-        In the order in which shards were parked, the next ones are read meanwhile.
+        In the order in which shards were offloaded, the next ones are read meanwhile.
         """
-        assert param in self._parked, "nothing is parked for this parameter"
+        assert param in self._filled, "nothing is offloaded for this parameter"
         if not self._shard_bytes[param]:
             return torch.empty(0, dtype=self._dtype, device=self._device)
         if param not in self._coming:
-            self._start_reading(dropwhile(lambda other: other is not param, self._parked))
+            self._start_reading(dropwhile(lambda other: other is not param, self._filled))
         slot = self._coming.pop(param)
         slot.settle()
         shard = torch.empty_like(self._view(slot, param), device=self._device)
@@ -173,9 +178,9 @@ class NvmeBuffer:
         return shard
 
     def clear(self) -> None:
-        """Forget what is parked; file and memory stay."""
+        """Forget what is offloaded; file and memory stay."""
         self._start_reading([])
-        self._parked.clear()
+        self._filled.clear()
 
     def _start_reading(self, params: Iterable[Parameter]) -> None:
         self.wait()
@@ -200,8 +205,8 @@ class NvmeBuffer:
     def _view(self, slot: _Slot, param: Parameter) -> Tensor:
         return slot.buffer.narrow(0, 0, self._shard_bytes[param]).view(self._dtype)
 
-    def _copy_beside(self, grad_shard: Tensor, place: Tensor) -> Any:
-        """Copy on a stream of its own, behind the current stream's work; the event that ends it, or None."""
+    def _copy_in_parallel(self, grad_shard: Tensor, place: Tensor) -> Any:
+        """Copy on a stream of its own, after the current stream's work; the event that ends it, or None."""
         if self._copies is None:
             place.copy_(grad_shard)
             return None
@@ -215,7 +220,7 @@ class NvmeBuffer:
         return event
 
     def _new_event(self) -> Any:
-        """An event at the current stream's end, or None where nothing runs beside the host."""
+        """An event at the current stream's end, or None where the device has no streams."""
         if self._copies is None:
             return None
         event = get_accelerator().Event()

@@ -1,4 +1,4 @@
-"""Where gradient shards are parked on a disk: the folder, the settings, and what has to be there first."""
+"""Offloading gradients to a disk: the folder, the settings, and what has to be there first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from lomo_ds.byte_units import shown_bytes
 from lomo_ds.config import from_mapping
 
-KEY = '"optimizer.params.park_to"'
+KEY = '"optimizer.params.offload_gradients.nvme_path"'
 NUM_SLOTS = 4
 """Shards that are on their way at a time; each has a place in host memory."""
 
@@ -46,14 +46,14 @@ class AioConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NvmeSettings:
-    """A folder to park in, and how to write to it."""
+    """A folder for offloaded gradients, and how to write to it."""
 
     folder: Path
     aio: AioConfig
 
     @classmethod
     def of(cls, folder: str, aio_section: Mapping[str, Any] | None) -> NvmeSettings:
-        """Read the settings and check that gradients can be parked in ``folder`` from this rank.
+        """Read the settings and check that this rank can offload gradients to ``folder``.
 
         Raises:
             ValueError: a wrong key, no such folder, not writable, or the I/O op cannot run here.
@@ -79,7 +79,7 @@ class NvmeSettings:
         return -(-num_bytes // unit) * unit
 
     def staging_bytes(self, shard_bytes: Iterable[int]) -> int:
-        """Host memory that stands, for shards of these sizes."""
+        """Host memory of the slots, for shards of these sizes."""
         return NUM_SLOTS * max(map(self.padded_bytes, shard_bytes), default=0)
 
     def file_bytes(self, shard_bytes: Iterable[int]) -> int:
@@ -95,7 +95,7 @@ class NvmeSettings:
         needed, free = file_bytes * num_local_ranks, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"{KEY}: parking takes {shown_bytes(needed)} in {str(self.folder)!r} for the ranks of this "
+                f"{KEY}: gradients take {shown_bytes(needed)} in {str(self.folder)!r} for the ranks of this "
                 f"node, where {shown_bytes(free)} are free: free space or name another folder"
             )
 

@@ -1,160 +1,23 @@
-"""The one file that names what DeepSpeed keeps to itself.
-
-Two kinds of things stand here: readers of the attributes that ZeRO-3 hangs on a parameter, and the two
-classes that override DeepSpeed's methods and hand on to ours in the words of this project. Every private
-name used is in the table of ``private_names``, which ``lomo-ds doctor`` and the tests hold against the
-installed DeepSpeed.
-"""
+"""DeepSpeed's stage 3 with its gradients handed to this project."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import import_module
-from math import prod
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.runtime.zero import (
-    parameter_offload,
-    partition_parameters,
-    partitioned_param_coordinator,
-    stage3,
-)
+from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.shards import ShardSpec
+from lomo_ds.zero3._internals.params import process_group, shard_spec
 from lomo_ds.zero3.piecewise import defragment_in_pieces
-from lomo_ds.zero3.private_names import CONTRACT, SCALER_STATE, STAGE3_ARGUMENTS, check_contract
-
-__all__ = [
-    "CONTRACT",
-    "DeepSpeedConfig",
-    "EngineBase",
-    "Stage3Base",
-    "accumulation_dtype",
-    "check_contract",
-    "forget_module_state",
-    "full_numel",
-    "init_context_suspended",
-    "is_sharded",
-    "load_ds_config",
-    "local_shard",
-    "process_group",
-    "ranks_not_compared",
-    "shard_spec",
-    "permanent_buffers",
-    "stored_shard",
-]
-
-
-# What ZeRO-3 hangs on a parameter ---------------------------------------------------------------
-
-
-def is_sharded(param: Parameter) -> bool:
-    """Whether ZeRO-3 has taken the parameter over."""
-    return hasattr(param, "ds_id")
-
-
-def shard_spec(param: Parameter) -> ShardSpec:
-    """Shape of the whole parameter and this rank's place in it (rank of the parameter's own group)."""
-    group = process_group(param)
-    spec = ShardSpec(
-        shape=tuple(param.ds_shape), rank=dist.get_rank(group), world_size=dist.get_world_size(group)
-    )
-    assert spec.partition_numel == param.ds_tensor.ds_numel, "ZeRO-3 cuts its shards otherwise"
-    return spec
-
-
-def local_shard(param: Parameter) -> Tensor:
-    """This rank's real elements of ``param``: a 1-D view, shape (shard_numel,), without the padding."""
-    return param.ds_tensor.view(-1).narrow(0, 0, shard_spec(param).shard_numel)
-
-
-def stored_shard(param: Parameter) -> Tensor:
-    """What this rank stores of ``param``: 1-D, shape (partition_numel,), padding included."""
-    return param.ds_tensor
-
-
-def process_group(param: Parameter) -> Any:
-    """The group over which ``param`` is cut."""
-    return param.ds_process_group
-
-
-def full_numel(param: Parameter) -> int:
-    """Elements of the whole parameter, cut or not yet cut."""
-    return prod(param.ds_shape) if is_sharded(param) else param.numel()
-
-
-def accumulation_dtype(ds_config: DeepSpeedConfig) -> torch.dtype:
-    """The dtype in which reduced gradients come and add up, as DeepSpeed's engine derives it."""
-    if ds_config.grad_accum_dtype is not None:
-        return DtypeEnum(ds_config.grad_accum_dtype).value
-    if ds_config.float16_config.enabled:
-        return torch.float16
-    return torch.bfloat16 if ds_config.bfloat16_config.enabled else torch.float32
-
-
-@contextmanager
-def init_context_suspended():
-    """Leave a surrounding ``deepspeed.zero.Init`` for a while, as deepspeed.initialize does."""
-    partition_parameters.shutdown_init_context()
-    try:
-        yield
-    finally:
-        partition_parameters.restore_init_context()
-
-
-# For runs without other ranks ---------------------------------------------------------------------
-
-
-@contextmanager
-def ranks_not_compared() -> Iterator[None]:
-    """Leave out DeepSpeed's checks that all ranks hold the same numbers: there are no other ranks."""
-    with ExitStack() as stack:
-        for module in (stage3, partition_parameters, partitioned_param_coordinator):
-            stack.enter_context(
-                mock.patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None)
-            )
-        yield
-
-
-def forget_module_state() -> None:
-    """Let a next engine in this process find DeepSpeed's modules as they were imported."""
-    parameter_offload.FWD_MODULE_STACK.clear()
-    partition_parameters.Init.param_id = 0
-    partition_parameters.Init.num_persisted_parameters = 0
-    partition_parameters.Init.num_persisted_elements = 0
-    while partition_parameters.zero_init_context > 0:
-        partition_parameters.shutdown_init_context()
-
-
-def permanent_buffers(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) of what stage 3 keeps beside the shards.
-
-    "bucket" for the reduce buckets, "gradient" for the flat gradient buffer and "state" for fp32 copies
-    and the states of a torch optimizer; the last two only in DeepSpeed's own.
-    """
-    yield from (
-        ("bucket", bucket.buffer) for bucket in optimizer.ipg_buckets.values() if bucket.buffer is not None
-    )
-    if getattr(optimizer, "grad_partitions_flat_buffer", None) is not None:
-        yield "gradient", optimizer.grad_partitions_flat_buffer
-    yield from (("state", group) for group in optimizer.fp32_partitioned_groups_flat)
-    for state in optimizer.optimizer.state.values():
-        yield from (("state", value) for value in state.values() if isinstance(value, Tensor))
-
-
-# The seams --------------------------------------------------------------------------------------
+from lomo_ds.zero3.private_names import SCALER_STATE
 
 
 class ReducedGradient(NamedTuple):
@@ -163,7 +26,7 @@ class ReducedGradient(NamedTuple):
     Attributes:
         param: the parameter it belongs to.
         shard: this rank's real elements, shape (shard_numel,), in the accumulation dtype; empty on a
-            rank that holds only padding. A view of a buffer that is used again: copy what is to stay.
+            rank that holds only padding. A view of a buffer that is used again: copy what is to be kept.
     """
 
     param: Parameter
@@ -171,10 +34,11 @@ class ReducedGradient(NamedTuple):
 
 
 class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
-    """Stage 3 without fp32 copies and without a gradient buffer; what it reduces goes to ``take``.
+    """Stage 3 without fp32 copies and without a gradient buffer; what it reduces goes to ``on_gradients``.
 
-    A subclass implements ``set_up`` (called when the shards stand and before any gradient), ``take``
-    (called inside backward, once a reduce bucket) and ``accepts_gradients``.
+    A subclass implements ``set_up`` (called when the shards are allocated and before any gradient),
+    ``accepts_gradients``, ``on_gradients`` (called inside backward, once a reduce bucket) and
+    ``on_stray_gradient`` (a gradient came while none was accepted).
     """
 
     def set_up(self) -> None:
@@ -183,10 +47,10 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
     def accepts_gradients(self) -> bool:
         raise NotImplementedError
 
-    def take(self, gradients: Sequence[ReducedGradient]) -> None:
+    def on_gradients(self, gradients: Sequence[ReducedGradient]) -> None:
         raise NotImplementedError
 
-    def refuse(self, param: Parameter) -> None:
+    def on_stray_gradient(self, param: Parameter) -> None:
         raise NotImplementedError
 
     def _setup_for_real_optimizer(self) -> None:
@@ -202,7 +66,7 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
             super().reduce_ready_partitions_and_remove_grads(param)
             self.reduce_full_bucket(self.get_param_comm_dtype(param))
         else:
-            self.refuse(param)
+            self.on_stray_gradient(param)
             _drop_grad(param)
 
     def reduce_full_bucket(self, dtype: torch.dtype) -> None:
@@ -211,7 +75,7 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
 
     def partition_grads(self, params_to_release: list[Parameter], grad_partitions: list[Tensor]) -> None:
-        self.take(
+        self.on_gradients(
             [_reduced(param, part) for param, part in zip(params_to_release, grad_partitions, strict=True)]
         )
         for param in params_to_release:
@@ -278,6 +142,7 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
         }
 
     def name_of(self, param: Parameter) -> str:
+        """As in ``model.named_parameters()``."""
         return self.param_names.get(param, "<unnamed>")
 
     def release_gathered_params(self) -> None:
@@ -303,7 +168,7 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
         return {name: scaler[name] for name in SCALER_STATE if name in scaler}
 
     def set_scaler_state(self, state: Mapping[str, float]) -> None:
-        """Let the loss scaler go on from ``scaler_state``; a static scale stays what the JSON says."""
+        """Let the loss scaler continue from ``scaler_state``; a static scale stays what the JSON says."""
         if self.dynamic_loss_scale:
             vars(self.loss_scaler).update({name: state[name] for name in SCALER_STATE if name in state})
 
@@ -345,45 +210,3 @@ def _drop_grad(param: Parameter) -> None:
 def _reduced(param: Parameter, partition: Tensor) -> ReducedGradient:
     real = partition.view(-1).narrow(0, 0, shard_spec(param).shard_numel)
     return ReducedGradient(param, real)
-
-
-class EngineBase(DeepSpeedEngine):
-    """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
-
-    def __init__(self, **engine_arguments: Any) -> None:
-        super().__init__(**engine_arguments)
-        self._configure_python_gc()
-
-    def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Base:
-        raise NotImplementedError
-
-    def offloads_checkpoints(self) -> bool:
-        """Whether "activation_checkpointing.cpu_checkpointing" of the JSON is set."""
-        return bool(self._config.activation_checkpointing_config.cpu_checkpointing)
-
-    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
-        return "zero_optimization"  # DeepSpeed's own check would call our optimizer untested
-
-    def _is_supported_optimizer(self, optimizer_name: str) -> bool:
-        return True  # the name in the JSON has been checked against ours before
-
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Stage3Base:
-        if self.zero_allgather_sequential():
-            self._config.zero_config.prefetch_bucket_size = 1
-        arguments = {name: getattr(self, method)() for name, method in STAGE3_ARGUMENTS.items()}
-        return self.make_sharded_optimizer(
-            module=self.module,
-            init_optimizer=optimizer,
-            param_names=self.param_names,
-            timers=_timers(self),
-            ds_config=self.config,
-            dp_process_group=self.seq_data_parallel_group,
-            gradient_accumulation_dtype=self.get_data_types()[1],
-            communication_data_type=self.communication_data_type,
-            **arguments,
-        )
-
-
-def _timers(engine: DeepSpeedEngine) -> Any:
-    noop = import_module("deepspeed.utils.timer").NoopTimer
-    return engine.timers if engine.wall_clock_breakdown() else noop()

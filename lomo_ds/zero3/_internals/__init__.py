@@ -1,0 +1,52 @@
+"""The one package that names what DeepSpeed keeps to itself.
+
+Readers of the attributes that ZeRO-3 hangs on a parameter, what a run without other ranks needs, and the two
+classes that override DeepSpeed's methods and call ours in the words of this project. Every private name used
+is in the table of ``private_names``, which ``lomo-ds doctor`` and the tests compare with the installed
+DeepSpeed.
+"""
+
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+from lomo_ds.zero3._internals.engine import EngineBase
+from lomo_ds.zero3._internals.params import (
+    accumulation_dtype,
+    full_numel,
+    init_context_suspended,
+    is_sharded,
+    local_shard,
+    process_group,
+    shard_spec,
+    stored_shard,
+)
+from lomo_ds.zero3._internals.single_rank import (
+    DEEPSPEED_SOURCES,
+    forget_module_state,
+    permanent_buffers,
+    ranks_not_compared,
+)
+from lomo_ds.zero3._internals.stage3 import ReducedGradient, Stage3Base
+from lomo_ds.zero3.private_names import CONTRACT, check_contract
+
+__all__ = [
+    "CONTRACT",
+    "DEEPSPEED_SOURCES",
+    "DeepSpeedConfig",
+    "EngineBase",
+    "ReducedGradient",
+    "Stage3Base",
+    "accumulation_dtype",
+    "check_contract",
+    "forget_module_state",
+    "full_numel",
+    "init_context_suspended",
+    "is_sharded",
+    "load_ds_config",
+    "local_shard",
+    "permanent_buffers",
+    "process_group",
+    "ranks_not_compared",
+    "shard_spec",
+    "stored_shard",
+]

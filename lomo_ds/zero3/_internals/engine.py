@@ -1,0 +1,54 @@
+"""DeepSpeed's engine with a ZeRO-3 optimizer of this project in it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from lomo_ds.zero3._internals.stage3 import Stage3Base
+from lomo_ds.zero3.private_names import STAGE3_ARGUMENTS
+
+
+class EngineBase(DeepSpeedEngine):
+    """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
+
+    def __init__(self, **engine_arguments: Any) -> None:
+        super().__init__(**engine_arguments)
+        self._configure_python_gc()
+
+    def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Base:
+        raise NotImplementedError
+
+    def offloads_checkpoints(self) -> bool:
+        """Whether "activation_checkpointing.cpu_checkpointing" of the JSON is set."""
+        return bool(self._config.activation_checkpointing_config.cpu_checkpointing)
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        return "zero_optimization"  # DeepSpeed's own check would call our optimizer untested
+
+    def _is_supported_optimizer(self, optimizer_name: str) -> bool:
+        return True  # the name in the JSON has been checked against ours before
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Stage3Base:
+        if self.zero_allgather_sequential():
+            self._config.zero_config.prefetch_bucket_size = 1
+        arguments = {name: getattr(self, method)() for name, method in STAGE3_ARGUMENTS.items()}
+        return self.make_sharded_optimizer(
+            module=self.module,
+            init_optimizer=optimizer,
+            param_names=self.param_names,
+            timers=_timers(self),
+            ds_config=self.config,
+            dp_process_group=self.seq_data_parallel_group,
+            gradient_accumulation_dtype=self.get_data_types()[1],
+            communication_data_type=self.communication_data_type,
+            **arguments,
+        )
+
+
+def _timers(engine: DeepSpeedEngine) -> Any:
+    noop = import_module("deepspeed.utils.timer").NoopTimer
+    return engine.timers if engine.wall_clock_breakdown() else noop()

@@ -1,0 +1,70 @@
+"""What ZeRO-3 hangs on a parameter, and what DeepSpeed derives from its JSON."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+from deepspeed.runtime.zero import partition_parameters
+from torch import Tensor
+from torch.nn import Parameter
+
+from lomo_ds.shards import ShardSpec
+
+
+def is_sharded(param: Parameter) -> bool:
+    """Whether ZeRO-3 has taken the parameter over."""
+    return hasattr(param, "ds_id")
+
+
+def shard_spec(param: Parameter) -> ShardSpec:
+    """Shape of the whole parameter and this rank's place in it (rank of the parameter's own group)."""
+    group = process_group(param)
+    spec = ShardSpec(
+        shape=tuple(param.ds_shape), rank=dist.get_rank(group), world_size=dist.get_world_size(group)
+    )
+    assert spec.partition_numel == param.ds_tensor.ds_numel, "ZeRO-3 cuts its shards otherwise"
+    return spec
+
+
+def local_shard(param: Parameter) -> Tensor:
+    """This rank's real elements of ``param``: a 1-D view, shape (shard_numel,), without the padding."""
+    return param.ds_tensor.view(-1).narrow(0, 0, shard_spec(param).shard_numel)
+
+
+def stored_shard(param: Parameter) -> Tensor:
+    """What this rank stores of ``param``: 1-D, shape (partition_numel,), padding included."""
+    return param.ds_tensor
+
+
+def process_group(param: Parameter) -> Any:
+    """The group over which ``param`` is cut."""
+    return param.ds_process_group
+
+
+def full_numel(param: Parameter) -> int:
+    """Elements of the whole parameter, cut or not yet cut."""
+    return prod(param.ds_shape) if is_sharded(param) else param.numel()
+
+
+def accumulation_dtype(ds_config: DeepSpeedConfig) -> torch.dtype:
+    """The dtype in which reduced gradients come and add up, as DeepSpeed's engine derives it."""
+    if ds_config.grad_accum_dtype is not None:
+        return DtypeEnum(ds_config.grad_accum_dtype).value
+    if ds_config.float16_config.enabled:
+        return torch.float16
+    return torch.bfloat16 if ds_config.bfloat16_config.enabled else torch.float32
+
+
+@contextmanager
+def init_context_suspended():
+    """Leave a surrounding ``deepspeed.zero.Init`` for a while, as deepspeed.initialize does."""
+    partition_parameters.shutdown_init_context()
+    try:
+        yield
+    finally:
+        partition_parameters.restore_init_context()

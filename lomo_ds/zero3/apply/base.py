@@ -1,0 +1,140 @@
+"""What a policy is: it decides when a reduced gradient shard is applied. How is the rule's matter.
+
+A step, as a policy sees it: ``on_gradients`` inside backward, once for each reduce bucket; ``on_step`` at the
+step boundary; ``forget`` when the step has ended, or when a backward raised.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from lomo_ds.byte_units import shown_bytes
+from lomo_ds.zero3._internals import ReducedGradient
+from lomo_ds.zero3.grad_clip import GradClip
+from lomo_ds.zero3.updater import Updater
+
+OnePass = Callable[..., Tensor]
+"""A backward through the engine: takes the loss and ``retain_graph``, returns the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promises:
+    """What a policy keeps exactly.
+
+    Attributes:
+        global_clipping: a gradient is clipped by the norm of the whole step's gradient.
+        accumulation: the micro-batches of a step add up to one gradient.
+        whole_steps: a step whose gradient is not finite (an overflow in fp16) changes nothing.
+    """
+
+    global_clipping: bool
+    accumulation: bool
+    whole_steps: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """How a step ended.
+
+    Attributes:
+        grad_norm: the unscaled gradient's 2-norm over all parameters and ranks; a number, or a 0-dim tensor
+            on the device where nobody has waited for it.
+        applied: False where the whole step was dropped.
+    """
+
+    grad_norm: float | Tensor
+    applied: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyContext:
+    """What the engine lends to a policy.
+
+    Attributes:
+        updater: applies a shard.
+        clip: how gradients are clipped.
+        bucket_numel: elements that are updated before the sums over shards are added up.
+        name_of: a parameter's name, for messages.
+        gradient_bytes: of all gradient shards of this rank.
+    """
+
+    updater: Updater
+    clip: GradClip
+    bucket_numel: int
+    name_of: Callable[[Parameter], str]
+    gradient_bytes: int
+
+
+class ApplyPolicy(ABC):
+    """When the shards of a step are applied. All ranks call every method together.
+
+    Attributes:
+        promises: what it keeps exactly.
+        owns_backward: only ``run_backward`` may begin a backward, not a plain ``loss.backward()``.
+        host_bytes: host memory that this rank keeps for gradients.
+        file_bytes: disk that this rank keeps for gradients.
+    """
+
+    promises: ClassVar[Promises]
+    owns_backward: ClassVar[bool] = False
+    host_bytes: int = 0
+    file_bytes: int = 0
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._context = context
+        self._arrived: dict[Parameter, None] = {}
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a gradient has arrived since the last step."""
+        return bool(self._arrived)
+
+    def run_backward(self, one_pass: OnePass, loss: Tensor, retain_graph: bool, loss_scale: float) -> Tensor:
+        """Run backward through the loss, as often as the policy needs it; see ``engine.backward``."""
+        return one_pass(loss, retain_graph=retain_graph)
+
+    @abstractmethod
+    def on_gradients(self, gradients: Sequence[ReducedGradient], loss_scale: float) -> None:
+        """Receive the shards of one reduce bucket, inside backward. No host sync.
+
+        Args:
+            gradients: views of the bucket, which is used again afterwards.
+            loss_scale: by which they are too large.
+        """
+
+    @abstractmethod
+    def on_step(self, loss_scale: float) -> StepOutcome:
+        """End the step: apply what has not been applied, or drop it."""
+
+    def forget(self) -> None:
+        """Forget every gradient since the last step; what has been applied stays applied."""
+        self._arrived.clear()
+
+    def _note_arrival(self, param: Parameter, done: str) -> None:
+        """Note a gradient that cannot be added to an earlier one of the same step.
+
+        Args:
+            param: whose gradient it is.
+            done: what has become of the earlier one, for the message.
+
+        Raises:
+            RuntimeError: there is an earlier one.
+        """
+        if param in self._arrived:
+            context = self._context
+            raise RuntimeError(
+                f"a second gradient for {context.name_of(param)!r} since the last engine.step(): the first "
+                f'was {done} already. Set "optimizer.params.apply" to "deferred", where they add up; it '
+                f"takes {shown_bytes(context.gradient_bytes)} of host memory on this rank"
+            )
+        self._arrived[param] = None
+
+    def _grad_scale(self, norm: float | None, loss_scale: float) -> float:
+        """The factor on every gradient: clipping, and the loss scale divided out."""
+        return self._context.clip.factor(norm) / loss_scale

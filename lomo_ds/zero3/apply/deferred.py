@@ -1,0 +1,85 @@
+"""Shards are offloaded until the step boundary, where the whole gradient is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from lomo_ds.zero3._internals import ReducedGradient, shard_spec
+from lomo_ds.zero3.apply.base import ApplyPolicy, PolicyContext, Promises, StepOutcome
+from lomo_ds.zero3.apply.grad_norm import GradNorm
+
+
+class GradientBuffer(Protocol):
+    """Where offloaded gradients wait: a ``HostBuffer`` or an ``NvmeBuffer``."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def num_file_bytes(self) -> int: ...
+
+    def add(self, param: Parameter, grad_shard: Tensor) -> Tensor: ...
+
+    def wait(self) -> None: ...
+
+    def fetch(self, param: Parameter) -> Tensor: ...
+
+    def clear(self) -> None: ...
+
+
+class Deferred(ApplyPolicy):
+    """Adds up the shards of a step in a buffer and applies them at its end, or drops them all.
+
+    Args:
+        context: of the engine.
+        buffer: where they wait.
+    """
+
+    promises: ClassVar[Promises] = Promises(global_clipping=True, accumulation=True, whole_steps=True)
+
+    def __init__(self, context: PolicyContext, buffer: GradientBuffer) -> None:
+        super().__init__(context)
+        self._buffer = buffer
+        self._norm = GradNorm()
+
+    @property
+    def host_bytes(self) -> int:  # type: ignore[override]
+        return self._buffer.num_bytes
+
+    @property
+    def file_bytes(self) -> int:  # type: ignore[override]
+        return self._buffer.num_file_bytes
+
+    def on_gradients(self, gradients: Sequence[ReducedGradient], loss_scale: float) -> None:
+        for param, grad_shard in gradients:
+            self._norm.measure(param, self._buffer.add(param, grad_shard))
+            self._arrived[param] = None
+
+    def on_step(self, loss_scale: float) -> StepOutcome:
+        grad_norm = self._norm.total(loss_scale)
+        norm = float(grad_norm)
+        if math.isfinite(norm):
+            self._apply_all(self._grad_scale(norm, loss_scale))
+        return StepOutcome(grad_norm=grad_norm, applied=math.isfinite(norm))
+
+    def _apply_all(self, grad_scale: float) -> None:
+        updater = self._context.updater
+        self._buffer.wait()
+        numel = 0
+        for param in self._arrived:
+            updater.begin(param, self._buffer.fetch(param), grad_scale)
+            numel += shard_spec(param).numel
+            if numel >= self._context.bucket_numel:
+                updater.advance()
+                numel = 0
+        updater.finish()
+
+    def forget(self) -> None:
+        super().forget()
+        self._norm.clear()
+        self._buffer.clear()
