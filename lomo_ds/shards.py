@@ -85,7 +85,7 @@ class ShardSpec:
         """Cut the shard into rectangles: a row's end, whole rows, a row's beginning.
 
         Args:
-            max_numel: whole rows come in blocks of at most so many elements, but at least one row.
+            max_numel: whole rows come in blocks of at most ``max_numel`` elements, but at least one row.
         """
         num_columns = self.shape[-1]
         rows_at_once = max(1, max_numel // num_columns)

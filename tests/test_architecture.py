@@ -14,17 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "lomo_ds").rglob("*.py"))
 MAX_FUNCTION_LINES = 40
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 300
 
 ENGINE = {"zero3", "rules", "zo", "shards", "config", "optimizers", "byte_units", "versions"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "": set(),
+    "": {"initialization", "optimizers"},
     "shards": set(),
     "config": set(),
     "byte_units": set(),
     "versions": set(),
     "rules": {"shards"},
-    "zo": {"shards"},
+    "zo": {"shards", "rules"},
     "optimizers": {"config", "rules"},
     "zero3": ENGINE,
     "initialization": ENGINE | {"checkpoint", "model_io"},
@@ -71,7 +71,11 @@ MAY_IMPORT_FROM_OUTSIDE = {"shards": set(), "rules": {"torch"}, "zo": {"torch"}}
 """Layers that may import no third-party package but these."""
 
 INTERNALS = "lomo_ds.zero3._internals"
+NAMES_DEEPSPEED = (INTERNALS, "lomo_ds.zero3.private_names")
+"""Where DeepSpeed's private parts may be named; nowhere else, not in a string either."""
 PRIVATE_NAME = re.compile(r"^(ds_\w+|_z3_\w+|_DeepSpeed\w+)$")
+DEEPSPEED_PATH = re.compile(r"^deepspeed[./](runtime|utils|ops)[./]")
+"""A module or a file of DeepSpeed, as a string."""
 OWN_NAMES = {"ds_config", "ds_json"}  # attributes of our own classes that hold a DeepSpeed JSON
 BY_STRING = {"getattr", "hasattr", "setattr", "delattr"}
 
@@ -158,8 +162,8 @@ def environment(module: str, tree: ast.Module) -> Iterator[str]:
 
 
 def private_parts(module: str, tree: ast.Module) -> Iterator[str]:
-    """One file alone names what DeepSpeed keeps to itself."""
-    if module == INTERNALS:
+    """One package and its table alone name what DeepSpeed keeps to itself."""
+    if any(is_within(module, allowed) for allowed in NAMES_DEEPSPEED):
         return
     for name in imports_of(tree):
         if is_within(name, "deepspeed.runtime"):
@@ -179,6 +183,8 @@ def private_name(node: ast.AST) -> str:
         name = node.id
     elif isinstance(node, ast.Call) and called_name(node) in BY_STRING and len(node.args) > 1:
         name = getattr(node.args[1], "value", "")
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and DEEPSPEED_PATH.search(node.value):
+        return node.value
     is_private = isinstance(name, str) and (name == "_DeepSpeed.runtime" or PRIVATE_NAME.match(name))
     return name if is_private and name not in OWN_NAMES else ""
 
@@ -240,7 +246,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (layers, "lomo_ds.zero3.engine", "def f():\n    from lomo_ds.cli import main"),
     (layers, "lomo_ds.zero3.engine", "import_module('lomo_ds.cli.main')"),
     (layers, "lomo_ds.novelty.thing", ""),
-    (layers, "lomo_ds", "import lomo_ds.initialization"),
+    (layers, "lomo_ds", "import lomo_ds.zero3.engine"),
     (outside, "lomo_ds.shards", "import torch"),
     (outside, "lomo_ds.rules.lomo", "import deepspeed"),
     (outside, "lomo_ds.rules.lomo", "from deepspeed import comm"),
@@ -256,6 +262,8 @@ BAD: list[tuple[Rule, str, str]] = [
     (private_parts, "lomo_ds.zero3.engine", "module._z3_optimizer"),
     (private_parts, "lomo_ds.zero3.engine", "self._DeepSpeedZeroOptimizer_Stage3__reduce(1)"),
     (private_parts, "lomo_ds.checkpoint.save", "hasattr(param, 'ds_id')"),
+    (private_parts, "lomo_ds.planner.memory_roles", "FILE = 'deepspeed/runtime/zero/linear.py'"),
+    (private_parts, "lomo_ds.planner.memory_roles", "import_module('deepspeed.utils.timer')"),
     (no_tests, "lomo_ds.zero3.engine", "from tests.harness import run_ranks"),
     (no_tests, "lomo_ds.cli.bench", "import benchmarks.step"),
     (sizes, "lomo_ds.zero3.engine", LONG_FUNCTION),
@@ -264,6 +272,8 @@ BAD: list[tuple[Rule, str, str]] = [
 ]
 GOOD: list[tuple[str, str]] = [
     (INTERNALS, "from deepspeed.runtime.engine import DeepSpeedEngine\nparam.ds_tensor"),
+    (f"{INTERNALS}.engine", "import_module('deepspeed.utils.timer')"),
+    ("lomo_ds.zo.noise", "from lomo_ds.rules.noise import random_int32"),
     ("lomo_ds.rules.lomo", "import math\nimport torch\nfrom lomo_ds.shards import ShardSpec"),
     ("lomo_ds.zero3.engine", "ds_config = plan.ds_config\nds_rank = 1\nfrom deepspeed import comm"),
     ("lomo_ds.cli.doctor", "from lomo_ds.zero3 import _internals"),

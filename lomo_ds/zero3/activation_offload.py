@@ -12,7 +12,7 @@ _FEWEST_DIMENSIONS = 3
 """Hidden states have a batch, a sequence and a width; losses and norms have fewer."""
 
 
-class _Parked(NamedTuple):
+class _Offloaded(NamedTuple):
     """A saved tensor on the host and the device that it came from."""
 
     host: Tensor
@@ -32,7 +32,7 @@ def checkpoints_on_host(device: torch.device) -> AbstractContextManager:
     Cost: host memory of the checkpoints; each is copied twice over the link between device and host.
     """
 
-    def pack(tensor: Tensor) -> Tensor | _Parked:
+    def pack(tensor: Tensor) -> Tensor | _Offloaded:
         return _to_host(tensor) if _is_hidden_state(tensor, device) else tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, _from_host)
@@ -43,15 +43,15 @@ def _is_hidden_state(tensor: Tensor, device: torch.device) -> bool:
     return moves and tensor.dim() >= _FEWEST_DIMENSIONS and tensor.device == device
 
 
-def _to_host(tensor: Tensor) -> _Parked:
+def _to_host(tensor: Tensor) -> _Offloaded:
     pinned = tensor.device.type != "cpu"
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
     host.copy_(tensor.detach(), non_blocking=pinned)
-    return _Parked(host, tensor.device)
+    return _Offloaded(host, tensor.device)
 
 
-def _from_host(saved: Tensor | _Parked) -> Tensor:
-    if not isinstance(saved, _Parked):
+def _from_host(saved: Tensor | _Offloaded) -> Tensor:
+    if not isinstance(saved, _Offloaded):
         return saved
     if saved.device.type == "cpu":
         return saved.host.clone()

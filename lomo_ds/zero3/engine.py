@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.utils import logger
@@ -15,6 +15,7 @@ from lomo_ds.zero3._internals import EngineBase
 from lomo_ds.zero3.activation_offload import checkpoints_on_host
 from lomo_ds.zero3.apply.choose import Choice
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
+from lomo_ds.zero3.step import LossClosure, Phase, backward_and_step, no_phase
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 from lomo_ds.zero3.vocabulary.tiled_modules import TiledVocabulary
 
@@ -28,9 +29,11 @@ class LomoEngine(EngineBase):
 
     Attributes:
         tiles_vocabulary: whether a forward with labels returns a loss and no logits.
+        owns_forwards: see ``StepEngine``.
     """
 
     tiles_vocabulary = False
+    owns_forwards: ClassVar[bool] = False
 
     def __init__(self, choice: Choice, **engine_arguments: Any) -> None:
         self._choice = choice
@@ -44,6 +47,20 @@ class LomoEngine(EngineBase):
         self.tiles_vocabulary = config.enabled
         if config.enabled:
             TiledVocabulary(self.module, self.optimizer, config)
+
+    def train_batch(self, closures: Sequence[LossClosure], phase: Phase = no_phase) -> list[Tensor]:
+        """Make one step from forward, backward and ``step``; see ``StepEngine``. Collective.
+
+        Raises:
+            ValueError: not one closure for each micro-batch; nothing has changed then.
+        """
+        num_micro_batches = self.gradient_accumulation_steps()
+        if len(closures) != num_micro_batches:
+            raise ValueError(
+                f"engine.train_batch: {len(closures)} closures for a step of {num_micro_batches} "
+                'micro-batches ("gradient_accumulation_steps"): pass one for each'
+            )
+        return backward_and_step(self, closures, phase)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""

@@ -1,4 +1,4 @@
-"""Holding a table of another library's private names against the version that is installed."""
+"""Comparing a table of another library's private names with the version that is installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PrivateName:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateNameStatus:
-    """A private name held against what is installed; ``problem`` is empty where it is ``ok``."""
+    """A private name compared with what is installed; ``problem`` is empty where it is ``ok``."""
 
     owner: str
     name: str

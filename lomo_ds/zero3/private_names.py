@@ -178,5 +178,5 @@ CONTRACT: tuple[PrivateName, ...] = (
 
 
 def check_contract() -> list[PrivateNameStatus]:
-    """Hold every private name of this file against the installed DeepSpeed."""
+    """Compare every private name of this file with the installed DeepSpeed."""
     return check_names(CONTRACT)

@@ -103,7 +103,7 @@ def refuse_malformed(ds_json: Mapping[str, Any]) -> None:
         place = _look_up(ds_json, above) if above else ds_json
         value = place.get(name) if isinstance(place, Mapping) else None
         if value is not None and not isinstance(value, Mapping):
-            raise ValueError(f'"{key}" has to be an object, not {shown(value)}: mend or delete it')
+            raise ValueError(f'"{key}" has to be an object, not {shown(value)}: correct or delete it')
     clipping = ds_json.get("gradient_clipping")
     if clipping is not None and not (type(clipping) in (int, float) and 0 <= clipping < math.inf):
         raise ValueError(f'"gradient_clipping" has to be a number of at least 0, not {shown(clipping)}')
@@ -115,7 +115,7 @@ def refuse_malformed(ds_json: Mapping[str, Any]) -> None:
 
 
 def check_ranks(ds_json: Mapping[str, Any], world_size: int) -> None:
-    """Hold the batch and the groups of ranks against the number of ranks.
+    """Check the batch and the groups of ranks against the number of ranks.
 
     Raises:
         ValueError: they do not go together; says which key to change.
@@ -125,7 +125,7 @@ def check_ranks(ds_json: Mapping[str, Any], world_size: int) -> None:
 
 
 def check_batch(ds_json: Mapping[str, Any], world_size: int) -> None:
-    """Hold the three batch keys against each other and the number of ranks.
+    """Check the three batch keys against each other and the number of ranks.
 
     Raises:
         ValueError: they do not multiply up, or none of the two batch sizes is given.
@@ -160,7 +160,7 @@ def check_batch_numbers(ds_json: Mapping[str, Any]) -> None:
 
 
 def check_secondary_partitions(ds_json: Mapping[str, Any], world_size: int) -> None:
-    """Hold hpZ's groups against the number of ranks.
+    """Check hpZ's groups against the number of ranks.
 
     Raises:
         ValueError: the ranks do not divide into groups of that size.

@@ -6,7 +6,7 @@ is thereby no error of a later one, and a tolerance covers one step only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +106,7 @@ class WholeOptimizer:
 
     Args:
         model: names and shapes of the parameters.
-        optimizer_name: "Lomo" or "AdaLomo".
+        optimizer_name: key of ``ORACLES``.
         lr: learning rate.
         clipping: as in the JSON: "global", "value", "per_parameter" or "lagged".
         max_grad_norm: what is clipped to; 0 for no clipping.
@@ -117,7 +117,7 @@ class WholeOptimizer:
     ) -> None:
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self._copies = {name: nn.Parameter(param.detach().float().clone()) for name, param in named}
-        self._optimizer = _oracle(optimizer_name, list(self._copies.values()), lr)
+        self._optimizer = ORACLES[optimizer_name](list(self._copies.values()), lr=lr)
         self._clipping = clipping
         self._bound = max_grad_norm
         self._last_norm: float | None = None
@@ -148,16 +148,18 @@ class WholeOptimizer:
                 copy.grad *= min(1.0, self._bound / (self._last_norm + 1e-6))
 
 
-def _oracle(name: str, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    if name == "Lomo":
-        return torch.optim.SGD(params, lr=lr)
+def _adafactor(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return Adafactor(params, lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
+
+
+ORACLES: dict[str, Callable[..., torch.optim.Optimizer]] = {"Lomo": torch.optim.SGD, "AdaLomo": _adafactor}
+"""Optimizer of the table of rules -> another program's that does the same on whole tensors."""
 
 
 class Predictor:
     """Predicts each step of a run.
 
-    Beside the optimizer itself run ``NUM_TRIALS`` others whose gradient elements are all off by as much as
+    With the optimizer itself run ``NUM_TRIALS`` others whose gradient elements are all off by as much as
     they can be, in directions drawn at random. The farthest of them is how far rounding of the gradient
     carries a parameter; to that comes the rounding of the parameter itself.
 

@@ -53,7 +53,7 @@ def train_plain(
 
 
 def warmup_lr(step: int, least: float = 0.005, most: float = 0.03, num_steps: int = 4) -> float:
-    """DeepSpeed's WarmupLR, linear: the first step and the second both take the least rate."""
+    """DeepSpeed's WarmupLR, linear: the first step and the second both take the least learning rate."""
     return least + (most - least) * min(1.0, max(0, step - 1) / num_steps)
 
 

@@ -12,7 +12,7 @@ from lomo_ds.rules.rule import Shard, StepSettings
 from lomo_ds.shards import ShardSpec
 from tests.reference.shards import run_together
 
-HYPER = StepSettings(lr=0.013, weight_decay=0.1, grad_scale=0.37)
+SETTINGS = StepSettings(lr=0.013, weight_decay=0.1, grad_scale=0.37)
 
 
 def apply(param: torch.Tensor, grad: torch.Tensor, settings: StepSettings) -> None:
@@ -33,7 +33,7 @@ def exact_update(param: torch.Tensor, grad: torch.Tensor, settings: StepSettings
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("settings", [HYPER, StepSettings(lr=0.013)])
+@pytest.mark.parametrize("settings", [SETTINGS, StepSettings(lr=0.013)])
 def test_bf16_is_rounded_once_from_fp32(grad_dtype: torch.dtype, settings: StepSettings) -> None:
     """Equal to the exact result rounded to bf16, but where fp32 and fp64 fall on two sides of a tie."""
     param, grad = shards(torch.bfloat16, grad_dtype, 10_007)
@@ -45,7 +45,7 @@ def test_bf16_is_rounded_once_from_fp32(grad_dtype: torch.dtype, settings: StepS
     assert ((param.double() - expected).abs() <= nearest).all()
 
 
-@pytest.mark.parametrize("settings", [HYPER, StepSettings(lr=0.013)])
+@pytest.mark.parametrize("settings", [SETTINGS, StepSettings(lr=0.013)])
 def test_fp32_equals_torch_sgd(settings: StepSettings) -> None:
     param, grad = shards(torch.float32, torch.float32, 1_000)
     whole = torch.nn.Parameter(param.clone())
@@ -58,14 +58,14 @@ def test_fp32_equals_torch_sgd(settings: StepSettings) -> None:
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     param, grad = shards(torch.bfloat16, torch.bfloat16, 1_000)
     at_once = param.clone()
-    apply(at_once, grad, HYPER)
+    apply(at_once, grad, SETTINGS)
     monkeypatch.setattr(rule, "chunk_numel", lambda device: 7)
-    apply(param, grad, HYPER)
+    apply(param, grad, SETTINGS)
     assert torch.equal(param, at_once)
 
 
 def test_a_shard_of_padding_alone_is_left() -> None:
-    apply(torch.empty(0), torch.empty(0), HYPER)
+    apply(torch.empty(0), torch.empty(0), SETTINGS)
     assert sum_of_squares(torch.empty(0)) == 0
 
 

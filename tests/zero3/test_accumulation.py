@@ -37,7 +37,7 @@ def gradients() -> Tensor:
 
 
 def accumulate(ds_json: dict[str, Any]) -> tuple[Tensor, int]:
-    """The weights after one step, and the bytes parked on this rank."""
+    """The weights after one step, and the bytes offloaded on this rank."""
     engine, optimizer, *_ = jobs.initialize(ds_json, model=Weights())
     share = 2.0 * engine.global_rank  # 0 and 2 on two ranks: their mean is 1
     for part in gradients():

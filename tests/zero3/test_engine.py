@@ -103,12 +103,12 @@ def gradient_host_bytes() -> int:
 
 @pytest.mark.parametrize("ds_json", [IMMEDIATE, jobs.lomo_json("two_pass")], ids=["immediate", "two_pass"])
 def test_what_cannot_add_up_is_refused_with_the_bytes_that_it_would_take(ds_json: dict[str, Any]) -> None:
-    parked = run_ranks(2, gradient_host_bytes)
-    for message, num_bytes in zip(run_ranks(2, refusal_of_two_backwards, ds_json), parked, strict=True):
+    offloaded = run_ranks(2, gradient_host_bytes)
+    for message, num_bytes in zip(run_ranks(2, refusal_of_two_backwards, ds_json), offloaded, strict=True):
         assert '"deferred"' in message and f"takes {num_bytes} bytes of host memory" in message
     for message in run_ranks(2, refusal_of_accumulation, ds_json):
         assert '"gradient_accumulation_steps": 4' in message
-        assert f"takes {max(parked)} bytes of host memory per rank" in message
+        assert f"takes {max(offloaded)} bytes of host memory per rank" in message
 
 
 def accumulate(ds_json: dict[str, Any], with_broken_forward: bool) -> dict[str, torch.Tensor]:
@@ -305,7 +305,7 @@ def bytes_at_rest(ds_json: dict[str, Any]) -> dict[str, int]:
     for _ in range(2):
         engine.backward(engine(torch.ones(1, 256, dtype=torch.bfloat16)).sum())
         engine.step()
-    return {"live": _live_bytes() - before, "parked": optimizer.gradient_host_bytes}
+    return {"live": _live_bytes() - before, "offloaded": optimizer.gradient_host_bytes}
 
 
 def _live_bytes() -> int:
@@ -316,15 +316,15 @@ def _live_bytes() -> int:
 
 
 @pytest.mark.parametrize("apply", ["immediate", "deferred"])
-def test_nothing_stands_but_shards_bucket_and_parking(apply: str) -> None:
+def test_nothing_is_allocated_but_shards_bucket_and_offloaded_gradients(apply: str) -> None:
     """No fp32 copy, no gradient buffer: at rest a rank holds its shards and the reduce bucket."""
     bucket_numel, shard_numel = 70_000, 8 * 256 * 256 // 2
     zero = {"reduce_bucket_size": bucket_numel, "stage3_max_live_parameters": 0}
     clipping = 0.0 if apply == "immediate" else 1.0
     ds_json = jobs.lomo_json(apply, gradient_clipping=clipping, zero=zero, bf16={"enabled": True})
     for seen in run_ranks(2, bytes_at_rest, ds_json):
-        assert seen["parked"] == (2 * shard_numel if apply == "deferred" else 0)
-        expected = 2 * (shard_numel + bucket_numel) + seen["parked"]
+        assert seen["offloaded"] == (2 * shard_numel if apply == "deferred" else 0)
+        expected = 2 * (shard_numel + bucket_numel) + seen["offloaded"]
         small = 16_384  # the input, the loss, DeepSpeed's own scalars
         assert expected <= seen["live"] <= expected + small
 

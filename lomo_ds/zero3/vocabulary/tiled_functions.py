@@ -65,8 +65,8 @@ class Table:
         device = self.tiles.param.device
         return torch.empty(self.tiles.spec.shard_numel, dtype=self._grad_dtype, device=device)
 
-    def take(self, grad_shard: Tensor) -> None:
-        """Hand the gradient on, as soon as every use of the matrix has given its part. Collective."""
+    def add_gradient(self, grad_shard: Tensor) -> None:
+        """Add one use's part of the gradient; the last one delivers the whole. Collective."""
         self._waiting.append(grad_shard)
         if len(self._waiting) == self.num_uses:
             total, *others = self._waiting
@@ -113,7 +113,7 @@ class EmbeddingInTiles(torch.autograd.Function):
                 kept = torch.where(inside[:, None], grad, 0)
                 tile = torch.ops.aten.embedding_dense_backward(kept, at, len(rows), -1, False)
                 table.tiles.reduce(rows, tile, grad_shard)
-            table.take(grad_shard)
+            table.add_gradient(grad_shard)
         return None, None, None, None
 
 
@@ -160,7 +160,7 @@ class CrossEntropyInTiles(torch.autograd.Function):
             if grad_shard is not None:
                 table.tiles.reduce(rows, grad_logits.T @ hidden, grad_shard)
         if grad_shard is not None:
-            table.take(grad_shard)
+            table.add_gradient(grad_shard)
         return grad_hidden.to(hidden.dtype), None, None, None
 
 

@@ -36,14 +36,14 @@ class TiledVocabulary:
         self._hidden: Tensor | None = None
         self._tables: dict[Any, Table] = {}
         self._optimizer, self._config = optimizer, config
-        self._head_table = self._take_over(model.get_output_embeddings(), TiledHead)
-        self._take_over(model.get_input_embeddings(), TiledEmbedding)
+        self._head_table = self._put_in_tiles(model.get_output_embeddings(), TiledHead)
+        self._put_in_tiles(model.get_input_embeddings(), TiledEmbedding)
         self._loss_function = model.loss_function
         model.loss_function = self.loss
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end, always_call=True)
 
-    def _take_over(self, module: Module, cls: type) -> Table:
+    def _put_in_tiles(self, module: Module, cls: type) -> Table:
         weight = module.weight
         if weight not in self._tables:
             self._tables[weight] = Table(

@@ -41,7 +41,7 @@ def test_the_line_for_the_log_says_why_and_how_much() -> None:
 
 @pytest.mark.parametrize(("apply", "demands"), [("auto", ACCUMULATION), ("deferred", CLIPPING)])
 def test_no_room_where_nothing_else_will_do_is_an_error(apply: str, demands: Demands) -> None:
-    with pytest.raises(ValueError, match=r"2\.00 GiB .* where parking takes 3\.00 GiB"):
+    with pytest.raises(ValueError, match=r"2\.00 GiB .* where offloaded gradients take 3\.00 GiB"):
         choose(apply, demands, offloaded_bytes=3 * GIB, host_room_bytes=2 * GIB)
 
 

@@ -68,7 +68,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
-def park(sizes: list[int], max_numel_moving: int) -> host_buffer.HostBuffer:
+def offload(sizes: list[int], max_numel_moving: int) -> host_buffer.HostBuffer:
     params = [Parameter(torch.zeros(size)) for size in sizes]
     numel = {param: param.numel() for param in params}
     place = host_buffer.HostBuffer(numel, torch.float32, torch.device("cpu"), max_numel_moving)
@@ -79,13 +79,13 @@ def park(sizes: list[int], max_numel_moving: int) -> host_buffer.HostBuffer:
 
 @pytest.mark.parametrize(("size", "expected"), [(5, 4), (10, 2), (20, 1), (100, 1)])
 def test_what_moves_is_bounded(device: Device, size: int, expected: int) -> None:
-    """By 20 elements, but for the newest shard."""
-    park([size] * 10, max_numel_moving=20)
+    """By 20 elements, but for the latest shard."""
+    offload([size] * 10, max_numel_moving=20)
     assert len(device.moving) == expected
 
 
 def test_waiting_ends_all(device: Device) -> None:
-    park([5] * 10, max_numel_moving=20).wait()
+    offload([5] * 10, max_numel_moving=20).wait()
     assert device.moving == []
 
 

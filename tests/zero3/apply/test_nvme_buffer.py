@@ -1,4 +1,4 @@
-"""Gradients parked in a file train to the same bits as gradients parked in host memory."""
+"""Gradients offloaded to a file train to the same bits as gradients offloaded to host memory."""
 
 from __future__ import annotations
 
@@ -46,15 +46,20 @@ def aio_op() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def parked_json(optimizer: str, folder: Path | None, **aio: Any) -> dict[str, Any]:
-    """Two micro-batches a step, bf16, clipping; parked in ``folder``, or in host memory."""
+def to_file(folder: Path | str) -> dict[str, str]:
+    """The setting that offloads gradients to a file in ``folder``."""
+    return {"device": "nvme", "nvme_path": str(folder)}
+
+
+def offloading_json(optimizer: str, folder: Path | None, **aio: Any) -> dict[str, Any]:
+    """Two micro-batches a step, bf16, clipping; offloaded to ``folder``, or to host memory."""
     ds_json = json_of(optimizer, "deferred") | {"gradient_accumulation_steps": 2}
-    ds_json["optimizer"]["params"]["park_to"] = folder and str(folder)
+    ds_json["optimizer"]["params"]["offload_gradients"] = folder and to_file(folder)
     return ds_json | ({"aio": aio} if aio else {})
 
 
-def train_parked(ds_json: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Three steps; what became of the shards, the norms, and what stood where meanwhile."""
+def train_offloading(ds_json: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Three steps; what became of the shards, the norms, and what was allocated meanwhile."""
     torch.manual_seed(0)
     engine, optimizer, *_ = jobs.initialize(ds_json, model=TinyModel(dtype=torch.bfloat16, loss_factor=8.0))
     norms = []
@@ -75,12 +80,12 @@ def train_parked(ds_json: dict[str, Any], folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
 @pytest.mark.parametrize("aio", [{}, {"intra_op_parallelism": 2, "block_size": SECTOR_BYTES}], ids=["", "2"])
-def test_equals_parking_in_host_memory(
+def test_equals_offloading_to_host_memory(
     aio: dict[str, Any], optimizer: str, world_size: int, tmp_path: Path, aio_op: None
 ) -> None:
     folder = str(tmp_path)
-    in_memory = run_ranks(world_size, train_parked, parked_json(optimizer, None), folder)
-    in_file = run_ranks(world_size, train_parked, parked_json(optimizer, tmp_path, **aio), folder)
+    in_memory = run_ranks(world_size, train_offloading, offloading_json(optimizer, None), folder)
+    in_file = run_ranks(world_size, train_offloading, offloading_json(optimizer, tmp_path, **aio), folder)
     unit = SECTOR_BYTES * aio.get("intra_op_parallelism", 1)
     for mine, expected in zip(in_file, in_memory, strict=True):
         assert same(mine["params"], expected["params"]) and mine["norms"] == expected["norms"]
@@ -94,37 +99,37 @@ def test_equals_parking_in_host_memory(
 def test_a_dropped_step_leaves_nothing_in_the_file(tmp_path: Path, aio_op: None) -> None:
     ds_json = json_of("AdaLomo", "deferred")
     expected = run_ranks(2, faulty_between_good_steps, ds_json, None)
-    ds_json["optimizer"]["params"]["park_to"] = str(tmp_path)
+    ds_json["optimizer"]["params"]["offload_gradients"] = to_file(tmp_path)
     actual = run_ranks(2, faulty_between_good_steps, ds_json, float("nan"))
     for facts, good in zip(actual, expected, strict=True):
         assert facts["untouched"] and facts["skipped"] == 1 and same(facts["kept"], good["kept"])
 
 
-def park_large_shards(folder: str) -> bool:
-    """Shards of many blocks, parked twice, fetched in another order than they came."""
+def offload_large_shards(folder: str) -> bool:
+    """Shards of many blocks, offloaded twice, fetched in another order than they came."""
     from lomo_ds.zero3.apply.nvme_buffer import NvmeBuffer
 
     settings = NvmeSettings.of(folder, {"block_size": 8 * SECTOR_BYTES})
     params = [torch.nn.Parameter(torch.empty(0)) for _ in range(3 * NUM_SLOTS)]
     grads = {param: torch.randn(10_000 * index + 1) for index, param in enumerate(params)}
     numel = {param: grad.numel() for param, grad in grads.items()}
-    parking = NvmeBuffer(numel, torch.float32, torch.device("cpu"), settings)
+    buffer = NvmeBuffer(numel, torch.float32, torch.device("cpu"), settings)
     for _ in range(2):
-        parking.clear()
+        buffer.clear()
         for _ in range(2):
             for param, grad in grads.items():
-                parking.add(param, grad.clone())
-        parking.wait()
-        fetched = {param: parking.fetch(param) for param in [*params[5:], *params[:5]]}
+                buffer.add(param, grad.clone())
+        buffer.wait()
+        fetched = {param: buffer.fetch(param) for param in [*params[5:], *params[:5]]}
         if not all(torch.equal(fetched[param], 2 * grad) for param, grad in grads.items()):
             return False
-    parking.add(params[-1], grads[params[-1]])  # and end with a write on its way
+    buffer.add(params[-1], grads[params[-1]])  # and end with a write on its way
     return True
 
 
 @pytest.mark.async_io
 def test_shards_larger_than_a_block_in_any_order(tmp_path: Path, aio_op: None) -> None:
-    assert run_ranks(1, park_large_shards, str(tmp_path)) == [True]
+    assert run_ranks(1, offload_large_shards, str(tmp_path)) == [True]
 
 
 # Refused ----------------------------------------------------------------------------------------
@@ -134,7 +139,7 @@ def refusals(folders: list[str], **aio: Any) -> list[str]:
     """What initialization says where each rank is given its own of ``folders``."""
     import torch.distributed as dist
 
-    ds_json = parked_json("Lomo", Path(folders[dist.get_rank()]), **aio)
+    ds_json = offloading_json("Lomo", Path(folders[dist.get_rank()]), **aio)
     with pytest.raises((ValueError, RuntimeError)) as refusal:
         jobs.initialize(ds_json, model=TinyModel())
     return str(refusal.value)
@@ -153,7 +158,7 @@ def refusals(folders: list[str], **aio: Any) -> list[str]:
 )
 def test_what_cannot_work_is_refused_by_name(folder: str, aio: dict[str, Any], message: str) -> None:
     for said in run_ranks(2, refusals, [folder] * 2, **aio):
-        assert re.search(message, said) and ("park_to" in said or '"aio"' in said)
+        assert re.search(message, said) and ("nvme_path" in said or '"aio"' in said)
 
 
 @pytest.mark.async_io
@@ -166,7 +171,7 @@ def test_an_op_that_cannot_be_built_is_refused(tmp_path: Path, monkeypatch: pyte
     from lomo_ds.zero3.apply import nvme_settings
 
     monkeypatch.setattr(nvme_settings.AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
-    with pytest.raises(ValueError, match="park_to.*libaio-dev"):
+    with pytest.raises(ValueError, match="nvme_path.*libaio-dev"):
         NvmeSettings.of(str(tmp_path), None)
 
 
@@ -174,15 +179,17 @@ def test_an_op_that_cannot_be_built_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_full_disk_is_refused_before_anything_is_allocated(tmp_path: Path, aio_op: None) -> None:
     settings = NvmeSettings.of(str(tmp_path), None)
     settings.require_room(SECTOR_BYTES, 2)
-    with pytest.raises(ValueError, match="park_to.*ranks of this node, where"):
+    with pytest.raises(ValueError, match="nvme_path.*ranks of this node, where"):
         settings.require_room(1 << 60, 2)
 
 
 @pytest.mark.parametrize("apply", ["immediate", "two_pass"])
-def test_a_folder_where_nothing_is_parked_is_refused(apply: str) -> None:
+def test_a_folder_where_nothing_is_offloaded_is_refused(apply: str) -> None:
     import lomo_ds
 
-    with pytest.raises(ValueError, match=f'park_to.*"{apply}" parks nothing'):
-        lomo_ds.Lomo([torch.nn.Parameter(torch.zeros(1))], lr=0.1, apply=apply, park_to="/tmp")
-    with pytest.raises(ValueError, match="park_to has to name a folder"):
-        lomo_ds.Lomo([torch.nn.Parameter(torch.zeros(1))], lr=0.1, park_to="")
+    with pytest.raises(ValueError, match=f'offload_gradients.*"{apply}" offloads nothing'):
+        lomo_ds.Lomo(
+            [torch.nn.Parameter(torch.zeros(1))], lr=0.1, apply=apply, offload_gradients=to_file("/tmp")
+        )
+    with pytest.raises(ValueError, match="nvme_path has to name a folder"):
+        lomo_ds.Lomo([torch.nn.Parameter(torch.zeros(1))], lr=0.1, offload_gradients=to_file(""))
