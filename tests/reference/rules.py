@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-NUM_TRIALS = 6
-FP32_UNIT = 2.0**-24
-FP32_OPERATIONS = 20
-"""On the longest way through the model and the update; their order differs with the alignment of tensors."""
+from tests.reference.sgd import FP32_OPERATIONS, FP32_UNIT
 
+NUM_TRIALS = 6
 Named = dict[str, Tensor]
 
 
@@ -102,11 +100,11 @@ def _parts(model: nn.Module, trained: Named, ranks: Sequence[Tensor], scale: flo
 
 
 class WholeOptimizer:
-    """torch's SGD or transformers' Adafactor on fp32 copies that are made anew from the weights each step.
+    """A rule's ``Reference`` on fp32 copies that are made anew from the weights each step.
 
     Args:
         model: names and shapes of the parameters.
-        optimizer_name: key of ``ORACLES``.
+        optimizer_name: key of ``REFERENCES``.
         lr: learning rate.
         clipping: as in the JSON: "global", "value", "per_parameter" or "lagged".
         max_grad_norm: what is clipped to; 0 for no clipping.
@@ -117,7 +115,7 @@ class WholeOptimizer:
     ) -> None:
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self._copies = {name: nn.Parameter(param.detach().float().clone()) for name, param in named}
-        self._optimizer = ORACLES[optimizer_name](list(self._copies.values()), lr=lr)
+        self._optimizer = REFERENCES[optimizer_name].make(list(self._copies.values()), lr=lr)
         self._clipping = clipping
         self._bound = max_grad_norm
         self._last_norm: float | None = None
@@ -152,16 +150,40 @@ def _adafactor(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return Adafactor(params, lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
 
 
-ORACLES: dict[str, Callable[..., torch.optim.Optimizer]] = {"Lomo": torch.optim.SGD, "AdaLomo": _adafactor}
-"""Optimizer of the table of rules -> another program's that does the same on whole tensors."""
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Another program's optimizer that does on whole tensors what a rule does on shards.
+
+    Attributes:
+        make: builds it from (params, lr=...).
+        lrs: by clipping, "off" included: learning rates that move every parameter by many tolerances, in
+            bf16 too.
+    """
+
+    make: Callable[..., torch.optim.Optimizer]
+    lrs: dict[str, float]
+
+
+REFERENCES = {
+    "Lomo": Reference(
+        make=torch.optim.SGD,
+        lrs={"off": 0.2, "global": 5.0, "value": 0.4, "per_parameter": 2.0, "lagged": 4.0},
+    ),
+    "AdaLomo": Reference(
+        make=_adafactor,
+        lrs={"off": 0.4, "global": 0.4, "value": 0.4, "per_parameter": 0.4, "lagged": 0.4},
+    ),
+}
+"""For each optimizer of the table of rules."""
 
 
 class Predictor:
     """Predicts each step of a run.
 
     With the optimizer itself run ``NUM_TRIALS`` others whose gradient elements are all off by as much as
-    they can be, in directions drawn at random. The farthest of them is how far rounding of the gradient
-    carries a parameter; to that comes the rounding of the parameter itself.
+    they can be: upwards in the first, downwards in the second, in directions drawn at random in the rest.
+    The farthest of them, the first two taken together element by element, is how far rounding of the
+    gradient carries a parameter; to that comes the rounding of the parameter itself.
 
     Args:
         model: the reference's own, in the dtype of the run; its weights are overwritten.
@@ -184,10 +206,15 @@ class Predictor:
         gradient = mean_gradient(self._model, micro_batches, loss_scale)
         start = {name: param.float() for name, param in before.items()}
         after, norm = self._optimizer.step(start, gradient.mean)
-        trials = [trial.step(start, self._off(gradient))[0] for trial in self._trials]
+        off_by = (1.0, -1.0, *[None] * (NUM_TRIALS - 2))
+        trials = [
+            trial.step(start, self._off(gradient, sign))[0]
+            for trial, sign in zip(self._trials, off_by, strict=True)
+        ]
         tolerance = {}
         for name, whole in after.items():
-            carried = max(float((trial[name] - whole).norm()) for trial in trials)
+            up, down, *others = ((trial[name] - whole).abs() for trial in trials)
+            carried = max(float(off.norm()) for off in (torch.maximum(up, down), *others))
             unit = torch.finfo(before[name].dtype).eps / 2 + FP32_OPERATIONS * FP32_UNIT
             tolerance[name] = carried + unit * float(whole.norm())
         off = torch.stack([error.norm() for error in gradient.error.values()]).norm()
@@ -199,9 +226,9 @@ class Predictor:
             norm_tolerance=float(off) + FP32_OPERATIONS * FP32_UNIT * norm,
         )
 
-    def _off(self, gradient: Gradient) -> Named:
+    def _off(self, gradient: Gradient, sign: float | None) -> Named:
         return {
-            name: mean + gradient.error[name] * self._signs(mean.shape)
+            name: mean + gradient.error[name] * (self._signs(mean.shape) if sign is None else sign)
             for name, mean in gradient.mean.items()
         }
 

@@ -7,14 +7,13 @@ import torch
 
 from tests.harness import run_ranks
 from tests.reference.model import TinyModel, rank_batch
-from tests.reference.sgd import Run, largest_relative_difference, warmup_lr
+from tests.reference.sgd import Run, fp32_tolerance, largest_relative_difference, warmup_lr
 from tests.zero3 import jobs
 
 LOSS_FACTOR = 4.0
 MAX_GRAD_NORM = 1.0
 NUM_DROPPING_STEPS = 3
-RELATIVE = 1e-6
-"""Three fp32 steps, each a few roundings of 2**-24; sums over ranks in another order."""
+RELATIVE = fp32_tolerance(NUM_DROPPING_STEPS)
 
 
 class Dropping(torch.nn.Module):

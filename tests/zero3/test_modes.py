@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.harness import run_ranks
 from tests.reference.model import rank_batch
-from tests.reference.sgd import largest_relative_difference
+from tests.reference.sgd import fp32_tolerance, largest_relative_difference
 from tests.zero3 import jobs
 from tests.zero3.test_engine import same
 
@@ -21,8 +21,7 @@ EXAMPLES_PER_RANK = 2
 LR = 0.05
 WEIGHT_DECAY = 0.1
 NUM_STEPS = 4
-RELATIVE = 1e-6
-"""Four fp32 steps, each a few roundings of 2**-24 of the parameter; sums over ranks in another order."""
+RELATIVE = fp32_tolerance(NUM_STEPS)
 
 
 class Experts(nn.Module):

@@ -10,12 +10,17 @@ import torch
 
 from tests.harness import run_ranks
 from tests.reference.model import TinyModel, global_batch
-from tests.reference.sgd import Run, largest_relative_difference, train_plain, warmup_lr
+from tests.reference.sgd import (
+    Run,
+    fp32_tolerance,
+    largest_relative_difference,
+    train_plain,
+    warmup_lr,
+)
 from tests.zero3 import jobs
 
-RELATIVE = 1e-6
-"""Ten fp32 steps: each adds a rounding of at most 2**-24 of the parameter and one of the update, and the
-order of the sums over ranks differs; ten times twice 2**-24 is 1.2e-6 of an element, against the largest."""
+NUM_STEPS = 10
+RELATIVE = fp32_tolerance(NUM_STEPS)
 
 
 @cache
@@ -25,7 +30,7 @@ def reference(
     weight_decay: float = 0.0,
     skip_branch_every: int = 0,
     micro_batches: int = 1,
-    num_steps: int = 10,
+    num_steps: int = NUM_STEPS,
     loss_factor: float = 1.0,
 ) -> Run:
     torch.manual_seed(0)
