@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+GIB = 1 << 30
+"""Bytes of a GiB."""
+
 _UNITS = {"b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}b"] = 1000**_power
@@ -32,14 +35,19 @@ def parse_bytes(text: str, what: str, plain_unit: str | None = None) -> int:
     return num_bytes
 
 
-def gib(num_bytes: float) -> str:
-    """``1.25`` for 1.25 * 1024^3."""
-    return f"{num_bytes / (1 << 30):.2f}"
+def gib(num_bytes: float, digits: int = 2) -> str:
+    """``1.25`` for 1.25 * 1024^3.
+
+    Args:
+        num_bytes: an amount.
+        digits: after the point.
+    """
+    return f"{num_bytes / GIB:.{digits}f}"
 
 
 def shown_bytes(num_bytes: int) -> str:
     """An amount for a message: ``1.25 GiB``, ``1.25 MiB``, ``125 bytes``."""
-    for name, unit in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+    for name, unit in (("GiB", GIB), ("MiB", 1 << 20)):
         if num_bytes >= unit / 10:
             return f"{num_bytes / unit:.2f} {name}"
     return f"{num_bytes} bytes"

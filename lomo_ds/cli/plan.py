@@ -1,4 +1,4 @@
-"""``lomo-ds plan``: will it fit, and where does the memory go? Needs no GPU and no weights."""
+"""``lomo-ds plan``: will it fit, and what fills the memory? Needs no GPU and no weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lomo_ds.cli.main import USAGE_ERROR
 from lomo_ds.cli.outputs import refuse_unwritable
 
 _DESCRIPTION = (
-    "Run the real engine without a GPU and without weights, as one rank of many, and say what memory it "
-    "takes. docs/memory.md explains the output."
+    "Run the real engine without a GPU and without weights, as one rank of many, and report the memory it "
+    "needs. docs/plan-command.md explains the options and the output."
 )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error as a ValueError, for one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -55,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-gpus", type=int, default=8, help="over all nodes (default 8)")
     add("--gpus-per-node", type=int, default=8, help="default 8")
     add("--gpu-memory", default="24GiB", help="of each card (default 24GiB)")
-    add("--reserve", default="2GiB", help="of it, for what no tensor holds: CUDA's context, NCCL, kernels' "
-        "workspaces, the allocator's losses (default 2GiB)")  # fmt: skip
-    add("--host-memory", help="of a node; default: as much as is needed")
+    add("--reserve", default="2GiB", help="part of it for memory outside tensors: CUDA's context, NCCL, "
+        "kernels' workspaces, fragmentation (default 2GiB)")  # fmt: skip
+    add("--host-memory", help="of a node; default: no limit")
     add("--seq-len", type=int, default=1024, help="tokens of a sequence (default 1024)")
     add("--micro-batch", type=int, help="sequences of a rank's forward; default: the JSON's, or 1")
     add("--config", metavar="DS.JSON", help="DeepSpeed JSON; default: bf16, clipping, low limits")
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--search", choices=["micro-batch", "seq-len", "gpus"], help="find the largest micro-batch or "
         "sequence, or the fewest GPUs, that fit, and tune the limits on gathered weights")  # fmt: skip
     add("--table", action="store_true", help="instead of a plan, in milliseconds: the closed form's peak of "
-        "each preset, or of --model, on 1 to 64 GPUs; a star marks what fits --gpu-memory")  # fmt: skip
+        "each preset, or of --model, on 1 to 64 GPUs; a star marks what fits in --gpu-memory")  # fmt: skip
     add("--write-config", metavar="DS.JSON", help="write the DeepSpeed JSON of the plan")
     add("--hardware", help="estimate the time: 3090, 4090, a100, h100 or a YAML file")
     add("--json", metavar="FILE", help="write the plan, or the table, as JSON")
@@ -101,7 +101,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_outputs(arguments: argparse.Namespace) -> None:
-    """Files that could not be written after the dry run, refused before it."""
+    """Refuse output files that cannot be written, before the dry run."""
     for option in ("json", "write_config", "plot"):
         refuse_unwritable(f"--{option.replace('_', '-')}", getattr(arguments, option))
     if arguments.plot:
@@ -113,7 +113,7 @@ def _refuse_outputs(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--plot {arguments.plot}: matplotlib writes {', '.join(sorted(known))}")
 
 
-_NOT_OF_A_TABLE = ("search", "write_config", "hardware", "plot")
+_ONLY_FOR_A_PLAN = ("search", "write_config", "hardware", "plot")
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -122,10 +122,10 @@ def _table(arguments: argparse.Namespace) -> int:
     from lomo_ds.planner.presets import PRESETS
     from lomo_ds.planner.table import as_json, make_rows, print_rows
 
-    for name in _NOT_OF_A_TABLE:
+    for name in _ONLY_FOR_A_PLAN:
         if getattr(arguments, name):
             raise ValueError(
-                f"--{name.replace('_', '-')} is of a plan, not of --table: leave one of them out"
+                f"--{name.replace('_', '-')} is for a plan, not for --table: leave one of them out"
             )
     names = PRESETS if arguments.model is None else [arguments.model]
     rows = make_rows(names, functools.partial(_job, arguments))
@@ -136,7 +136,7 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _job(arguments: argparse.Namespace, model_name: str) -> Any:
-    """What was asked, checked before anything heavy is imported."""
+    """The job of the arguments, checked before anything heavy is imported."""
     from lomo_ds.byte_units import parse_bytes
     from lomo_ds.planner.batch import default_micro_batch
     from lomo_ds.planner.job import Job, default_ds_json, read_planned_json, split_open

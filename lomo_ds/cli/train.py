@@ -109,7 +109,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     plan_run(recipe, num_ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(num_ranks)]
-    command += ["--master_port", str(_free_port()), "--module", "lomo_ds.cli.train"]
+    command += ["--master_port", str(free_port()), "--module", "lomo_ds.cli.train"]
     command += [arguments.recipe, *arguments.overrides]
     return _wait_for(command, launch_environment(os.environ, num_accelerators))
 
@@ -144,7 +144,8 @@ def launch_environment(environment: Mapping[str, str], num_accelerators: int) ->
     return {**defaults, **environment}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine on which nothing listens now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

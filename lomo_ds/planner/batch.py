@@ -1,4 +1,4 @@
-"""How many micro-batches a step has: a JSON's three batch keys, read as DeepSpeed reads them."""
+"""Micro-batches of a step, from a JSON's three batch keys as DeepSpeed reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRAIN, MICRO, STEPS = BATCH_KEYS
 
 
 def default_micro_batch(ds_json: Mapping[str, Any], num_gpus: int) -> int:
-    """The JSON's micro-batch, or what DeepSpeed makes of its other batch keys; 1 where it has none.
+    """The JSON's micro-batch, or the one that follows from its other batch keys; 1 without any.
 
     Args:
         ds_json: without "auto".
@@ -32,15 +32,15 @@ def num_micro_batches(
 ) -> int:
     """Micro-batches of a step.
 
-    Where another micro-batch than the JSON's is planned, its ``train_batch_size`` stays and
+    Where the planned micro-batch differs from the JSON's, ``train_batch_size`` stays and
     ``gradient_accumulation_steps`` changes; without a ``train_batch_size`` the accumulation stays.
 
     Args:
         ds_json: without "auto".
         micro_batch: sequences of a rank's forward, in place of the JSON's.
         num_gpus: ranks.
-        train_batch_follows: lower ``train_batch_size`` to the next that divides (or raise it to one
-            micro-batch a rank), and do not refuse.
+        train_batch_follows: instead of refusing, lower ``train_batch_size`` to the next number that
+            divides, or raise it to one micro-batch per rank.
 
     Raises:
         ValueError: the keys and the ranks do not multiply up.

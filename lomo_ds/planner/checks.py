@@ -1,4 +1,4 @@
-"""What is wrong with a job's JSON, found before the dry run starts."""
+"""Checks of a job's JSON before the dry run starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 
 
 def refuse_unplannable(job: Job) -> None:
-    """Read the JSON as the dry run's engine will. Imports DeepSpeed.
+    """Refuse a JSON that the dry run's engine would refuse. Imports DeepSpeed.
 
     Raises:
-        ValueError: a value that the engine or DeepSpeed refuses; names its key.
+        ValueError: the engine or DeepSpeed refuses a value; names its key.
     """
     ds_json = job.engine_ds_json()
     from_mapping(TiledVocabularyConfig, ds_json.get("tiled_vocabulary", {}), TILING_KEY)

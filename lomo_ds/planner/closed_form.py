@@ -1,7 +1,8 @@
-"""The peak by formula: milliseconds in place of a dry run, for whole tables and for searching.
+"""The peak by formula: milliseconds instead of a dry run, for tables and for searching.
 
-For decoders of the LLaMA shape (gated MLP, grouped attention, RMS norms) in 16 bits. Each moment that can be
-the peak has a formula; the largest counts. What no formula knows is refused. docs/memory.md has the terms.
+For decoders of the LLaMA architecture (gated MLP, grouped attention, RMS norms) in 16 bits. Each
+moment that can be the peak has a formula; the largest counts. Settings without a formula are refused.
+docs/benchmarks/plan.md has the terms.
 """
 
 from __future__ import annotations
@@ -15,76 +16,16 @@ from typing import Any
 import torch
 
 from lomo_ds.planner.job import Job, zero_limit
+from lomo_ds.planner.model_shape import ModelShape
 from lomo_ds.rules.rounding import chunk_numel
 from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
 
 _ITEM = 2
 """Bytes of a bf16 or fp16 number; fp32 takes two of them."""
 _MAX_GRAD_NORM = 1.0
-"""DeepSpeed's, where a JSON does not name ``gradient_clipping``."""
+"""DeepSpeed's default of ``gradient_clipping``."""
 _ERROR_BYTES = {"kahan": 2, "compensated8": 1}
-"""Way of rounding -> bytes that it keeps for each element of a shard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What the formulas need of a model.
-
-    Attributes:
-        hidden, intermediate, vocabulary, layers: as in the config.
-        query, key_value: widths of all query heads, and of all key (or value) heads.
-        matrices: sizes of a layer's matrices.
-        vectors: sizes of a layer's norms and biases.
-        tied: whether the head is the embedding.
-    """
-
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    layers: int
-    query: int
-    key_value: int
-    matrices: tuple[int, ...]
-    vectors: tuple[int, ...]
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Any) -> Shape:
-        """Read a transformers config.
-
-        Raises:
-            ValueError: a model of another shape.
-        """
-        if config.model_type not in ("llama", "mistral", "qwen2"):
-            raise ValueError(
-                f"the closed form knows llama, mistral and qwen2, not {config.model_type!r}: use a dry run"
-            )
-        hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        query, key_value = heads * head_dim, config.num_key_value_heads * head_dim
-        biases = (query, key_value, key_value) if config.model_type == "qwen2" else ()
-        return cls(
-            hidden=hidden,
-            intermediate=inner,
-            vocabulary=config.vocab_size,
-            layers=config.num_hidden_layers,
-            query=query,
-            key_value=key_value,
-            matrices=(
-                hidden * query,
-                hidden * key_value,
-                hidden * key_value,
-                query * hidden,
-                *[hidden * inner] * 3,
-            ),
-            vectors=(hidden, hidden, *biases),
-            tied=bool(config.tie_word_embeddings),
-        )
-
-    def all_sizes(self) -> list[int]:
-        """Elements of every parameter."""
-        tables = [self.vocabulary * self.hidden] * (1 if self.tied else 2)
-        return [*tables, *(self.matrices + self.vectors) * self.layers, self.hidden]
+"""Rounding -> bytes that it keeps for each element of a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +34,8 @@ class ClosedForm:
 
     Attributes:
         num_params: of the model.
-        moments: name -> bytes of what stands there, everything included.
-        layer_parts: name -> bytes; what stands in a layer's backward, part by part.
+        moments: name -> bytes that are allocated then, everything included.
+        layer_parts: name -> bytes; the parts of a layer's backward.
     """
 
     num_params: int
@@ -114,24 +55,24 @@ def closed_form(job: Job) -> ClosedForm:
     """The peak of a job on accelerators with flash attention.
 
     Raises:
-        ValueError: a model of another shape, or a setting that the formulas do not know; names its key.
+        ValueError: a model of another architecture, or a setting without a formula; names its key.
     """
-    shape = Shape.of(job.model)
+    shape = ModelShape.of(job.model)
     _refuse_unknown(job, shape)
     terms = _Terms(job, shape)
     layer_parts = terms.layer_parts()
     moments = {
         "loading": terms.shards + _ITEM * max(shape.all_sizes()),
         "a layer's backward": sum(layer_parts.values()),
-        "the head": terms.standing + terms.kept_at_head + terms.head(),
-        "the embedding's backward": terms.standing + terms.embedding_backward(),
-        "the update": terms.standing + terms.update(),
-        "a prefetch": terms.standing + terms.prefetch(),
+        "the head": terms.permanent + terms.kept_at_head + terms.head(),
+        "the embedding's backward": terms.permanent + terms.embedding_backward(),
+        "the update": terms.permanent + terms.update(),
+        "a prefetch": terms.permanent + terms.prefetch(),
     }
     return ClosedForm(num_params=sum(shape.all_sizes()), moments=moments, layer_parts=layer_parts)
 
 
-def _refuse_unknown(job: Job, shape: Shape) -> None:
+def _refuse_unknown(job: Job, shape: ModelShape) -> None:
     zero, ds_json = job.ds_json.get("zero_optimization", {}), job.ds_json
     refused = {
         "--checkpointing non-reentrant": job.checkpointing == "non_reentrant",
@@ -168,7 +109,7 @@ def _own_params(job: Job) -> dict[str, Any]:
 class _Terms:
     """The parts of the moments, in bytes."""
 
-    def __init__(self, job: Job, shape: Shape) -> None:
+    def __init__(self, job: Job, shape: ModelShape) -> None:
         self._job, self._shape, self._params = job, shape, _own_params(job)
         self._tokens = job.micro_batch * job.seq_len
         self._bucket = zero_limit(job.ds_json, "reduce_bucket_size")
@@ -189,8 +130,8 @@ class _Terms:
         return bool(asked) and self._job.is_own and self._job.checkpointing == "reentrant"
 
     @property
-    def standing(self) -> int:
-        """What stands through the whole step."""
+    def permanent(self) -> int:
+        """Allocated throughout the step."""
         return self.shards + self._states() + self._small_and_bucket()
 
     def _small_and_bucket(self) -> int:
@@ -213,7 +154,7 @@ class _Terms:
     # Gathered weights ---------------------------------------------------------------------------
 
     def _gathered(self, numel: int) -> int:
-        """A whole weight beside the shard; on one GPU the shard is the weight."""
+        """A whole weight in addition to its shard; on one GPU the shard is the weight."""
         return _ITEM * numel if self._job.num_gpus > 1 else 0
 
     def _live_numel(self) -> int:
@@ -227,11 +168,11 @@ class _Terms:
         return [*(self._shape.matrices + self._shape.vectors)] * self._shape.layers
 
     def _others_live(self, numel: int) -> int:
-        """Gathered weights beside one of ``numel`` elements that is in use."""
+        """Gathered weights in addition to the one of ``numel`` elements that is in use."""
         return self._gathered(max(0, self._live_numel() - numel)) if self._live > numel else 0
 
     def prefetch(self) -> int:
-        """In a layer's forward: weights that came together stand twice, as they came and one by one."""
+        """In a layer's forward: weights gathered together exist twice, as one buffer and one by one."""
         live = self._live_numel()
         activations = _ITEM * self._tokens * 4 * self._shape.intermediate
         return self.kept + activations + self._gathered(live + min(self._prefetch, live))
@@ -240,7 +181,7 @@ class _Terms:
 
     @property
     def kept(self) -> int:
-        """Checkpoints of all layers on the device, or all that their backward needs."""
+        """Checkpoints of all layers on the device; without checkpointing, all that their backward needs."""
         per_layer = _ITEM * self._tokens * self._shape.hidden
         if self._job.checkpointing == "none":
             return (self._shape.layers - 1) * self._saved_by_layer()
@@ -262,7 +203,7 @@ class _Terms:
     # Moments ------------------------------------------------------------------------------------
 
     def layer_parts(self) -> dict[str, int]:
-        """What stands when the weight gradient of the MLP's last matrix is made or goes."""
+        """Allocated when the weight gradient of the MLP's last matrix is made or reduced."""
         shape, numel = self._shape, max(self._shape.matrices)
         widths = 10 * shape.hidden + 2 * shape.query + 2 * shape.key_value
         one_more = _ITEM * self._tokens * shape.intermediate
@@ -280,21 +221,21 @@ class _Terms:
         }
 
     def _reduced(self, numel: int) -> int:
-        """What a whole gradient becomes: a copy, unless it divides by the ranks; then its shard's use."""
+        """Temporaries of a gradient's reduction: a copy unless it divides by the ranks; use of its shard."""
         job = self._job
         if not job.is_own:
             return 0
         copy = 0 if numel % job.num_gpus == 0 else _ITEM * numel
         shard = -(-numel // job.num_gpus)
-        if self._parks:
+        if self._defers:
             num_copies = 2 if job.num_micro_batches > 1 else 1  # the sum so far comes back to the device
             return copy + num_copies * _ITEM * shard
         numbers = 3 if job.optimizer == "AdaLomo" else 2
         return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
 
     @functools.cached_property
-    def _parks(self) -> bool:
-        """Whether shards wait on the host, as the engine chooses; else backward applies them, in fp32."""
+    def _defers(self) -> bool:
+        """Whether the engine offloads shards until the step; otherwise backward applies them, in fp32."""
         job, apply = self._job, self._params.get("apply", "auto")
         clips = self._params.get("clipping", "global") == "global"
         demands = Demands(
@@ -303,12 +244,13 @@ class _Terms:
             fp16=_enabled(job.ds_json, "fp16"),
         )
         room = sys.maxsize if job.host_memory_bytes is None else job.host_memory_bytes // job.num_local
-        parked = 0 if self._params.get("park_to") else self.shards
-        refuse_contradictions(apply, demands, parked)
-        return choose(apply, demands, parked, room).policy == "deferred"
+        to_file = (self._params.get("offload_gradients") or {}).get("device") == "nvme"
+        offloaded_bytes = 0 if to_file else self.shards
+        refuse_contradictions(apply, demands, offloaded_bytes)
+        return choose(apply, demands, offloaded_bytes, room).policy == "deferred"
 
     def head(self) -> int:
-        """Loss and head: the logits in fp32, or the weight and its gradient; or one tile of each."""
+        """Loss and head: the logits in fp32, or the weight and its gradient; with tiles, one tile of each."""
         shape, tokens = self._shape, self._tokens
         numel, states = shape.vocabulary * shape.hidden, _ITEM * self._tokens * shape.hidden
         if self._tiled:
@@ -335,10 +277,10 @@ class _Terms:
         """Temporaries of the update rule.
 
         DeepSpeed's own: gradients in fp32 (at most a sub-group's) and AdamW's two temporaries, or new 16-bit
-        weights after SGD. Ours: a parked shard and fp32 numbers of a chunk of it.
+        weights after SGD. Ours: an offloaded shard and three fp32 copies of a chunk of it.
         """
         if self._job.is_own:
-            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._parks else 0
+            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._defers else 0
             return _ITEM * shard + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
         numel = min(self._shard_numel, int(1e9))
         return numel * {"AdamW": 3 * 4, "SGD": 4 + _ITEM}[self._job.optimizer]

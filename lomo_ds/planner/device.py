@@ -1,6 +1,6 @@
-"""An accelerator that is only imagined: DeepSpeed and torch see a device, and nothing is ever stored on it.
+"""A fake accelerator: DeepSpeed and torch see a device, but nothing is ever stored on it.
 
-torch takes it as a backend written in Python; all its tensors are fake, so that no kernel is needed.
+For torch it is a backend written in Python. All its tensors are fake, so it needs no kernels.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 DeviceKind = Literal["gpu", "cpu"]
-"""What is imagined: an accelerator beside its host, or a CPU rank, whose only memory is the host's."""
+"""An accelerator with its own memory, or a CPU rank, whose only memory is the host's."""
 
 
 class _DeviceModule:
-    """What torch asks a backend for (``torch.gpu``)."""
+    """The module ``torch.gpu``: what torch expects of a backend."""
 
     def is_initialized(self) -> bool:
         return True
@@ -47,10 +47,10 @@ class _DeviceModule:
 
 
 def register_gpu() -> None:
-    """Make torch know a device type ``gpu``; for the rest of this process.
+    """Register the device type ``gpu`` with torch, for the rest of this process.
 
     Raises:
-        RuntimeError: a torch that takes no backends in Python.
+        RuntimeError: this torch has no backends in Python.
     """
     if hasattr(torch, "gpu"):
         return
@@ -59,7 +59,7 @@ def register_gpu() -> None:
     register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
     if register is None:
         raise RuntimeError(
-            "planning needs a torch that takes backends in Python (2.10 or later), "
+            "planning needs torch 2.10 or later, which supports backends in Python; "
             f"this is {torch.__version__}"
         )
     register("gpu", backend_module=_DeviceModule())
@@ -71,22 +71,22 @@ _KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")
 
 
 def _whole_on_real_devices() -> list[str]:
-    """Operations that real devices run as one and that torch would take apart on an unknown device.
+    """Operations that real devices run whole and that torch would decompose on an unknown device.
 
-    A kernel in their place, never run under fake tensors, keeps them whole (the backward of SiLU is one).
+    Registering a kernel for them, which fake tensors never run, keeps them whole (SiLU's backward is one).
     """
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
-    taken_apart = [name for name in names if has(name, "CompositeImplicitAutograd") and has(name, "CPU")]
-    return [name.removeprefix("aten::") for name in taken_apart]
+    decomposed = [name for name in names if has(name, "CompositeImplicitAutograd") and has(name, "CPU")]
+    return [name.removeprefix("aten::") for name in decomposed]
 
 
 def _no_kernel(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("the imagined device holds no data: nothing runs on it")
+    raise RuntimeError("the fake device has no data: nothing can run on it")
 
 
 class _Stream:
-    """A stream or an event; every operation has ended as soon as it is called."""
+    """A stream or an event; every operation has finished when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         return
@@ -111,7 +111,7 @@ class _Stream:
 
 
 class FakeAccelerator(CPU_Accelerator):
-    """An accelerator with streams beside its host, so that DeepSpeed takes the ways it takes on a GPU.
+    """An accelerator with streams, so that DeepSpeed runs the same code as on a GPU.
 
     Args:
         num_local: accelerators of a node.
@@ -189,7 +189,7 @@ class FakeAccelerator(CPU_Accelerator):
 
 
 class FakeCpuRank(CPU_Accelerator):
-    """A CPU rank among others that are only imagined."""
+    """A CPU rank whose peers are fake."""
 
     def __init__(self, num_local: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The real engine on tensors without data: what stands where, what is sent and what is computed."""
+"""The real engine on tensors without data: what is allocated where, what is sent and what is computed."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from lomo_ds.zero3._internals import full_numel, permanent_buffers, stored_shard
 
 _UNBOUNDED_BYTES = 1 << 60
 NUM_STEPS = 2
-"""The first step records which layer follows which; ZeRO-3 prefetches from the second on."""
-MOST_MICRO_BATCHES = 3
-"""That run in a step. Of more, one of the middle counts for all of them: they do the same."""
+"""The first step records the order of the layers; ZeRO-3 prefetches from the second step on."""
+MAX_MICRO_BATCHES = 3
+"""Micro-batches that run in a step. Of more, one counts for all in the middle, which are alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What one rank went through.
+    """What was recorded of one rank.
 
     Attributes:
-        tops: phase -> by place ("device", "host"), the moment at which most stood in it; this rank's part.
-        standing: role -> bytes on the device after the last step.
-        most_gradient_bytes: whole gradients that were in flight at a time.
-        gradient_host_bytes: of this rank's parked gradients.
+        peaks: phase -> place ("device", "host") -> the moment of the phase's peak; this rank's part.
+        at_rest: role -> bytes on the device after the last step.
+        peak_gradient_bytes: most bytes of whole gradients that existed at the same time.
+        gradient_host_bytes: of this rank's offloaded gradients.
         num_params: of the whole model.
         sent_bytes, calls: of the last step, by collective.
         flops: of the last step on this rank.
@@ -47,12 +47,12 @@ class DryRun:
         timeline: the device's bytes after each operation; ``host_timeline`` this rank's on the host.
         phase_starts: (index in the timeline, phase).
         policy: when shards are applied, and why; empty for DeepSpeed's own engine.
-        duration_s, cpu_s: of the dry run itself, by the clock and of the processor.
+        duration_s, cpu_s: of the dry run itself, by the clock and in processor time.
     """
 
-    tops: dict[str, dict[Place, Peak]]
-    standing: dict[str, int]
-    most_gradient_bytes: int
+    peaks: dict[str, dict[Place, Peak]]
+    at_rest: dict[str, int]
+    peak_gradient_bytes: int
     gradient_host_bytes: int
     num_params: int
     sent_bytes: dict[str, int]
@@ -68,35 +68,35 @@ class DryRun:
 
     @property
     def device(self) -> Peak:
-        """The moment at which most stood on the device."""
-        return max((tops["device"] for tops in self.tops.values()), key=lambda peak: peak.num_bytes)
+        """The peak of the device."""
+        return max((peaks["device"] for peaks in self.peaks.values()), key=lambda peak: peak.num_bytes)
 
     @property
     def host(self) -> Peak:
-        """The moment at which most stood on the host, for this rank."""
-        return max((tops["host"] for tops in self.tops.values()), key=lambda peak: peak.num_bytes)
+        """The peak of this rank's part of the host."""
+        return max((peaks["host"] for peaks in self.peaks.values()), key=lambda peak: peak.num_bytes)
 
     @property
     def phase_peaks(self) -> dict[str, tuple[int, int]]:
-        """Phase -> (device, host) most bytes in it."""
+        """Phase -> (device, host) peak bytes."""
         return {
-            phase: (tops["device"].num_bytes, tops["host"].num_bytes) for phase, tops in self.tops.items()
+            phase: (peaks["device"].num_bytes, peaks["host"].num_bytes) for phase, peaks in self.peaks.items()
         }
 
     @property
     def at_rest_bytes(self) -> int:
         """On the device after the last step."""
-        return sum(self.standing.values())
+        return sum(self.at_rest.values())
 
 
 def dry_run(job: Job) -> DryRun:
-    """Load, initialize and step twice, as one rank of the job. Needs a process without a process group.
+    """Load, initialize and make two steps as one rank of the job. Needs a process without a process group.
 
     Raises:
-        ValueError: what the real run would refuse, too.
+        ValueError: a setting that the real run would refuse, too.
         RuntimeError: this process is a rank, or torch is too old.
 
-    Cost: no data; seconds to two minutes of one core, by the number of layers.
+    Cost: no data; seconds to two minutes of one core, depending on the number of layers.
     """
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     host_bytes = job.host_memory_bytes
@@ -111,17 +111,17 @@ def dry_run(job: Job) -> DryRun:
         for step in range(NUM_STEPS):
             traffic.clear()
             run_step(engine, job, ledger, f"step {step + 1}", traffic)
-            _claim_standing(engine, ledger)
+            _claim_permanent(engine, ledger)
         num_params = sum(full_numel(param) for param in engine.module.parameters())
         policy = str(getattr(engine.optimizer, "choice", ""))
-        parked = getattr(engine.optimizer, "gradient_host_bytes", 0)
-        standing = bytes_by_role(ledger.live_blocks("device"))
+        gradient_host_bytes = getattr(engine.optimizer, "gradient_host_bytes", 0)
+        at_rest = bytes_by_role(ledger.live_blocks("device"))
         del engine
     return DryRun(
-        tops=ledger.tops,
-        standing=standing,
-        most_gradient_bytes=namer.most_gradient_bytes,
-        gradient_host_bytes=parked,
+        peaks=ledger.peaks,
+        at_rest=at_rest,
+        peak_gradient_bytes=namer.peak_gradient_bytes,
+        gradient_host_bytes=gradient_host_bytes,
         num_params=num_params,
         sent_bytes=dict(traffic.sent_bytes),
         calls=dict(traffic.calls),
@@ -147,7 +147,7 @@ def _rank(job: Job) -> AbstractContextManager:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed logs what it does; a plan has its own report."""
+    """Silence DeepSpeed's log and all warnings: a plan has its own report."""
     logger = logging.getLogger("DeepSpeed")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -160,7 +160,7 @@ def _quiet() -> Iterator[None]:
 
 
 def build_engine(job: Job, ledger: Ledger) -> Any:
-    """The engine, by the ways of a real run: cut at birth, loaded shard by shard, initialized."""
+    """Build the engine as a real run does: sharded as it is built, loaded shard by shard, initialized."""
     ds_json = job.engine_ds_json()
     config = copy.deepcopy(job.model)
     config._attn_implementation = job.attention
@@ -173,7 +173,7 @@ def build_engine(job: Job, ledger: Ledger) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": job.checkpointing == "reentrant"})
     with ledger.phase("initialization"):
         engine = initialize_engine(job, model, ds_json)
-        _claim_standing(engine, ledger)
+        _claim_permanent(engine, ledger)
     claim_checkpoints(model, ledger)
     return engine
 
@@ -186,12 +186,12 @@ def initialize_engine(job: Job, model: torch.nn.Module, ds_json: dict[str, Any])
     return deepspeed.initialize(model=model, optimizer=cls(model.parameters(), lr=1e-3), config=ds_json)[0]
 
 
-def _claim_standing(engine: Any, ledger: Ledger) -> None:
-    """Say what stands for good: shards, buckets, states."""
+def _claim_permanent(engine: Any, ledger: Ledger) -> None:
+    """Say what the permanent tensors are for: shards, buckets, states."""
     for name, param in engine.module.named_parameters():
         if param.numel():
             ledger.claim(param, Role.GATHERED, name)
-    for name, param in engine.module.named_parameters():  # after the others: on one rank they are the same
+    for name, param in engine.module.named_parameters():  # last: on one rank a shard is the gathered weight
         ledger.claim(stored_shard(param), Role.PARAMETERS, name)
     roles = {"bucket": Role.BUCKETS, "gradient": Role.GRADIENTS, "state": Role.RULE_STATE}
     for kind, tensor in permanent_buffers(engine.optimizer):
@@ -203,24 +203,24 @@ def _claim_standing(engine: Any, ledger: Ledger) -> None:
 
 
 class _Namer:
-    """Says at each collective which parameter a gradient or a gathered copy belongs to."""
+    """Tells the ledger at each collective which parameter a gradient or a gathered copy belongs to."""
 
     def __init__(self, model: torch.nn.Module, ledger: Ledger) -> None:
         self._params = list(model.named_parameters())
         self._ledger = ledger
-        self.most_gradient_bytes = 0
+        self.peak_gradient_bytes = 0
 
     def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         if func.namespace != "c10d":
             return
-        in_flight = 0
+        gradient_bytes = 0
         for name, param in self._params:
             if param.grad is not None:
                 self._claim(param.grad, Role.GRADIENTS, name)
-                in_flight += param.grad.numel() * param.grad.element_size()
+                gradient_bytes += param.grad.numel() * param.grad.element_size()
             if param.numel():
                 self._claim(param, Role.GATHERED, name)
-        self.most_gradient_bytes = max(self.most_gradient_bytes, in_flight)
+        self.peak_gradient_bytes = max(self.peak_gradient_bytes, gradient_bytes)
 
     def _claim(self, tensor: torch.Tensor, role: Role, name: str) -> None:
         block = self._ledger.block_of(tensor)
@@ -229,7 +229,7 @@ class _Namer:
 
 
 def claim_checkpoints(model: torch.nn.Module, ledger: Ledger) -> None:
-    """Book what goes into each checkpointed layer as a checkpoint."""
+    """Book the input of each checkpointed layer as a checkpoint."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     def claim(layer: torch.nn.Module, args: tuple) -> None:
@@ -247,10 +247,10 @@ def run_step(engine: Any, job: Job, ledger: Ledger, step: str, traffic: Traffic 
     Args:
         engine, job, ledger: of the run.
         step: its name, which begins those of the phases.
-        traffic: counts each micro-batch for as many as it stands for.
+        traffic: counts each micro-batch as often as ``micro_batch_weights`` says.
     """
     shape = (job.micro_batch, job.seq_len)
-    counts = stands_for(job.num_micro_batches)
+    counts = micro_batch_weights(job.num_micro_batches)
     for at, count in enumerate(counts, start=1):
         if len(counts) < job.num_micro_batches:
             engine.set_gradient_accumulation_boundary(at == len(counts))
@@ -266,8 +266,8 @@ def run_step(engine: Any, job: Job, ledger: Ledger, step: str, traffic: Traffic 
             engine.step()
 
 
-def stands_for(num_micro_batches: int) -> list[int]:
-    """For each micro-batch of a step that runs, how many it stands for: the first, the middle, the last."""
-    if num_micro_batches <= MOST_MICRO_BATCHES:
+def micro_batch_weights(num_micro_batches: int) -> list[int]:
+    """For each micro-batch that runs (the first, one of the middle, the last), how many it counts for."""
+    if num_micro_batches <= MAX_MICRO_BATCHES:
         return [1] * num_micro_batches
     return [1, num_micro_batches - 2, 1]

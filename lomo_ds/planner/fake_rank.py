@@ -1,4 +1,4 @@
-"""One rank of a group that is not there: no other process, no data, and every collective answered at once."""
+"""One rank of a fake group: no other process, no data, and every collective returns at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lomo_ds.zero3._internals import forget_module_state, ranks_not_compared
 
 
 class _FakeTensors(FakeTensorMode):
-    """Fake tensors of a device that has no kernels, not even for the constants that torch.tensor makes."""
+    """Fake tensors for a device without kernels, not even for the constants of torch.tensor."""
 
     avoid_device_init = True
 
@@ -29,14 +29,14 @@ def fake_rank(
 ) -> Iterator[None]:
     """Run the block as one rank of ``world_size``, on tensors without data.
 
-    Within, ``torch.distributed`` and DeepSpeed believe in the other ranks, and DeepSpeed in the device.
-    What a collective would bring is undefined; nothing may depend on values.
+    Within it, ``torch.distributed`` and DeepSpeed see the other ranks, and DeepSpeed sees the device.
+    The result of a collective is undefined; nothing may depend on values.
 
     Args:
         world_size: ranks.
         num_local: ranks of a node.
         device: what the rank computes on.
-        memory_bytes: what the device says it has.
+        memory_bytes: that the device reports.
         rank: which of them.
 
     Raises:
@@ -66,7 +66,7 @@ def fake_rank(
 
 @contextmanager
 def _environment(rank: int, world_size: int, num_local: int) -> Iterator[None]:
-    """What a launcher would have set."""
+    """Set the variables that a launcher sets."""
     variables = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank % num_local),
@@ -80,9 +80,9 @@ def _environment(rank: int, world_size: int, num_local: int) -> Iterator[None]:
 
 
 @contextmanager
-def _accelerator(imagined: Any) -> Iterator[None]:
+def _accelerator(fake: Any) -> Iterator[None]:
     before = get_accelerator()
-    set_accelerator(imagined)
+    set_accelerator(fake)
     try:
         yield
     finally:
@@ -103,9 +103,9 @@ def _group(rank: int, world_size: int) -> Iterator[None]:
 
 @contextmanager
 def _values_never_asked() -> Iterator[None]:
-    """Answer what needs other ranks' values or a real device with this rank's own.
+    """Replace calls that need other ranks' values or a real device by this rank's own values.
 
-    transformers treats fake tensors as a trace and then builds masks that a real run leaves out.
+    transformers takes fake tensors for a trace and then builds masks that a real run leaves out.
     """
     from transformers.utils import import_utils
 
@@ -122,7 +122,7 @@ def _values_never_asked() -> Iterator[None]:
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """On the imagined device attention without a mask runs as CUDA's flash attention, with one as it is."""
+    """On the fake device, run attention without a mask as CUDA's flash attention."""
     functional = torch.nn.functional
     real = functional.scaled_dot_product_attention
 

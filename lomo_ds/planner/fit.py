@@ -1,4 +1,4 @@
-"""Whether a job fits: the one definition, for plans and for the search."""
+"""Whether a job fits: one definition for plans and for the search."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ def fits(job: Job, run: DryRun) -> bool:
 
 
 def missing_device_bytes(job: Job, run: DryRun) -> int:
-    """What the peak and the reserve lack on the card; negative for what is free."""
+    """How much the peak and the reserve exceed the card; negative for what is free."""
     return run.device.num_bytes - job.usable_bytes
 
 
 def host_peak_bytes_per_node(job: Job, run: DryRun) -> int:
-    """Most that stands on the host in tensors, if all ranks of a node have their peaks together."""
+    """Peak of tensors on the host, if all ranks of a node reach theirs at the same time."""
     return run.host.num_bytes * job.num_local
 
 
 def missing_host_bytes(job: Job, run: DryRun) -> int:
-    """What a node lacks of host memory; 0 where it suffices, or where its size is not given."""
+    """Host memory that a node lacks; 0 where it suffices, or where its size is not given."""
     if job.host_memory_bytes is None:
         return 0
     return max(0, host_peak_bytes_per_node(job, run) - job.host_memory_bytes)

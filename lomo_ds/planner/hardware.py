@@ -1,4 +1,4 @@
-"""What a machine is capable of, for estimates: a few named ones, or the user's own from a YAML file."""
+"""Peak throughput of cards and their links: named ones, or the user's own from a YAML file."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lomo_ds.config import did_you_mean, from_mapping
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """A card and its links. Rates are per card, in units per second.
+    """A card and its links. All figures are per card and per second.
 
     Attributes:
         name: of it.
-        dense_bf16_flops: peak rate of bf16 matrix products without sparsity, from the maker's data sheet.
-        link_bytes_s: what one card sends to its peers within a node, all links together, one direction.
-        node_link_bytes_s: what one card sends beyond its node.
-        host_link_bytes_s: between a card and its host, one direction.
-        flops_share, link_share: how much of these is assumed to be reached.
+        dense_bf16_flops: peak throughput of bf16 matrix products without sparsity, from the data sheet.
+        link_bytes_s: bandwidth from one card to its peers in a node, all links together, one direction.
+        node_link_bytes_s: bandwidth from one card to other nodes.
+        host_link_bytes_s: bandwidth between a card and its host, one direction.
+        flops_share, link_share: part of these that is assumed to be reached.
         collective_latency_s: added for each collective.
     """
 
@@ -77,7 +77,7 @@ HARDWARE: dict[str, Hardware] = {
         host_link_bytes_s=_PCIE5_X16,
     ),
 }
-"""Makers' data sheets for the cards; 10 Gbit/s Ethernet for a node of consumer cards, 200 and 400 Gbit/s
+"""From the makers' data sheets; 10 Gbit/s Ethernet for a node of consumer cards, 200 and 400 Gbit/s
 InfiniBand per card for A100 and H100 nodes. Cards on a PCIe switch share its link: lower ``link_share``."""
 
 

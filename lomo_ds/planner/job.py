@@ -1,4 +1,4 @@
-"""What is to be planned."""
+"""The training step that is planned."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.config import read_json_object
 from lomo_ds.planner.batch import MICRO, STEPS, TRAIN, num_micro_batches
 from lomo_ds.planner.device import DeviceKind
 from lomo_ds.zero3.supported import refuse_malformed
 
-GIB = 1 << 30
 Checkpointing = Literal["reentrant", "non_reentrant", "none"]
 
 OWN_OPTIMIZERS = ("Lomo", "AdaLomo")
@@ -32,16 +32,16 @@ class Job:
         num_gpus: ranks.
         gpus_per_node: of them.
         gpu_memory_bytes: of each.
-        reserve_bytes: of them, for what no tensor holds: CUDA's context, NCCL's buffers, the workspaces of
-            kernels and what torch's allocator cannot use.
-        host_memory_bytes: of a node; None for as much as is needed.
+        reserve_bytes: of them, for memory that belongs to no tensor: CUDA's context, NCCL's buffers, kernels'
+            workspaces and what torch's allocator cannot use.
+        host_memory_bytes: of a node; None for no limit.
         seq_len, micro_batch: tokens and sequences of a rank's forward; the JSON's micro-batch is set to it.
         checkpointing: of activations.
-        device: "cpu" to imagine CPU ranks.
+        device: "gpu", or "cpu" for CPU ranks.
         attention: transformers' name of the attention function.
-        left_open: what of the user's JSON is null or "auto", for ``full_ds_json``.
-        train_batch_follows: while the micro-batch or the number of GPUs is sought, ``train_batch_size``
-            becomes one that they divide; otherwise the job is refused where they do not.
+        left_open: the part of the user's JSON that is null or "auto", for ``full_ds_json``.
+        train_batch_follows: change ``train_batch_size`` to a number that the micro-batch and the ranks
+            divide, which a search needs; otherwise a job where they do not is refused.
     """
 
     model: Any
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def usable_bytes(self) -> int:
-        """What tensors may take of a card."""
+        """The part of a card that tensors may fill."""
         return self.gpu_memory_bytes - self.reserve_bytes
 
     @property
@@ -100,7 +100,7 @@ class Job:
         return self.micro_batch * self.num_micro_batches * self.num_gpus
 
     def full_ds_json(self) -> dict[str, Any]:
-        """The user's JSON with the job's batch and optimizer in it; the rest is as the user wrote it."""
+        """The user's JSON with the job's batch and optimizer; the rest is as the user wrote it."""
         ds_json = _filled(self.ds_json, self.left_open)
         planned = self._batch()
         ds_json |= {key: size for key, size in planned.items() if key in ds_json or key == MICRO}
@@ -112,7 +112,7 @@ class Job:
     def engine_ds_json(self) -> dict[str, Any]:
         """The JSON of the dry run's engine: no schedule, nothing printed, stock optimizers apart."""
         ds_json = copy.deepcopy(dict(self.ds_json)) | self._batch() | {"steps_per_print": 10**9}
-        del ds_json[TRAIN]  # the other two say it, also before DeepSpeed knows the number of ranks
+        del ds_json[TRAIN]  # follows from the other two, also before DeepSpeed knows the number of ranks
         section = ds_json.pop("optimizer", {})
         ds_json.pop("scheduler", None)
         if not self.is_own:
@@ -124,7 +124,7 @@ class Job:
         return {MICRO: self.micro_batch, STEPS: self.num_micro_batches, TRAIN: self.train_batch}
 
     def _is_named_in(self, section: Mapping[str, Any]) -> bool:
-        """Whether an "optimizer" section is this optimizer's; the rates of another are not its own."""
+        """Whether an "optimizer" section is this optimizer's; another's learning rate is not for it."""
         return str(section.get("type", self.optimizer)).lower() == self.optimizer.lower()
 
 
@@ -142,7 +142,7 @@ def _known_optimizer(name: str) -> str:
 
 
 def _refuse_nvme(ds_json: Mapping[str, Any]) -> None:
-    """DeepSpeed swaps by operations of its own, which move data and so cannot run dry."""
+    """DeepSpeed swaps with its own operations, which need data: a dry run has none."""
     for key in ("offload_optimizer", "offload_param"):
         section = ds_json.get("zero_optimization", {}).get(key, {})
         if section.get("device") == "nvme":
@@ -166,7 +166,7 @@ def read_planned_json(path: str) -> dict[str, Any]:
 
 
 def split_open(ds_json: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a JSON into what it gives and what it leaves open: null, and "auto", which a recipe would fill."""
+    """Split a JSON into its values and what it leaves open: null, and "auto", which a recipe fills in."""
     given: dict[str, Any] = {}
     left_open: dict[str, Any] = {}
     for key, value in ds_json.items():
@@ -180,7 +180,7 @@ def split_open(ds_json: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def _filled(given: Mapping[str, Any], left_open: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of both parts of a JSON together; what is given now counts."""
+    """Both parts of a JSON merged into a copy; ``given`` wins."""
     both = copy.deepcopy({**left_open, **given})
     for key, rest in left_open.items():
         if isinstance(rest, Mapping) and isinstance(given.get(key), Mapping):
@@ -203,11 +203,11 @@ def zero_limit(ds_json: Mapping[str, Any], key: str) -> int:
 
 
 PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose vocabulary is known to train in tiles."""
+"""Families whose vocabulary is known to work in tiles."""
 
 
 def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str, Any]:
-    """Settings for little memory: bf16, exact clipping, low limits on what stands gathered.
+    """Settings for little memory: bf16, exact clipping, low limits on gathered weights.
 
     The limits are those of ds_configs/lomo_bf16_low_memory.json, which an installed package does not have.
 

@@ -1,4 +1,4 @@
-"""Who holds memory: a book of all storages, by operation, role and phase, while a program runs."""
+"""A ledger of live memory: every storage of a running program, by operation, role and phase."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Block:
 
     Attributes:
         num_bytes: of it.
-        place: where it stands.
-        operation: what made it.
+        place: "device" or "host".
+        operation: that made it.
         origin: the innermost line outside torch that asked for it; "autograd" where none did.
         phase: of the run in which it was made.
         role: what it is for.
@@ -51,14 +51,14 @@ class Block:
 
 @dataclass
 class Peak:
-    """The moment at which most stood in a place.
+    """The moment at which a place held most bytes.
 
     Attributes:
-        num_bytes: in all.
+        num_bytes: of all live storages.
         phase: of the run.
-        operation: after which.
+        operation: after which it was reached.
         index: number of operations before it.
-        blocks: what stood.
+        blocks: the live storages.
     """
 
     num_bytes: int = 0
@@ -74,27 +74,28 @@ class Peak:
 
 def bytes_by_role(blocks: Iterable[Block]) -> dict[str, int]:
     """Bytes of each role, zeros included."""
-    sums = {role.value: 0 for role in Role}
+    totals = {role.value: 0 for role in Role}
     for block in blocks:
-        sums[block.role.value] += block.num_bytes
-    return sums
+        totals[block.role.value] += block.num_bytes
+    return totals
 
 
 class Ledger(TorchDispatchMode):
     """Books storages as operations make them and as they are freed.
 
-    Enter it after the FakeTensorMode, so that it sees operations first; it also runs without one, on real
-    tensors. Storages older than the ledger are booked when an operation first uses them.
+    Enter it after the FakeTensorMode, so that it sees operations first; it also works without one, on real
+    tensors. A storage that is older than the ledger is booked when an operation first returns it or a view of
+    it, when a collective uses it, or by ``claim``.
 
     Args:
-        answers: operation -> a function that takes the operation's place.
-        patience_s: how long to wait, before a peak is booked, for what a backend's threads still hold of
-            finished collectives; 0 where nothing is sent.
+        answers: operation -> a function that is called in place of the operation.
+        patience_s: how long to wait, before a peak is recorded, for a backend's threads to release the
+            tensors of finished collectives; 0 where nothing is sent.
 
     Attributes:
         watchers: called with (operation, arguments, keyword arguments, result) after each operation.
         live_bytes: by place.
-        tops: phase -> by place, the moment at which most stood in it.
+        peaks: phase -> place -> the moment of the phase's peak.
         timeline: for each operation the device's bytes after it; ``host_timeline`` the host's.
         phase_starts: (number of operations before it, phase).
     """
@@ -106,18 +107,18 @@ class Ledger(TorchDispatchMode):
         self._answers = answers or {}
         self._live: dict[int, tuple[Any, Block]] = {}
         self.live_bytes: dict[Place, int] = {"device": 0, "host": 0}
-        self.tops: dict[str, dict[Place, Peak]] = {}
+        self.peaks: dict[str, dict[Place, Peak]] = {}
         self.timeline, self.host_timeline = array("q"), array("q")
         self.phase_starts: list[tuple[int, str]] = []
         self._phase = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Book what the block makes as made in ``name``."""
+        """Record what is allocated within the block as of phase ``name``."""
         before, self._phase = self._phase, name
         self.phase_starts.append((len(self.timeline), name))
         for place in self.live_bytes:
-            self._look_for_a_peak(place, "")
+            self._update_peak(place, "")
         try:
             yield
         finally:
@@ -140,12 +141,12 @@ class Ledger(TorchDispatchMode):
         return result
 
     def block_of(self, tensor: Tensor) -> Block | None:
-        """The entry of a tensor's storage, to be changed where more is known of it."""
+        """The entry of a tensor's storage, which the caller may change; None where it is not booked."""
         entry = self._live.get(tensor.untyped_storage()._cdata)
         return entry[1] if entry else None
 
     def claim(self, tensor: Tensor, role: Role, name: str = "") -> None:
-        """Say what a tensor's storage is for; booked now where it is not known yet."""
+        """Say what a tensor's storage is for; books it if need be."""
         self._book([tensor], "(before)")
         block = self.block_of(tensor)
         if block is not None:
@@ -176,15 +177,15 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, block: Block) -> None:
         self.live_bytes[block.place] += block.num_bytes
-        self._look_for_a_peak(block.place, block.operation)
+        self._update_peak(block.place, block.operation)
 
-    def _look_for_a_peak(self, place: Place, operation: str) -> None:
-        tops = self.tops.setdefault(self._phase, {"device": Peak(), "host": Peak()})
-        if self.live_bytes[place] > tops[place].num_bytes and self._has_sent and self._patience_s:
+    def _update_peak(self, place: Place, operation: str) -> None:
+        peaks = self.peaks.setdefault(self._phase, {"device": Peak(), "host": Peak()})
+        if self.live_bytes[place] > peaks[place].num_bytes and self._has_sent and self._patience_s:
             self._has_sent = False
             time.sleep(self._patience_s)
-        if self.live_bytes[place] > tops[place].num_bytes:
-            tops[place] = Peak(
+        if self.live_bytes[place] > peaks[place].num_bytes:
+            peaks[place] = Peak(
                 num_bytes=self.live_bytes[place],
                 phase=self._phase,
                 operation=operation,
@@ -193,7 +194,7 @@ class Ledger(TorchDispatchMode):
             )
 
     def live_blocks(self, place: Place) -> list[Block]:
-        """What stands in a place now."""
+        """The live storages of a place."""
         return [block for _, block in list(self._live.values()) if block.place == place]
 
     def _close(self, key: int) -> None:
@@ -202,7 +203,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _origin(frame: FrameType | None) -> tuple[str, str]:
-    """(file, "file:line function") of the innermost frame outside torch, but for torch's optimizers."""
+    """(file, "file:line function") of the innermost frame that is not torch's; its optimizers count."""
     while frame is not None:
         file = frame.f_code.co_filename.replace("\\", "/")
         ours = "/torch/" not in file or "/torch/optim/" in file

@@ -1,4 +1,4 @@
-"""What memory is for: the categories of a plan, and how a storage comes into one."""
+"""What memory is for: the categories of a plan, and which one a storage belongs to."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _BY_FILE = (
     ("lomo_ds/zero3/vocabulary/tiled_functions.py", Role.ACTIVATIONS),
     ("torch/optim/", Role.OTHER),
 )
-"""Where the innermost line that asked for memory stands -> what it is for."""
+"""Part of the path of the file that asked for memory -> what the memory is for."""
 
 _OTHER_FILES = ("lomo_ds/rules/", "lomo_ds/zero3/", "lomo_ds/planner/", "lomo_ds/checkpoint/", "deepspeed/")
 
 
 def role_of_origin(file: str, phase: str) -> Role:
-    """The role of a storage that nothing has claimed yet.
+    """The role of a storage that has not been claimed.
 
     Args:
-        file: of the innermost line outside torch that asked for it; empty inside autograd.
+        file: with the innermost line outside torch that asked for it; empty inside autograd.
         phase: of the run.
     """
     for part, role in _BY_FILE:

@@ -1,4 +1,4 @@
-"""A plan: what a dry run means for the cards that were asked about."""
+"""A plan: what a dry run means for the given cards."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Plan:
     Attributes:
         job: what was asked.
         model_name: as the user gave it.
-        run: what the dry run booked.
-        time: an estimate of the step's time; None where no hardware was named.
+        run: its dry run.
+        time: an estimate of the step's time; None without hardware.
     """
 
     job: Job
@@ -38,17 +38,17 @@ class Plan:
 
     @property
     def missing_bytes(self) -> int:
-        """What the peak and the reserve lack on the card; negative for what is free."""
+        """How much the peak and the reserve exceed the card; negative for what is free."""
         return fit.missing_device_bytes(self.job, self.run)
 
     @property
     def gradient_host_bytes_per_node(self) -> int:
-        """Gradients that wait on the host, of all ranks of a node."""
+        """Gradients offloaded to the host, of all ranks of a node."""
         return self.run.gradient_host_bytes * self.job.num_local
 
     @property
     def host_peak_bytes_per_node(self) -> int:
-        """Most that stands on the host in tensors, if all ranks of a node have their peaks together."""
+        """Peak of tensors on the host, if all ranks of a node reach theirs at the same time."""
         return fit.host_peak_bytes_per_node(self.job, self.run)
 
     @property
@@ -65,7 +65,7 @@ class Plan:
         return remedy(self.job, self.run)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain numbers and texts."""
+        """The plan as JSON: numbers and texts; sizes in bytes."""
         run, job, formula = self.run, self.job, self.formula
         return {
             "model": self.model_name,
@@ -103,13 +103,13 @@ class Plan:
 
 
 def make_plan(job: Job, model_name: str, hardware: str | None = None, goal: Goal | None = None) -> Plan:
-    """Dry-run a job and judge it. Needs a process without a process group.
+    """Dry-run a job and say whether it fits. Needs a process without a process group.
 
     Args:
         job: what is asked.
         model_name: for the report.
         hardware: a profile or a YAML file, for an estimate of the time.
-        goal: what to search for; the plan is then of the job that was found.
+        goal: what to search for; the plan is then for the job that was found.
 
     Raises:
         ValueError: a setting that the engine refuses, unknown hardware, or a search that found nothing.

@@ -11,7 +11,7 @@ from lomo_ds.config import did_you_mean
 
 @dataclass(frozen=True)
 class Preset:
-    """The dimensions of a decoder: what decides its memory and its arithmetic.
+    """The dimensions of a decoder.
 
     Attributes:
         family: "llama", "qwen2" or "mistral", as transformers calls it.

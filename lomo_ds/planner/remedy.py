@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+from lomo_ds.byte_units import gib
 from lomo_ds.planner.dry_run import DryRun
 from lomo_ds.planner.fit import missing_device_bytes, missing_host_bytes
-from lomo_ds.planner.job import GIB, Job, zero_limit
+from lomo_ds.planner.job import Job, zero_limit
 
 
 def remedy(job: Job, run: DryRun) -> str:
-    """What to change, for what is short of memory; empty where nothing is."""
+    """The key to change, for the card or else the host; empty where the job fits."""
     if missing_device_bytes(job, run) > 0:
         return _for_device(job, run)
     return _for_host(job, run) if missing_host_bytes(job, run) > 0 else ""
 
 
 def _for_host(job: Job, run: DryRun) -> str:
-    """By what fills the host: parked gradients if the rest fits without them, else checkpoints."""
+    """By what fills the host: offloaded gradients if the rest fits without them, else checkpoints."""
     missing = missing_host_bytes(job, run)
     if run.gradient_host_bytes * job.num_local >= missing:
         if job.num_micro_batches > 1:
-            return 'set "optimizer.params.park_to" to a folder: gradients then wait in a file'
+            return (
+                'set "optimizer.params.offload_gradients" to {"device": "nvme", "nvme_path": a folder}: '
+                "gradients then wait in a file"
+            )
         return 'set "optimizer.params.apply" to "two_pass": no gradients then wait on the host'
     if run.host.by_role()["checkpoints"]:
         smaller = "lower --micro-batch" if job.micro_batch > 1 else "lower --seq-len"
         return f'{smaller}, or set "activation_checkpointing.cpu_checkpointing" to false: checkpoints fill it'
-    return f"{missing / GIB:.2f} GiB more host memory, or fewer ranks on a node (--gpus-per-node)"
+    return f"{gib(missing)} GiB more host memory, or fewer ranks on a node (--gpus-per-node)"
 
 
 def _for_device(job: Job, run: DryRun) -> str:
     """For the largest part of the peak that a key governs."""
     roles, missing = run.device.by_role(), missing_device_bytes(job, run)
-    standing = roles["parameters"] + roles["rule state"]
-    if not job.is_own and standing + roles["gradients"] > job.gpu_memory_bytes / 2:
+    permanent = roles["parameters"] + roles["rule state"]
+    if not job.is_own and permanent + roles["gradients"] > job.gpu_memory_bytes / 2:
         return f'set "optimizer.type" to "Lomo": {job.optimizer} keeps gradients and states'
-    if standing + job.reserve_bytes > job.gpu_memory_bytes:
-        fewest = -(-standing * job.num_gpus // max(1, job.gpu_memory_bytes - job.reserve_bytes))
+    if permanent + job.reserve_bytes > job.gpu_memory_bytes:
+        fewest = -(-permanent * job.num_gpus // max(1, job.gpu_memory_bytes - job.reserve_bytes))
         return f"more GPUs: the shards alone need at least {fewest} of them (--num-gpus)"
     if job.checkpointing == "none":
         return "turn activation checkpointing on (--checkpointing reentrant)"
@@ -43,14 +47,14 @@ def _for_device(job: Job, run: DryRun) -> str:
         return 'lower "zero_optimization.stage3_max_live_parameters" (and "stage3_prefetch_bucket_size")'
     if roles["checkpoints"] >= missing:
         return 'set "activation_checkpointing.cpu_checkpointing" to true: checkpoints then wait on the host'
-    if _stands_at_head(job, run):
+    if _peaks_at_head(job, run):
         return 'set "tiled_vocabulary.enabled" to true: the head and the embedding then come in pieces'
     if job.micro_batch > 1:
         return "lower --micro-batch"
-    return f"lower --seq-len below {job.seq_len}, or more GPUs: {missing / GIB:.2f} GiB are missing"
+    return f"lower --seq-len below {job.seq_len}, or more GPUs: {gib(missing)} GiB are missing"
 
 
-def _stands_at_head(job: Job, run: DryRun) -> bool:
-    """Whether the peak has the head's or the embedding's weight or gradient in it."""
+def _peaks_at_head(job: Job, run: DryRun) -> bool:
+    """Whether the head's or the embedding's weight or gradient is live at the peak."""
     vocabulary = job.model.vocab_size
     return any(vocabulary in block.shape and block.role.value != "parameters" for block in run.device.blocks)

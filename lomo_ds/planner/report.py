@@ -17,7 +17,7 @@ _NUM_ROWS = 12
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Verdict first, then where the memory is, what is sent and computed, and the estimate of time."""
+    """Verdict first, then where the memory is, what is sent and computed, and the time estimate."""
     for line in (_headline(plan), _verdict(plan), _formula(plan), ""):
         console.print(line, highlight=False)
     console.print(_roles_table(plan))
@@ -65,7 +65,7 @@ def _roles_table(plan: Plan) -> Table:
 
 
 def _peak_table(peak: Peak) -> Table:
-    table = Table(title=f"what stands at the peak, after {peak.operation}", title_justify="left")
+    table = Table(title=f"live tensors at the peak, after {peak.operation}", title_justify="left")
     for column, justify in (("GiB", "right"), ("what", "left"), ("shape", "left"), ("made by", "left")):
         table.add_column(column, justify=justify)
     for row in largest_blocks(peak, _NUM_ROWS):
@@ -74,25 +74,25 @@ def _peak_table(peak: Peak) -> Table:
 
 
 def largest_blocks(peak: Peak, num_rows: int) -> Iterator[tuple[str, str, str, str]]:
-    """(GiB, what, shape, made by) of what stands at a peak, equal ones together, largest first.
+    """(GiB, what, shape, made by) of the live storages at a peak, equal ones together, largest first.
 
-    The row after the last of ``num_rows`` is all that is left, so that the rows add up.
+    Rows after ``num_rows`` are summed in a last one, so that the rows add up.
     """
-    sums: Counter[tuple[str, str, str]] = Counter()
+    totals: Counter[tuple[str, str, str]] = Counter()
     counts: Counter[tuple[str, str, str]] = Counter()
     for block in peak.blocks:
         key = _key(block)
-        sums[key] += block.num_bytes
+        totals[key] += block.num_bytes
         counts[key] += 1
-    rows = sums.most_common()
+    rows = totals.most_common()
     for key, num_bytes in rows[:num_rows]:
         what, shape, made_by = key
         times = f"{counts[key]} x " if counts[key] > 1 else ""
-        yield f"{num_bytes / (1 << 30):.3f}", f"{times}{what}", shape, made_by
+        yield gib(num_bytes, 3), f"{times}{what}", shape, made_by
     rest = rows[num_rows:]
     if rest:
         count, num_bytes = sum(counts[key] for key, _ in rest), sum(size for _, size in rest)
-        yield f"{num_bytes / (1 << 30):.3f}", f"others ({count})", "", ""
+        yield gib(num_bytes, 3), f"others ({count})", "", ""
 
 
 def _key(block: Block) -> tuple[str, str, str]:
@@ -104,8 +104,8 @@ def _key(block: Block) -> tuple[str, str, str]:
 
 def _host_lines(plan: Plan) -> Iterator[str]:
     yield (
-        f"host, per node of {plan.job.num_local}: {gib(plan.gradient_host_bytes_per_node)} GiB of parked "
-        f"gradients; at most {gib(plan.host_peak_bytes_per_node)} GiB in {plan.run.host.phase}"
+        f"host, per node of {plan.job.num_local}: {gib(plan.gradient_host_bytes_per_node)} GiB of "
+        f"offloaded gradients; at most {gib(plan.host_peak_bytes_per_node)} GiB in {plan.run.host.phase}"
     )
     if plan.run.policy:
         yield plan.run.policy
@@ -132,7 +132,7 @@ def _time_lines(plan: Plan) -> Iterator[str]:
 
 
 def _batch_lines(job: Job) -> Iterator[str]:
-    """What the headline does not say: accumulation, and a ``train_batch_size`` that had to follow."""
+    """Accumulation, and a ``train_batch_size`` that the search changed; nothing where there is neither."""
     asked = job.ds_json.get("train_batch_size", job.train_batch)
     if job.num_micro_batches == 1 and asked == job.train_batch:
         return

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+from lomo_ds.byte_units import gib
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.fit import fits, host_peak_bytes_per_node, missing_device_bytes
-from lomo_ds.planner.job import GIB, Job, zero_limit
+from lomo_ds.planner.job import Job, zero_limit
 
 Goal = Literal["micro-batch", "seq-len", "gpus"]
 
@@ -25,9 +26,9 @@ def search(job: Job, goal: Goal, run: Callable[[Job], DryRun] = dry_run) -> tupl
     """Find the largest micro-batch or sequence, or the fewest GPUs, and tune the limits of its JSON.
 
     Args:
-        job: everything but what is sought.
-        goal: what is sought.
-        run: what proves a job.
+        job: everything but what is searched for.
+        goal: what is searched for.
+        run: makes the dry run of a job.
 
     Returns:
         The job with its tuned JSON, and its dry run.
@@ -35,14 +36,14 @@ def search(job: Job, goal: Goal, run: Callable[[Job], DryRun] = dry_run) -> tupl
     Raises:
         ValueError: nothing fits.
 
-    Cost: where the closed form knows the job, two dry runs and one for the tuned JSON, and more where it is
-        off; else one for each doubling and halving.
+    Cost: where the closed form knows the job, two dry runs and one for the tuned JSON, and more where the
+        form is inaccurate; otherwise one for each doubling and halving.
     """
     jobs = _candidates(job, goal)
     runs: dict[int, DryRun] = {}
 
     def is_below(at: int) -> bool:
-        """Whether the edge is further on: what fits, or fewer GPUs than are needed."""
+        """Whether the edge is further up: the job fits, or has fewer GPUs than it needs."""
         runs[at] = run(jobs[at])
         return fits(jobs[at], runs[at]) == (goal != "gpus")
 
@@ -55,7 +56,7 @@ def search(job: Job, goal: Goal, run: Callable[[Job], DryRun] = dry_run) -> tupl
 
 
 def _candidates(job: Job, goal: Goal) -> list[Job]:
-    """Jobs with ever more of what is sought. GPUs: any number within a node, then whole nodes."""
+    """Jobs in increasing order of the goal. GPUs: any number within a node, then whole nodes."""
     if goal == "gpus":
         node = job.gpus_per_node
         counts = [*range(1, node), *(nodes * node for nodes in range(1, _MOST_NODES + 1))]
@@ -68,7 +69,7 @@ def _candidates(job: Job, goal: Goal) -> list[Job]:
 
 
 def _expected_edge(jobs: list[Job], goal: Goal) -> int:
-    """Where the closed form sees the edge; the first job where it does not know the model or a setting."""
+    """The edge by the closed form; the first job where it does not know the model or a setting."""
 
     def is_below(at: int) -> bool:
         return (closed_form(jobs[at]).peak_bytes <= jobs[at].usable_bytes) == (goal != "gpus")
@@ -80,14 +81,14 @@ def _expected_edge(jobs: list[Job], goal: Goal) -> int:
 
 
 def last_near(start: int, count: int, holds: Callable[[int], bool]) -> int:
-    """The last of ``count`` numbers for which ``holds``; -1 for none.
+    """The last of ``count`` numbers for which ``holds`` is true; -1 for none.
 
-    From ``start`` in steps that double until the edge is passed, then by halving.
+    Starts at ``start``, in steps that double until the edge is passed, then halves.
 
     Args:
         start: where the edge is expected.
         count: of the numbers.
-        holds: true up to some number.
+        holds: true up to some number, then false.
     """
     step = 1
     if holds(start):
@@ -104,15 +105,15 @@ def last_near(start: int, count: int, holds: Callable[[int], bool]) -> int:
 
 
 def last_that(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """Halve until what holds and what does not are neighbours.
+    """Bisect between a number for which ``holds`` is true and one for which it is false.
 
     Args:
-        low: known to hold, or one below the first.
-        high: known not to hold, or one above the last.
-        holds: true up to some number.
+        low: known to be true, or one below the first.
+        high: known to be false, or one above the last.
+        holds: true up to some number, then false.
 
     Returns:
-        The last number that holds, or ``low``.
+        The last number for which it is true, or ``low``.
     """
     while high - low > 1:
         middle = (low + high) // 2
@@ -124,13 +125,13 @@ def _nothing_fits(job: Job, run: DryRun, goal: Goal) -> str:
     name = {"gpus": "num_gpus", "seq-len": "seq_len", "micro-batch": "micro_batch"}[goal]
     what = f"--search {goal}: nothing fits; with {goal} {getattr(job, name)} the peak takes"
     if missing_device_bytes(job, run) > 0:
-        return f"{what} {run.device.num_bytes / GIB:.2f} GiB of {job.usable_bytes / GIB:.2f} GiB a card"
+        return f"{what} {gib(run.device.num_bytes)} GiB of {gib(job.usable_bytes)} GiB per card"
     taken, room = host_peak_bytes_per_node(job, run), job.host_memory_bytes or 0
-    return f"{what} {taken / GIB:.2f} GiB of {room / GIB:.2f} GiB of host memory per node"
+    return f"{what} {gib(taken)} GiB of {gib(room)} GiB of host memory per node"
 
 
 def _tuned(job: Job, result: DryRun, run: Callable[[Job], DryRun]) -> tuple[Job, DryRun]:
-    """Give half of what is left to gathered weights, which lets communication hide; if it still fits."""
+    """Use half of the free memory for gathered weights, which hides communication, if it still fits."""
     free_numel = (job.usable_bytes - result.device.num_bytes) // 2 // _ITEM
     tuned = replace(job, ds_json=with_limits(job.ds_json, free_numel))
     if tuned.ds_json == job.ds_json:
@@ -142,7 +143,7 @@ def _tuned(job: Job, result: DryRun, run: Callable[[Job], DryRun]) -> tuple[Job,
 def with_limits(ds_json: Any, free_numel: int) -> dict[str, Any]:
     """A copy of the JSON whose limits on gathered weights are higher by ``free_numel`` elements.
 
-    The reduce bucket stays: a gradient that fills it is reduced where it is, a larger bucket would copy it.
+    The reduce bucket stays: a gradient that fills it is reduced in place, a larger bucket would copy it.
     """
     changed = copy.deepcopy(dict(ds_json))
     zero = changed["zero_optimization"]

@@ -1,4 +1,4 @@
-"""Models by numbers of GPUs: the closed form's peaks, in milliseconds."""
+"""The closed form's peaks of several models on several numbers of GPUs, in milliseconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
 
     Attributes:
         model: its name.
-        job: what was asked of it; None where it cannot be.
+        job: its job; None where that is impossible.
         peaks: number of GPUs -> bytes of one card at the peak; empty where there is no closed form.
         reason: why there is none.
     """
@@ -33,11 +33,11 @@ class Row:
     reason: str = ""
 
     def fits(self, count: int) -> bool:
-        """Whether ``count`` cards suffice; their host is not looked at."""
+        """Whether ``count`` cards suffice; host memory is not checked."""
         return self.job is not None and self.peaks[count] <= self.job.usable_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Plain numbers and texts; numbers of GPUs are keys."""
+        """The row as JSON; numbers of GPUs are keys."""
         return {
             "model": self.model,
             "closed_form_peak_bytes": {str(count): peak for count, peak in self.peaks.items()},
@@ -51,10 +51,10 @@ def make_rows(names: Iterable[str], job_of: Callable[[str], Job]) -> list[Row]:
 
     Args:
         names: of models.
-        job_of: what is asked of a model; its number of GPUs does not count.
+        job_of: makes the job of a model; its number of GPUs is not used.
 
     Raises:
-        ValueError: no model has a closed form, for what is asked of the first.
+        ValueError: no model has a closed form; with the first one's reason.
     """
     rows = [_row(name, job_of) for name in names]
     if not any(row.peaks for row in rows):
@@ -72,7 +72,7 @@ def _row(name: str, job_of: Callable[[str], Job]) -> Row:
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """A table, with a star where it fits, and below it why a row is empty."""
+    """Print a table with a star where a job fits, and below it why a row is empty."""
     console.print(_headline(rows), highlight=False)
     table = Table(title="peak of a card by closed form, GiB, for numbers of GPUs", title_justify="left")
     table.add_column("")
@@ -87,7 +87,7 @@ def print_rows(rows: list[Row], console: Console) -> None:
 
 
 def as_json(rows: list[Row]) -> dict[str, Any]:
-    """The table as plain numbers and texts."""
+    """The table as JSON; sizes in bytes."""
     job = _any_job(rows)
     models = [row.as_json() for row in rows]
     return {"seq_len": job.seq_len, "micro_batch": job.micro_batch, "models": models}

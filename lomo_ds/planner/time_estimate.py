@@ -1,4 +1,4 @@
-"""How long a step might take: arithmetic and traffic over assumed rates. An estimate, never a measurement."""
+"""How long a step might take: work divided by assumed throughput. An estimate, never a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lomo_ds.planner.job import Job
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """Parts of a step, and what they rest on.
+    """Parts of a step, and the assumptions.
 
     Attributes:
         compute_s: matrix products and attention.
@@ -30,16 +30,16 @@ class TimeEstimate:
 
     @property
     def fastest_s(self) -> float:
-        """If everything runs beside everything else."""
+        """If the three parts overlap completely."""
         return max(self.compute_s, self.wire_s, self.host_s)
 
     @property
     def slowest_s(self) -> float:
-        """If nothing does."""
+        """If they do not overlap at all."""
         return self.compute_s + self.wire_s + self.host_s
 
     def as_json(self) -> dict[str, Any]:
-        """Plain numbers and texts."""
+        """The estimate as JSON: numbers and texts."""
         return {
             "label": "estimate, not a measurement",
             "compute_s": self.compute_s,
@@ -57,7 +57,7 @@ def estimate_time(job: Job, run: DryRun, hardware: Hardware) -> TimeEstimate:
     Args:
         job: for the number of nodes and tokens.
         run: its arithmetic and traffic.
-        hardware: rates.
+        hardware: throughput of the card and its links.
     """
     one_node = job.num_gpus <= job.gpus_per_node
     link = hardware.link_bytes_s if one_node else hardware.node_link_bytes_s

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.planner.plan import Plan
 
 _MAX_POINTS = 4000
 
 
 def plot_timeline(plan: Plan, path: str | Path) -> None:
-    """Draw the device's and the host's bytes over all operations, with the phases and the card's size.
+    """Plot the bytes of device and host over all operations, with the phases and the card's size.
 
     Args:
         plan: with its dry run.
@@ -20,12 +21,12 @@ def plot_timeline(plan: Plan, path: str | Path) -> None:
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
-    run, gib = plan.run, float(1 << 30)
+    run = plan.run
     for values, label in ((run.timeline, "device"), (run.host_timeline, "host, this rank's part")):
         at, heights = highest_of_each(values, _MAX_POINTS)
-        axes.plot(at, [height / gib for height in heights], label=label, linewidth=0.9)
-    axes.axhline(plan.job.gpu_memory_bytes / gib, color="tab:red", linestyle="--", label="the card's memory")
-    top = max(plan.job.gpu_memory_bytes, run.device.num_bytes, run.host.num_bytes) / gib * 1.15
+        axes.plot(at, [height / GIB for height in heights], label=label, linewidth=0.9)
+    axes.axhline(plan.job.gpu_memory_bytes / GIB, color="tab:red", linestyle="--", label="the card's memory")
+    top = max(plan.job.gpu_memory_bytes, run.device.num_bytes, run.host.num_bytes) / GIB * 1.15
     for start, phase in run.phase_starts:
         axes.axvline(start, color="0.8", linewidth=0.6)
         axes.annotate(phase, (start, top), rotation=90, fontsize=7, va="top", ha="left", color="0.4")
@@ -36,7 +37,7 @@ def plot_timeline(plan: Plan, path: str | Path) -> None:
 
 
 def highest_of_each(values: list[int], num_points: int) -> tuple[list[int], list[int]]:
-    """Thin a line out to at most ``num_points`` points without losing a peak: (positions, values)."""
+    """Reduce a line to at most ``num_points`` points without losing a peak: (positions, values)."""
     width = -(-len(values) // num_points) or 1
     starts = range(0, len(values), width)
     best = [max(range(at, min(at + width, len(values))), key=values.__getitem__) for at in starts]

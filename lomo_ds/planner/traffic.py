@@ -1,4 +1,4 @@
-"""What goes over the wire and what is computed, counted while operations run."""
+"""Bytes sent and arithmetic, counted while operations run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from lomo_ds.planner.wire_bytes import sent_bytes
 
 _KINDS = {
     "_allgather_base_": "all_gather",
@@ -31,13 +33,11 @@ class Traffic:
         world_size: ranks of the group; collectives within smaller groups are counted as if over all.
 
     Attributes:
-        sent_bytes: collective -> bytes that this rank sends, for ring algorithms: (n - 1) / n of the whole
-            tensor for a gather or a scattered sum, twice that for a sum that all ranks get, the whole tensor
-            for a broadcast or a sum that one rank gets.
+        sent_bytes: collective -> bytes that a rank sends, see ``wire_bytes``.
         calls: collective -> number.
         host_bytes: copied between device and host.
-        flops: floating point operations of matrix products and attention, a product and a sum being two.
-        times: how often each operation counts, for those that stand for equal ones.
+        flops: floating point operations of matrix products and attention; a multiply-add is two.
+        times: how often the next operations count, where one micro-batch is run in place of several.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -49,14 +49,14 @@ class Traffic:
         self.times = 1
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set all counts to zero."""
         self.sent_bytes.clear()
         self.calls.clear()
         self.host_bytes = 0
         self.flops = 0
 
     def count(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Count one operation; what ``Ledger`` calls."""
+        """Count one operation; a watcher of ``Ledger``."""
         if func.namespace == "c10d":
             self._count_collective(func, args)
         elif func._overloadpacket in flop_registry:
@@ -75,19 +75,21 @@ class Traffic:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         whole = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
         self.calls[kind] += self.times
-        self.sent_bytes[kind] += int(whole * self._share(kind)) * self.times
-
-    def _share(self, kind: str) -> float:
-        ring = (self._world_size - 1) / self._world_size
-        return {"all_reduce": 2 * ring, "broadcast": 1.0, "reduce": 1.0}.get(kind, ring)
+        self.sent_bytes[kind] += int(sent_bytes(kind, whole, self._world_size)) * self.times
 
 
 def answers(host_memory_bytes: int) -> dict[Any, Any]:
-    """What operations that ask for a value get, since fake tensors have none.
+    """Answers for operations that read a value, which fake tensors do not have.
 
-    Numbers are 1, so that a norm is finite; that all of a mask holds is true, as without padding; other flags
-    are false, so that nothing has overflowed; whole numbers are the host's free memory, the only one that
-    the engine asks ranks to agree on.
+    Floating point numbers are 1, so that a norm is finite. ``all`` of a mask is true, as without padding;
+    other flags are false, so that nothing has overflowed. Integers are the host's free memory, the only
+    integer that the engine makes the ranks agree on.
+
+    Args:
+        host_memory_bytes: free on the host, for this rank.
+
+    Returns:
+        Operation -> the function to call in its place; for ``Ledger``.
     """
     all_hold = torch.ops.aten.all.default
 

@@ -1,4 +1,4 @@
-"""A model folder that is not there: it has the tensors of a model by name and shape, all of one value."""
+"""A fake model folder: it has a model's tensors by name and shape, all filled with one value."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _DTYPE = torch.bfloat16
 _VALUE = 0.01
 
 
-class _ImaginedFile(TensorFile):
-    """A file whose pieces are made when they are asked for, as large as those of a real one."""
+class _FakeFile(TensorFile):
+    """A file whose pieces are made on request, as large as those of a real file."""
 
     def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         stop = self.tensors[name].numel if stop is None else stop
@@ -41,6 +41,6 @@ def fake_folder(model: Module) -> ModelFolder:
     }
     shapes |= {name: tuple(model.get_buffer(name).shape) for name in others}
     tensors = {name: TensorRecord(dtype=_DTYPE, shape=shape) for name, shape in shapes.items()}
-    path = Path("(imagined)")
-    file = _ImaginedFile(path=path / SINGLE_FILE, tensors=tensors, metadata={})
+    path = Path("(fake)")
+    file = _FakeFile(path=path / SINGLE_FILE, tensors=tensors, metadata={})
     return ModelFolder(path=path, files=dict.fromkeys(shapes, file))

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.adapters import report, run
+from benchmarks.adapters.methods import METHODS
+from benchmarks.common import cells as benchmark_cells
 from lomo_ds.training.ds_json import fill_ds_json, read_ds_json
 from lomo_ds.training.recipe_file import parse_recipe
 
@@ -33,12 +36,12 @@ def cell(method: str, seed: int, accuracy: float) -> dict:
     }
 
 
-def results(report, cells: list[dict]) -> dict:
+def results(cells: list[dict]) -> dict:
     methods = dict.fromkeys(entry["method"] for entry in cells)
     return {
         "run": {
-            "command": "python benchmarks/adapters.py",
-            "overrides": {method: report.METHODS[method].overrides for method in methods},
+            "command": "python -m benchmarks.adapters.run",
+            "overrides": {method: METHODS[method].overrides for method in methods},
             "common_overrides": ["steps=9"],
             "environment": {"MALLOC_TRIM_THRESHOLD_": "262144"},
         },
@@ -49,8 +52,7 @@ def results(report, cells: list[dict]) -> dict:
     }
 
 
-def test_means_spread_and_verdict(benchmark_module):
-    report = benchmark_module("adapters_report")
+def test_means_spread_and_verdict():
     accuracies = {"lora": (0.6, 0.7), "lomo+lora": (0.7, 0.8)}
     cells = [cell(method, seed, values[seed]) for method, values in accuracies.items() for seed in (0, 1)]
     summary = report.summarize(cells)
@@ -60,15 +62,14 @@ def test_means_spread_and_verdict(benchmark_module):
     assert figures["last_loss"]["mean"] == pytest.approx(0.6)
     assert summary["lomo_lora_at_least_lora"] is True
     assert summary["lomo_lora_less_lora"]["values"] == pytest.approx([0.1, 0.1])
-    page = report.markdown(results(report, cells))
+    page = report.markdown(results(cells))
     assert "| LOMO + LoRA | 0.500 (0.000) | 0.750 (0.071) | 0.400 (0.000) | 0.600 (0.000) |" in page
     assert "(means): yes. The difference is +0.1000" in page and "| LoRA alone | 0.6000 | 0.7000 |" in page
     assert "`lora.train_base=false`" in page and "`steps=9`" in page
 
 
-def test_one_seed_and_one_method_make_a_page(benchmark_module, tmp_path: Path):
-    report = benchmark_module("adapters_report")
-    report.write_report(tmp_path / "new", results(report, [cell("lomo", 0, 0.7)]))
+def test_one_seed_and_one_method_make_a_page(tmp_path: Path):
+    report.write_report(tmp_path / "new", results([cell("lomo", 0, 0.7)]))
     assert "not both in this run" in (tmp_path / "new" / "adapters.md").read_text()
     written = json.loads((tmp_path / "new" / "adapters.json").read_text())
     assert written["summary"]["lomo_lora_at_least_lora"] is None
@@ -76,14 +77,13 @@ def test_one_seed_and_one_method_make_a_page(benchmark_module, tmp_path: Path):
 
 @pytest.mark.parametrize("method", ["lora", "lomo+lora", "lomo"])
 def test_a_cell_is_done_when_it_holds_this_recipes_results(
-    benchmark_module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
 ):
-    script, cells = benchmark_module("adapters"), benchmark_module("cells")
-    monkeypatch.setattr("sys.argv", ["adapters.py", "--runs", str(tmp_path)])
-    own = script.make_cell(script.parse_arguments(), method, 3)
+    monkeypatch.setattr("sys.argv", ["run.py", "--runs", str(tmp_path)])
+    own = run.make_cell(run.parse_arguments(), method, 3)
     recipe = parse_recipe(QUICKSTART, own.overrides)
     assert (recipe.lora is None) is (method == "lomo") and recipe.seed == 3
-    assert not cells.finished(own, 2)
+    assert not benchmark_cells.finished(own, 2)
     output = Path(recipe.output)
     output.mkdir()
     (output / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(recipe)))))
@@ -91,6 +91,6 @@ def test_a_cell_is_done_when_it_holds_this_recipes_results(
         json.dumps(fill_ds_json(read_ds_json(recipe.deepspeed), recipe, 2))
     )
     (output / "summary.json").write_text("{}")
-    assert cells.finished(own, 2)
-    assert not cells.finished(own, 4)
-    assert not cells.finished(replace(own, overrides=(*own.overrides, "steps=2")), 2)
+    assert benchmark_cells.finished(own, 2)
+    assert not benchmark_cells.finished(own, 4)
+    assert not benchmark_cells.finished(replace(own, overrides=(*own.overrides, "steps=2")), 2)

@@ -1,30 +1,34 @@
-"""The task-quality benchmark: slices, the choice of rates, what it makes of its cells, and the baseline."""
+"""The task-quality benchmark: slices, the choice of learning rates, the summary of cells, the baseline."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from benchmarks.common.cells import Cell, finished, read_cell, run_cell
+from benchmarks.quality import report, run
+from benchmarks.quality.data import split
+from benchmarks.quality.methods import ADAMW_JOB, METHODS
+from benchmarks.quality.summary import best_lr, summarize
 from lomo_ds.tasks.encoding import encode_right_answers
 from lomo_ds.tasks.named import named_task
 from lomo_ds.tasks.order import global_batches
 from lomo_ds.training.recipe_file import parse_recipe
 from tests.tiny import SENTENCES, tiny_tokenizer, write_tiny_folder
 
-METHODS = ("adamw", "lomo")
+COMPARED = ("adamw", "lomo")
 
 
-def cell(method: str, rate: float, seed: int, accuracy: float, tried: tuple | None = None) -> dict[str, Any]:
+def cell(method: str, lr: float, seed: int, accuracy: float, tried: tuple | None = None) -> dict[str, Any]:
     return {
         "task": "sst2",
         "method": method,
-        "rate": rate,
+        "lr": lr,
         "seed": seed,
         "accuracy": accuracy,
         "slice": None if tried is None else dict(zip(("accuracy", "loss"), tried, strict=True)),
@@ -36,20 +40,18 @@ def cell(method: str, rate: float, seed: int, accuracy: float, tried: tuple | No
     }
 
 
-def all_cells(
-    methods: ModuleType, lomo: tuple[float, float], adamw: tuple[float, float], adamw_low: float = 0.1
-) -> list[dict]:
-    """Of each method the second rate is the best on the slice; ``adamw_low`` is of AdamW at the first."""
+def all_cells(lomo: tuple[float, float], adamw: tuple[float, float], adamw_low: float = 0.1) -> list[dict]:
+    """The second learning rate is the best on the slice; ``adamw_low`` is AdamW's accuracy at the first."""
     cells = []
     for method, values in {"lomo": lomo, "adamw": adamw}.items():
-        low, high = methods.METHODS[method].rates
+        low, high = METHODS[method].learning_rates
         low_value = 0.99 if method == "lomo" else adamw_low
         cells += [cell(method, low, 0, low_value, (0.70, 0.4)), cell(method, high, 0, values[0], (0.75, 0.5))]
         cells += [cell(method, high, 1, values[1])]
     return [*cells, cell("adamw", low, 1, adamw_low)]
 
 
-def results(summary: ModuleType, cells: list[dict], zero: float | None = 0.5) -> dict[str, Any]:
+def results(cells: list[dict], zero: float | None = 0.5) -> dict[str, Any]:
     about = {
         "num_train": 900,
         "num_slice": 20,
@@ -58,80 +60,73 @@ def results(summary: ModuleType, cells: list[dict], zero: float | None = 0.5) ->
         "settings": ["a=1"],
     }
     run = {
-        "command": "python benchmarks/quality.py",
+        "command": "python -m benchmarks.quality.run",
         "tasks": {"sst2": about},
-        "methods": list(METHODS),
+        "methods": list(COMPARED),
         "seeds": [0, 1],
         "environment": {"MALLOC_TRIM_THRESHOLD_": "262144"},
     }
     found: dict[str, Any] = {"run": run, "cells": cells, "machine": {"cpu": "a", "cores": "2", "memory": "8"}}
     found["zero_shot"] = [] if zero is None else [{"task": "sst2", "accuracy": zero}]
-    return found | {"versions": {"torch": "2"}, "summary": summary.summarize(found)}
+    return found | {"versions": {"torch": "2"}, "summary": summarize(found)}
 
 
-def test_the_rate_is_chosen_on_the_slice_alone(benchmark_module):
-    best_rate = benchmark_module("quality_summary").best_rate
+def test_the_learning_rate_is_chosen_on_the_slice_alone():
     tried = [cell("lomo", 1.0, 0, 0.9, (0.7, 0.3)), cell("lomo", 2.0, 0, 0.1, (0.8, 0.6))]
-    assert best_rate(tried) == 2.0
-    assert best_rate([*tried, cell("lomo", 3.0, 0, 0.1, (0.8, 0.5))]) == 3.0, "of equals the lower loss"
+    assert best_lr(tried) == 2.0
+    assert best_lr([*tried, cell("lomo", 3.0, 0, 0.1, (0.8, 0.5))]) == 3.0, "of equals the lower loss"
 
 
 @pytest.mark.parametrize(
     ("lomo", "difference", "verdict"),
     [
-        ((0.86, 0.90), 0.03, "yes. Its mean less that of AdamW at 0.0003 is +0.0300"),
+        ((0.86, 0.90), 0.03, "yes. Its mean minus that of AdamW at 0.0003 is +0.0300"),
         ((0.83, 0.79), -0.04, "**no**, it misses by 0.0400"),
-        ((0.83, 0.83), 0.0, "yes. Its mean less that of AdamW at 0.0003 is -0.0200"),
+        ((0.83, 0.83), 0.0, "yes. Its mean minus that of AdamW at 0.0003 is -0.0200"),
     ],
     ids=["more", "less than the spread allows", "less, within the spread"],
 )
-def test_lomo_is_judged_by_means_and_spread(benchmark_module, lomo, difference, verdict):
-    methods, summary = benchmark_module("quality_methods"), benchmark_module("quality_summary")
+def test_lomo_is_judged_by_means_and_spread(lomo, difference, verdict):
     adamw = (0.84, 0.86) if difference else (0.83, 0.87)
-    found = results(summary, all_cells(methods, lomo, adamw))
+    found = results(all_cells(lomo, adamw))
     assert found["summary"]["missing"] == []
     figures = found["summary"]["tasks"]["sst2"]
-    assert figures["methods"]["lomo"]["rate"] == methods.METHODS["lomo"].rates[1]
+    assert figures["methods"]["lomo"]["lr"] == METHODS["lomo"].learning_rates[1]
     assert figures["methods"]["adamw"]["accuracy"]["mean"] == pytest.approx(0.85)
     assert figures["methods"]["adamw"]["accuracy"]["deviation"] == pytest.approx(
         abs(adamw[1] - adamw[0]) / 2**0.5
     )
     assert figures["chance_error"] == pytest.approx(0.05)
-    page = benchmark_module("quality_report").markdown(found)
+    page = report.markdown(found)
     assert f"LOMO at least matches AdamW on SST-2 within the spread: {verdict}" in page
     assert "more than two standard errors above" in page and "longest cell took 1.5 minutes" in page
     assert "2.0 minutes at most a cell, 8 in all" in page
 
 
-def test_lomo_is_judged_beside_the_better_of_adamws_rates(benchmark_module):
+def test_lomo_is_judged_against_the_better_of_adamws_learning_rates():
     """Even where the slice chose the other one."""
-    methods, summary = benchmark_module("quality_methods"), benchmark_module("quality_summary")
-    found = results(summary, all_cells(methods, (0.86, 0.90), (0.84, 0.86), adamw_low=0.95))
-    page = benchmark_module("quality_report").markdown(found)
-    assert "**no**, it misses by 0.0700. Its mean less that of AdamW at 0.0001 is -0.0700" in page
+    found = results(all_cells((0.86, 0.90), (0.84, 0.86), adamw_low=0.95))
+    page = report.markdown(found)
+    assert "**no**, it misses by 0.0700. Its mean minus that of AdamW at 0.0001 is -0.0700" in page
     assert "| AdamW | 0.0003 | 0.850 (0.014) | 0.840, 0.860 |" in page
     assert "| the same, not chosen | 0.0001 | 0.950 (0.000) | 0.950, 0.950 |" in page
 
 
-def test_methods_near_chance_are_named(benchmark_module):
-    methods, summary = benchmark_module("quality_methods"), benchmark_module("quality_summary")
-    page = benchmark_module("quality_report").markdown(
-        results(summary, all_cells(methods, (0.58, 0.60), (0.9, 0.9)))
-    )
+def test_methods_near_chance_are_named():
+    page = report.markdown(results(all_cells((0.58, 0.60), (0.9, 0.9))))
     assert "score 0.500 here, with a standard error of 0.050" in page
     assert "so near chance: LOMO." in page
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_any_part_of_the_cells_makes_a_page(benchmark_module, tmp_path: Path, number: int):
-    methods, summary = benchmark_module("quality_methods"), benchmark_module("quality_summary")
-    cells = all_cells(methods, (0.8, 0.8), (0.9, 0.9))[:number]
-    found = results(summary, cells, None if number == 0 else 0.5)
+def test_any_part_of_the_cells_makes_a_page(tmp_path: Path, number: int):
+    cells = all_cells((0.8, 0.8), (0.9, 0.9))[:number]
+    found = results(cells, None if number == 0 else 0.5)
     assert len(found["summary"]["missing"]) == 7 - number + (number == 0)
-    benchmark_module("quality_report").write_report(tmp_path / "new", found)
+    report.write_report(tmp_path / "new", found)
     page = (tmp_path / "new" / "quality.md").read_text()
-    assert ("Not done yet" in page) is (number < 7)
-    assert ("are not both done" in page) is (number < 7)
+    assert ("Not finished yet" in page) is (number < 7)
+    assert ("are not both finished" in page) is (number < 7)
     assert (tmp_path / "new" / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((tmp_path / "new" / "quality.json").read_text())["cells"]) == number
 
@@ -151,8 +146,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_the_slice_is_taken_out_of_the_training_file(benchmark_module, data: Path, tmp_path: Path):
-    split = benchmark_module("quality_data").split
+def test_the_slice_is_taken_out_of_the_training_file(data: Path, tmp_path: Path):
     files = split("sst2", data, 10, tmp_path / "runs")
     assert (files.num_train, files.num_slice, files.num_validation) == (30, 10, 9)
     assert files.most_common == pytest.approx(5 / 9)
@@ -167,31 +161,30 @@ def test_the_slice_is_taken_out_of_the_training_file(benchmark_module, data: Pat
         split("sst2", data, 40, tmp_path / "runs")
 
 
-def test_cells_of_a_task_differ_in_method_and_rate_alone(
-    benchmark_module, monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+def test_cells_of_a_task_differ_only_in_method_and_learning_rate(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
 ):
-    script, methods = benchmark_module("quality"), benchmark_module("quality_methods")
-    assert len({len(method.rates) for method in methods.METHODS.values()}) == 1, "equal grids"
-    monkeypatch.setattr("sys.argv", ["quality.py", "--data", str(data), "--runs", str(tmp_path / "runs")])
-    args = script.parse_arguments()
-    files = benchmark_module("quality_data").split("sst2", data, 10, tmp_path / "runs")
+    assert len({len(method.learning_rates) for method in METHODS.values()}) == 1, "equal grids"
+    monkeypatch.setattr("sys.argv", ["run.py", "--data", str(data), "--runs", str(tmp_path / "runs")])
+    args = run.parse_arguments()
+    files = split("sst2", data, 10, tmp_path / "runs")
     kept = set()
-    for name, method in methods.METHODS.items():
-        own = script.make_cell(args, "sst2", files, name, method.rates[0], 1)
+    for name, method in METHODS.items():
+        own = run.make_cell(args, "sst2", files, name, method.learning_rates[0], 1)
         recipe = parse_recipe(own.recipe, own.overrides)
         assert recipe.data.evaluation == str(files.validation) and recipe.task == "sst2"
-        assert method.rates[0] == (recipe.lora.lr if name == "lora" else recipe.optimizer.lr)
+        assert method.learning_rates[0] == (recipe.lora.lr if name == "lora" else recipe.optimizer.lr)
         params = json.loads(Path(recipe.deepspeed).read_text())["optimizer"]["params"]
         assert params["rounding"] == "stochastic" and params["seed"] == 1
         kept.add(repr((recipe.steps, recipe.batch, recipe.schedule, recipe.seed, recipe.data)))
     assert len(kept) == 1
-    first = script.make_cell(args, "sst2", files, "lomo", 0.1, 0)
+    first = run.make_cell(args, "sst2", files, "lomo", 0.1, 0)
     assert parse_recipe(first.recipe, first.overrides).data.evaluation == str(files.both)
 
 
 # The baseline ------------------------------------------------------------------------------------------
 
-NUM_STEPS, RATE = 3, 0.01
+NUM_STEPS, LEARNING_RATE = 3, 0.01
 
 
 def adamw_of_torch(folder: Path, train: Path) -> list[float]:
@@ -199,7 +192,7 @@ def adamw_of_torch(folder: Path, train: Path) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     answers = encode_right_answers(tiny_tokenizer(), named_task("sst2").read(train), 64)
     losses = []
     for step, indices in enumerate(global_batches(len(answers), 8, NUM_STEPS, seed=5)):
@@ -212,14 +205,13 @@ def adamw_of_torch(folder: Path, train: Path) -> list[float]:
             part.backward()
             losses[-1] += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / NUM_STEPS)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / NUM_STEPS)
         optimizer.step()
         optimizer.zero_grad()
     return losses
 
 
-def test_the_baseline_is_adamw_on_the_same_batches(benchmark_module, data: Path, tmp_path: Path):
-    methods, cells = benchmark_module("quality_methods"), benchmark_module("cells")
+def test_the_baseline_is_adamw_on_the_same_batches(data: Path, tmp_path: Path):
     write_tiny_folder(tmp_path / "model")
     ds_json = {
         "optimizer": {"type": "Lomo", "params": {"lr": "auto"}},
@@ -234,7 +226,7 @@ def test_the_baseline_is_adamw_on_the_same_batches(benchmark_module, data: Path,
         "batch": {"train_batch_size": 8, "micro_batch_size": 2},
         "steps": NUM_STEPS,
         "max_sequence_length": 64,
-        "optimizer": {"lr": RATE},
+        "optimizer": {"lr": LEARNING_RATE},
         "schedule": {"type": "linear"},
         "deepspeed": "zero.json",
         "evaluation": {"before": False},
@@ -243,16 +235,16 @@ def test_the_baseline_is_adamw_on_the_same_batches(benchmark_module, data: Path,
         "output": str(tmp_path / "out"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    own = cells.Cell(
+    own = Cell(
         method="adamw",
         label="AdamW",
         seed=5,
         recipe=tmp_path / "recipe.yaml",
         overrides=("overwrite=true",),
-        job=methods.ADAMW_JOB,
+        job=ADAMW_JOB,
     )
-    cells.run_cell(own, 2)
-    found = cells.read_cell(own)
+    run_cell(own, 2)
+    found = read_cell(own)
     expected = adamw_of_torch(tmp_path / "model", data / "sst2" / "train.jsonl")
     assert found["losses"] == pytest.approx(expected, rel=1e-4)
     assert found["accuracy_before"] is None and found["cell_s"] > found["wall_s"]
@@ -262,4 +254,4 @@ def test_the_baseline_is_adamw_on_the_same_batches(benchmark_module, data: Path,
     assert len(predictions) == 9 and {len(one["log_likelihoods"]) for one in predictions} == {2}
     right = [one["label"] == one["predicted"] for one in predictions]
     assert found["accuracy_after"] == pytest.approx(sum(right) / 9)
-    assert cells.finished(own, 2)
+    assert finished(own, 2)

@@ -1,13 +1,13 @@
-"""The rounding benchmark: its cells' settings, and what it makes of their losses."""
+"""The rounding benchmark: its cells' settings, and the summary of their losses."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks.rounding import report, run
 from lomo_ds.training.recipe_file import parse_recipe
 
 METHODS = {"fp32": "nearest", "stochastic": "stochastic", "nearest": "nearest"}
@@ -28,10 +28,10 @@ def cell(method: str, seed: int, losses: list[float], held_out: float) -> dict:
     }
 
 
-def results(report: ModuleType, cells: list[dict]) -> dict:
+def results(cells: list[dict]) -> dict:
     return {
         "run": {
-            "command": "python benchmarks/rounding.py",
+            "command": "python -m benchmarks.rounding.run",
             "settings": ["steps=55"],
             "common_overrides": [],
             "num_seen": 880,
@@ -46,8 +46,7 @@ def results(report: ModuleType, cells: list[dict]) -> dict:
     }
 
 
-def test_losses_stand_beside_the_fp32_run_of_their_seed(benchmark_module, tmp_path: Path):
-    report = benchmark_module("rounding_report")
+def test_losses_are_compared_with_the_fp32_run_of_their_seed(tmp_path: Path):
     cells = [
         cell("fp32", 0, [0.5, 0.3] * 25, 0.40),
         cell("stochastic", 0, [0.51, 0.29] * 25, 0.402),
@@ -63,7 +62,7 @@ def test_losses_stand_beside_the_fp32_run_of_their_seed(benchmark_module, tmp_pa
     assert summary["rows"][2]["last_loss_error"] == pytest.approx(0.0)
     assert summary["rows"][2]["stretches"] == pytest.approx([1.125])
     assert summary["fp32_spread"]["loss_after"] == pytest.approx([0.05])
-    report.write_report(tmp_path, results(report, cells))
+    report.write_report(tmp_path, results(cells))
     page = (tmp_path / "rounding.md").read_text()
     assert "| bf16, nearest | 0 | 0.4500 | 1.1250 \u00b1 0.0000 | 3.0000 | 0.5000 | 1.2500 | 0.8000 |" in page
     assert "| bf16, stochastic | yes (+0.00%) | yes (+0.50%) |" in page
@@ -73,8 +72,7 @@ def test_losses_stand_beside_the_fp32_run_of_their_seed(benchmark_module, tmp_pa
     assert (tmp_path / "rounding.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_seeds_have_a_mean_and_a_spread(benchmark_module):
-    report = benchmark_module("rounding_report")
+def test_several_seeds_have_a_mean_and_a_spread():
     cells = [cell("fp32", seed, [0.4] * 50, 0.40) for seed in (0, 1)]
     cells += [cell("stochastic", 0, [0.4] * 50, 0.402), cell("stochastic", 1, [0.4] * 50, 0.410)]
     verdict = report.summarize(cells)["verdicts"]["stochastic"]["loss_after"]
@@ -83,14 +81,13 @@ def test_several_seeds_have_a_mean_and_a_spread(benchmark_module):
         "within": False,
         "deviation": pytest.approx(0.0002**0.5),
     }
-    page = report.markdown(results(report, cells))
+    page = report.markdown(results(cells))
     assert "| bf16, stochastic | yes (+0.00%; 0.00%) | **no** (+1.50%; 1.41%) |" in page
 
 
-def test_without_fp32_there_is_no_verdict(benchmark_module):
-    report = benchmark_module("rounding_report")
+def test_without_fp32_there_is_no_verdict():
     cells = [cell("nearest", 0, [0.4] * 50, 0.4)]
-    assert "Nothing stands beside fp32" in report.markdown(results(report, cells))
+    assert "No run to compare with fp32" in report.markdown(results(cells))
 
 
 @pytest.fixture
@@ -106,13 +103,12 @@ def recipe_path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_cells_differ_in_dtype_and_rounding_alone(
-    benchmark_module, monkeypatch: pytest.MonkeyPatch, recipe_path: Path, tmp_path: Path, method: str
+    monkeypatch: pytest.MonkeyPatch, recipe_path: Path, tmp_path: Path, method: str
 ):
-    script = benchmark_module("rounding")
     arguments = ["--recipe", str(recipe_path), "--runs", str(tmp_path / "runs"), "--moved", "2"]
-    monkeypatch.setattr("sys.argv", ["rounding.py", *arguments, "steps=7"])
-    args = script.parse_arguments()
-    own = script.make_cell(args, method, 5, script.split_again(args.recipe, args.runs, args.moved))
+    monkeypatch.setattr("sys.argv", ["run.py", *arguments, "steps=7"])
+    args = run.parse_arguments()
+    own = run.make_cell(args, method, 5, run.split_again(args.recipe, args.runs, args.moved))
     recipe = parse_recipe(own.recipe, own.overrides)
     assert (recipe.seed, recipe.steps, recipe.optimizer.lr) == (5, 7, 5e-4)
     train, held_out = (

@@ -6,7 +6,6 @@ import atexit
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from lomo_ds.cli.train import free_port
 from tests.harness.client import Zygote
 from tests.harness.rank import Answer, RankSetup
 
@@ -120,10 +120,7 @@ class RankPool:
 
     def _new_setups(self) -> list[RankSetup]:
         folder = tempfile.mkdtemp(dir=self._zygote.folder, prefix=f"world{self._world_size}_")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {"world_size": self._world_size, "folder": folder, "master_port": port}
+        common = {"world_size": self._world_size, "folder": folder, "master_port": free_port()}
         return [RankSetup(rank=rank, **common) for rank in range(self._world_size)]
 
     def is_idle(self) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lomo_ds.planner.child import in_child
 from lomo_ds.planner.dry_run import DryRun, dry_run
-from tests.planner.small_jobs import gpu_jobs, truth_jobs
+from tests.planner.child import in_child
+from tests.planner.small_jobs import gpu_jobs, tracked_jobs, truth_jobs
 
 
 @pytest.fixture(scope="session")
 def dry_runs() -> dict[str, DryRun]:
-    """Of ``gpu_jobs`` and ``truth_jobs``, by name."""
-    jobs = gpu_jobs() | truth_jobs()
+    """Of all ``small_jobs``, by name."""
+    jobs = gpu_jobs() | truth_jobs() | tracked_jobs()
     return dict(zip(jobs, in_child(dry_run, jobs.values()), strict=True))

@@ -1,4 +1,4 @@
-"""Small jobs that run with data in a second and dry in another."""
+"""Small jobs: a second with data, and a second as a dry run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def small_llama(**changes: Any) -> Any:
 
 
 def small_json(**top: Any) -> dict[str, Any]:
-    """bf16, limits that suit the small model, and a bound on the norm that every step exceeds."""
+    """bf16, limits that suit the small model, and a norm limit that every step exceeds."""
     zero = {
         "stage": 3,
         "reduce_bucket_size": 20_000,
@@ -71,8 +71,8 @@ def medium_jobs() -> dict[str, Job]:
 
 
 def truth_jobs() -> dict[str, Job]:
-    """Name -> a job to be run dry and with data."""
-    at_once = small_json(gradient_clipping=0.0)
+    """Name -> a job for a dry run and a run with data."""
+    unclipped = small_json(gradient_clipping=0.0)
     tiled = small_json(tiled_vocabulary={"enabled": True, "tile_numel": 9600})
     return {
         "Lomo, 1 rank": small_job(1),
@@ -82,11 +82,16 @@ def truth_jobs() -> dict[str, Job]:
         "Lomo, 2 ranks, vocabulary in tiles": small_job(2, tiled),
         "AdaLomo, 2 ranks": small_job(2, optimizer="AdaLomo"),
         "AdaLomo, immediate, 3 ranks, no checkpointing": small_job(
-            3, at_once, optimizer="AdaLomo", checkpointing="none"
+            3, unclipped, optimizer="AdaLomo", checkpointing="none"
         ),
         "SGD, 1 rank, no checkpointing": small_job(1, optimizer="SGD", checkpointing="none"),
         "SGD, 2 ranks": small_job(2, optimizer="SGD"),
     }
+
+
+def tracked_jobs() -> dict[str, Job]:
+    """Name -> a job that is compared with torch's MemTracker, in addition to some of ``truth_jobs``."""
+    return {"Lomo, immediate, 2 ranks": small_job(2, small_json(gradient_clipping=0.0))}
 
 
 def gpu_job(
@@ -112,7 +117,7 @@ def rounding(way: str) -> dict[str, Any]:
 
 
 def gpu_jobs() -> dict[str, Job]:
-    """Name -> a job whose peak is at another moment, or made of something else."""
+    """Name -> a job whose peak is at another moment, or consists of other tensors."""
     whole = {"tiled_vocabulary": {"enabled": False}}
     offloaded = {"activation_checkpointing": {"cpu_checkpointing": True}}
     at_once = {"gradient_clipping": 0.0}

@@ -123,9 +123,9 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 )
 def test_impossible_hardware(key: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = ("dense_bf16_flops", "link_bytes_s", "node_link_bytes_s", "host_link_bytes_s")
-    rates = {name: "1.0e+9" for name in names} | {"name": "mine", key: value}
+    figures = {name: "1.0e+9" for name in names} | {"name": "mine", key: value}
     path = tmp_path / "cards.yaml"
-    path.write_text("".join(f"{name}: {rate}\n" for name, rate in rates.items()))
+    path.write_text("".join(f"{name}: {value}\n" for name, value in figures.items()))
     assert f"{key} has to be" in refusal(["--hardware", str(path)], capsys)
     path.write_text("name: [")
     assert "is not YAML" in refusal(["--hardware", str(path)], capsys)

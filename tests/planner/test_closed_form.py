@@ -10,9 +10,10 @@ import pytest
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from rich.console import Console
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun
-from lomo_ds.planner.job import GIB, Job, default_ds_json
+from lomo_ds.planner.job import Job, default_ds_json
 from lomo_ds.planner.plan import Plan
 from lomo_ds.planner.presets import PRESETS, model_config
 from lomo_ds.planner.report import print_plan
@@ -74,7 +75,7 @@ ELSEWHERE = {"offload_optimizer": {"device": "cpu"}}
         ({"device": "cpu"}, "flash attention"),
         ({"top": {"data_types": {"grad_accum_dtype": "fp32"}}}, "data_types.grad_accum_dtype"),
         ({"top": APPLIED_AT_ONCE}, 'cannot honour "gradient_clipping": 1.0'),
-        ({"top": {"gradient_accumulation_steps": 2}, "host_memory_bytes": 1}, "gradients have to be parked"),
+        ({"top": {"gradient_accumulation_steps": 2}, "host_memory_bytes": 1}, "gradients have to be"),
     ],
 )
 def test_what_it_does_not_know_is_refused(settings: dict, words: str) -> None:
@@ -83,17 +84,22 @@ def test_what_it_does_not_know_is_refused(settings: dict, words: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_what_parks_is_what_the_engine_parks() -> None:
-    """What a JSON does not clip, DeepSpeed does; without room on the host nothing is parked."""
+def test_it_defers_where_the_engine_defers() -> None:
+    """DeepSpeed clips by default; without room on the host nothing is offloaded."""
     one_gpu = {"num_gpus": 1, "micro_batch": 4}
-    parked, at_once = gpu_job(**one_gpu), gpu_job(top={"gradient_clipping": 0.0}, **one_gpu)
-    assert closed_form(parked) != closed_form(at_once)
+    offloaded, at_once = gpu_job(**one_gpu), gpu_job(top={"gradient_clipping": 0.0}, **one_gpu)
+    assert closed_form(offloaded) != closed_form(at_once)
     unsaid = {key: value for key, value in at_once.ds_json.items() if key != "gradient_clipping"}
     assert GRADIENT_CLIPPING_DEFAULT > 0
-    assert closed_form(replace(at_once, ds_json=unsaid)) == closed_form(parked)
-    assert closed_form(replace(parked, host_memory_bytes=1)) == closed_form(at_once)
-    to_file = {"optimizer": {"type": "Lomo", "params": {"lr": 0.03, "park_to": "/fast"}}}
-    assert closed_form(gpu_job(top=to_file, host_memory_bytes=1, **one_gpu)) == closed_form(parked)
+    assert closed_form(replace(at_once, ds_json=unsaid)) == closed_form(offloaded)
+    assert closed_form(replace(offloaded, host_memory_bytes=1)) == closed_form(at_once)
+    to_file = {
+        "optimizer": {
+            "type": "Lomo",
+            "params": {"lr": 0.03, "offload_gradients": {"device": "nvme", "nvme_path": "/fast"}},
+        }
+    }
+    assert closed_form(gpu_job(top=to_file, host_memory_bytes=1, **one_gpu)) == closed_form(offloaded)
 
 
 def test_a_plan_tells_the_formula_or_why_there_is_none(dry_runs: dict[str, DryRun]) -> None:

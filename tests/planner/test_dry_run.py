@@ -19,23 +19,21 @@ JOBS = gpu_jobs()
 def test_shards_are_the_models_part(dry_runs: dict[str, DryRun], name: str) -> None:
     run, num_gpus = dry_runs[name], JOBS[name].num_gpus
     padding = 2 * 40  # one element for each parameter at most
-    assert run.standing["parameters"] == pytest.approx(2 * run.num_params / num_gpus, abs=padding)
-    assert run.device.by_role()["parameters"] == run.standing["parameters"]
+    assert run.at_rest["parameters"] == pytest.approx(2 * run.num_params / num_gpus, abs=padding)
+    assert run.device.by_role()["parameters"] == run.at_rest["parameters"]
 
 
 @pytest.mark.parametrize(("name", "bytes_per_param"), [("SGD", 4), ("AdamW", 12), ("tiles", 0)])
 def test_states(dry_runs: dict[str, DryRun], name: str, bytes_per_param: int) -> None:
     run = dry_runs[name]
-    assert run.standing["rule state"] == pytest.approx(
-        bytes_per_param * run.num_params / 8, rel=1e-3, abs=100
-    )
+    assert run.at_rest["rule state"] == pytest.approx(bytes_per_param * run.num_params / 8, rel=1e-3, abs=100)
 
 
 def test_lomo_never_holds_the_gradient(dry_runs: dict[str, DryRun]) -> None:
     run = dry_runs["whole vocabulary"]
-    assert run.standing["gradients"] == 0
-    assert run.most_gradient_bytes == pytest.approx(2 * 8000 * 512, rel=0.01)
-    assert dry_runs["SGD"].standing["gradients"] == pytest.approx(2 * run.num_params / 8, rel=1e-3)
+    assert run.at_rest["gradients"] == 0
+    assert run.peak_gradient_bytes == pytest.approx(2 * 8000 * 512, rel=0.01)
+    assert dry_runs["SGD"].at_rest["gradients"] == pytest.approx(2 * run.num_params / 8, rel=1e-3)
 
 
 def test_tiles_hold_no_table(dry_runs: dict[str, DryRun]) -> None:
@@ -43,11 +41,11 @@ def test_tiles_hold_no_table(dry_runs: dict[str, DryRun]) -> None:
     assert not [block for block in tables if 8000 in block.shape]
 
 
-def test_host_holds_what_is_parked_and_little_else(dry_runs: dict[str, DryRun]) -> None:
+def test_the_host_has_the_offloaded_gradients_and_little_else(dry_runs: dict[str, DryRun]) -> None:
     run = dry_runs["tiles"]
     assert run.gradient_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
-    assert run.tops["step 2: backward"]["host"].num_bytes == run.gradient_host_bytes
-    offloaded = dry_runs["offloaded"].tops["step 2: backward"]["host"].by_role()
+    assert run.peaks["step 2: backward"]["host"].num_bytes == run.gradient_host_bytes
+    offloaded = dry_runs["offloaded"].peaks["step 2: backward"]["host"].by_role()
     assert offloaded["checkpoints"] >= 3 * 2 * 128 * 512
     assert offloaded["offloaded gradients"] == run.gradient_host_bytes
 
@@ -102,10 +100,10 @@ def test_an_estimate_is_bracketed_and_labelled(dry_runs: dict[str, DryRun]) -> N
 def test_own_hardware(tmp_path) -> None:
     path = tmp_path / "cards.yaml"
     names = ("dense_bf16_flops", "link_bytes_s", "node_link_bytes_s", "host_link_bytes_s")
-    rates = "".join(f"{name}: 1.0e+9\n" for name in names)
-    path.write_text("name: mine\n" + rates)
+    figures = "".join(f"{name}: 1.0e+9\n" for name in names)
+    path.write_text("name: mine\n" + figures)
     assert isinstance(find_hardware(str(path)), Hardware)
-    path.write_text("name: mine\nlink: 3\n" + rates)
+    path.write_text("name: mine\nlink: 3\n" + figures)
     with pytest.raises(ValueError, match="link"):
         find_hardware(str(path))
 
@@ -121,4 +119,4 @@ def test_a_ledger_of_real_tensors_follows_their_lives() -> None:
         assert ledger.live_bytes["host"] == 4000
         del view
     assert ledger.live_bytes["host"] == 0
-    assert ledger.tops["step: forward"]["host"].num_bytes == 8000
+    assert ledger.peaks["step: forward"]["host"].num_bytes == 8000

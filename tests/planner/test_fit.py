@@ -1,4 +1,4 @@
-"""One definition of what fits; and the key to change names what fills the host."""
+"""One definition of what fits; and the key to change is for what fills the host."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.planner.fit import fits, missing_host_bytes
-from lomo_ds.planner.job import GIB, Job
+from lomo_ds.planner.job import Job
 from lomo_ds.planner.plan import Plan
 from lomo_ds.planner.remedy import remedy
 from tests.planner.small_jobs import gpu_job
 
 
 @dataclass
-class Stands:
-    """Stands in for a peak."""
+class StubPeak:
+    """In place of a peak."""
 
     num_bytes: int
     checkpoints: int = 0
@@ -25,16 +26,16 @@ class Stands:
 
 
 @dataclass
-class Run:
-    """Stands in for a dry run of one rank."""
+class StubRun:
+    """In place of a dry run of one rank."""
 
-    host: Stands
+    host: StubPeak
     gradient_host_bytes: int = 0
-    device: Stands = field(default_factory=lambda: Stands(GIB))
+    device: StubPeak = field(default_factory=lambda: StubPeak(GIB))
 
 
-def on_host(parked: int = 0, checkpoints: int = 0, other: int = 0) -> Run:
-    return Run(Stands(parked + checkpoints + other, checkpoints), parked)
+def on_host(offloaded: int = 0, checkpoints: int = 0, other: int = 0) -> StubRun:
+    return StubRun(StubPeak(offloaded + checkpoints + other, checkpoints), offloaded)
 
 
 def job_with_host(gib: int | None, **settings: object) -> Job:
@@ -59,16 +60,16 @@ def test_what_a_node_lacks() -> None:
 @pytest.mark.parametrize(
     ("run", "settings", "words"),
     [
-        (on_host(parked=4 * GIB), {}, '"two_pass"'),
-        (on_host(parked=4 * GIB, checkpoints=GIB), {}, '"two_pass"'),
+        (on_host(offloaded=4 * GIB), {}, '"two_pass"'),
+        (on_host(offloaded=4 * GIB, checkpoints=GIB), {}, '"two_pass"'),
         (on_host(checkpoints=4 * GIB), {}, 'lower --seq-len, or set "activation_checkpointing'),
         (on_host(checkpoints=4 * GIB), {"micro_batch": 2}, "lower --micro-batch"),
-        (on_host(parked=GIB, checkpoints=4 * GIB), {}, "cpu_checkpointing"),
+        (on_host(offloaded=GIB, checkpoints=4 * GIB), {}, "cpu_checkpointing"),
         (on_host(other=4 * GIB), {}, "16.00 GiB more host memory"),
-        (on_host(parked=4 * GIB), {"top": {"gradient_accumulation_steps": 2}}, "park_to"),
+        (on_host(offloaded=4 * GIB), {"top": {"gradient_accumulation_steps": 2}}, "offload_gradients"),
         (on_host(other=GIB), {}, ""),
     ],
 )
-def test_the_remedy_is_for_what_fills_the_host(run: Run, settings: dict, words: str) -> None:
+def test_the_remedy_is_for_what_fills_the_host(run: StubRun, settings: dict, words: str) -> None:
     text = remedy(job_with_host(16, **settings), run)
     assert words in text and bool(text) == bool(words)

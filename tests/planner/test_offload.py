@@ -1,4 +1,4 @@
-"""DeepSpeed's own engine with its states on the host: told apart from the device."""
+"""DeepSpeed's own engine with its states on the host: booked apart from the device."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from lomo_ds.planner.child import in_child
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.job import Job
+from tests.planner.child import in_child
 from tests.planner.small_jobs import gpu_job
 
 
@@ -25,15 +25,15 @@ def runs() -> dict[str, DryRun]:
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_per_param"), [("AdamW", 12), ("SGD", 4)])
-def test_states_stand_on_the_host(runs: dict[str, DryRun], optimizer: str, bytes_per_param: int) -> None:
+def test_states_are_on_the_host(runs: dict[str, DryRun], optimizer: str, bytes_per_param: int) -> None:
     run = runs[optimizer]
     per_rank = run.num_params / 8
-    assert run.standing["rule state"] == run.standing["gradients"] == 0
-    assert run.standing["parameters"] == pytest.approx(2 * per_rank, abs=80)
-    on_host = run.tops["step 2: backward"]["host"].by_role()
+    assert run.at_rest["rule state"] == run.at_rest["gradients"] == 0
+    assert run.at_rest["parameters"] == pytest.approx(2 * per_rank, abs=80)
+    on_host = run.peaks["step 2: backward"]["host"].by_role()
     assert on_host["rule state"] == pytest.approx(bytes_per_param * per_rank, rel=1e-3)
     # one gradient in bf16 and one in fp32, for the update
-    rest = run.tops["step 2: backward"]["host"].num_bytes - on_host["rule state"]
+    rest = run.peaks["step 2: backward"]["host"].num_bytes - on_host["rule state"]
     assert rest == pytest.approx((2 + 4) * per_rank, rel=1e-3)
 
 

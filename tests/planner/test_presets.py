@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lomo_ds.planner.closed_form import Shape
+from lomo_ds.planner.model_shape import ModelShape
 from lomo_ds.planner.presets import PRESETS, model_config
 from tests.planner.small_jobs import small_llama
 
@@ -25,7 +25,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name: str) -> None:
-    assert sum(Shape.of(model_config(name)).all_sizes()) == PUBLISHED[name]
+    assert sum(ModelShape.of(model_config(name)).all_sizes()) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)

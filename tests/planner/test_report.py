@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.planner.ledger import Block, Peak
 from lomo_ds.planner.memory_roles import Role
 from lomo_ds.planner.report import largest_blocks
-
-GIB = 1 << 30
 
 
 def peak_of(sizes: list[int]) -> Peak:

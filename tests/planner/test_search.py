@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from lomo_ds.planner.child import in_child
+from lomo_ds.byte_units import GIB
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
-from lomo_ds.planner.job import GIB, Job, default_ds_json
+from lomo_ds.planner.job import Job, default_ds_json
 from lomo_ds.planner.presets import model_config
 from lomo_ds.planner.search import last_near, last_that, search, with_limits
+from tests.planner.child import in_child
 from tests.planner.small_jobs import gpu_job
 
 
@@ -23,7 +24,7 @@ class Peak:
 
 @dataclass
 class Run:
-    """Stands in for a dry run: as the formula, and more by ``surplus``."""
+    """In place of a dry run: the formula's peak, and ``surplus`` more."""
 
     device: Peak
     host: Peak = field(default_factory=lambda: Peak(0))
@@ -98,7 +99,7 @@ def test_most_sequences_by_dry_runs_alone(num_fitting: int) -> None:
 
 
 class Counted:
-    """A stand-in for dry runs that remembers its jobs."""
+    """In place of dry runs; remembers its jobs."""
 
     def __init__(self, num_bytes: Callable[[Job], int]) -> None:
         self.num_bytes, self.jobs = num_bytes, []
@@ -140,7 +141,7 @@ def test_the_edge_of_real_dry_runs() -> None:
 def test_nothing_fits() -> None:
     small = llama_7b(num_gpus=1, gpu_memory_bytes=12 * GIB)
     with pytest.raises(
-        ValueError, match="nothing fits; with micro-batch 1 the peak takes 1.*10.00 GiB a card"
+        ValueError, match="nothing fits; with micro-batch 1 the peak takes 1.*10.00 GiB per card"
     ):
         search(small, "micro-batch", by_formula())
     with pytest.raises(ValueError, match="nothing fits; with gpus 4096 .* of 1.00 GiB of host memory"):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.cli.main import USAGE_ERROR
 from lomo_ds.cli.plan import main
 from lomo_ds.planner.closed_form import closed_form
-from lomo_ds.planner.job import GIB, Job, default_ds_json
+from lomo_ds.planner.job import Job, default_ds_json
 from lomo_ds.planner.presets import PRESETS, model_config
 from lomo_ds.planner.table import GPU_COUNTS, make_rows
 
@@ -48,7 +49,7 @@ def test_the_command_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--table", "--search", "gpus"], "--search is of a plan"),
+        (["--table", "--search", "gpus"], "--search is for a plan"),
         (["--table", "--num-gpus", "0"], "num-gpus has to be at least 1"),
         (["--table", "--checkpointing", "non-reentrant"], "closed form does not know"),
         ([], "--model is required, or --table"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import torch
@@ -106,13 +105,6 @@ def train(
             run.history.append(whole_params(model))
     run.params = whole_params(model)
     return run
-
-
-def free_port() -> int:
-    """A TCP port for a launch's rendezvous."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def allow_fp16_on_cpu() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lomo_ds.cli.train import free_port
 from tests.harness import run_ranks
 from tests.harness.client import REPOSITORY, rank_environment
 from tests.reference.model import TinyModel, rank_batch
@@ -192,7 +193,7 @@ def test_an_exception_in_one_ranks_backward_ends_the_launch(tmp_path: Path) -> N
         f"fail_on_one_rank(pathlib.Path({str(tmp_path)!r}))\n"
     )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    command += ["--master_port", str(jobs.free_port()), str(program)]
+    command += ["--master_port", str(free_port()), str(program)]
     environment = rank_environment()
     for name in ("RANK", "WORLD_SIZE"):
         environment.pop(name, None)

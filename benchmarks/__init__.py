@@ -1,0 +1,1 @@
+"""Side-by-side measurements; each folder writes one page of docs/benchmarks."""

@@ -1,0 +1,1 @@
+"""LoRA alone, LOMO + LoRA and LOMO alone."""

@@ -1,0 +1,1 @@
+"""Bytes and time of saving and loading a checkpoint."""

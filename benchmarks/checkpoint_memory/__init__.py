@@ -1,0 +1,1 @@
+"""Host memory of loading a model into shards and of exporting it."""

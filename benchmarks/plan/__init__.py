@@ -1,0 +1,1 @@
+"""Dry runs of large models, the floor, the paper's Table 1, and dry runs compared with real runs."""

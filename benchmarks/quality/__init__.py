@@ -1,0 +1,1 @@
+"""Task quality of several ways to train."""

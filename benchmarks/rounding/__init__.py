@@ -1,0 +1,1 @@
+"""AdaLomo in fp32 and in bf16 with each way of rounding."""

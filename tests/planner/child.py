@@ -1,0 +1,25 @@
+"""Dry runs in a process of their own: they change torch's and DeepSpeed's view of the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+
+
+def in_child(function: Callable[[Given], Result], jobs: Iterable[Given]) -> list[Result]:
+    """Call ``function`` on each job, one after another, in one fresh process.
+
+    Args:
+        function: at the top level of a module, such as ``dry_run``.
+        jobs: picklable.
+
+    Cost: importing torch and DeepSpeed once more, some seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return list(pool.map(function, jobs))
