@@ -20,7 +20,7 @@ from lomo_ds.versions import require_supported_versions
 
 require_supported_versions()
 
-from lomo_ds.checkpoint.checkpointer import ResumableEngine  # noqa: E402  (needs the versions to be right)
+from lomo_ds.checkpoint.checkpointer import Checkpointer  # noqa: E402  (needs the versions to be right)
 from lomo_ds.zero3._internals import (  # noqa: E402
     DeepSpeedConfig,
     accumulation_dtype,
@@ -32,6 +32,7 @@ from lomo_ds.zero3.apply.choose import Choice, Demands, choose, host_room_bytes,
 from lomo_ds.zero3.apply.nvme_settings import NvmeSettings  # noqa: E402
 from lomo_ds.zero3.collective_errors import failing_together  # noqa: E402
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
+from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import KEY as TILING_KEY  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig, refuse_other_heads  # noqa: E402
@@ -51,7 +52,7 @@ def initialize(
     config: str | dict[str, Any] | None = None,
     mesh_param: None = None,
     config_params: str | dict[str, Any] | None = None,
-) -> tuple[ResumableEngine, Any, Any, Any]:
+) -> tuple[LomoEngine, Any, Any, Any]:
     """Build the engine; signature and return of ``deepspeed.initialize``. Collective.
 
     Args:
@@ -84,10 +85,9 @@ def initialize(
         nvme = NvmeSettings.of(optimizer.nvme_path, ds_json.get("aio")) if optimizer.nvme_path else None
         refuse_unreadable(ds_json)
     check_ranks(ds_json, ranks := dist.get_world_size())
-    ds_config = DeepSpeedConfig(ds_json)
     with init_context_suspended():
-        engine = ResumableEngine(
-            choice=_choose(optimizer, ds_config, ranks, nvme),
+        engine = LomoEngine(
+            choice=_choose(optimizer, ds_config := DeepSpeedConfig(ds_json), ranks, nvme),
             args=args,
             model=model,
             optimizer=optimizer,
@@ -98,6 +98,7 @@ def initialize(
             config=ds_json,
             config_class=ds_config,
         )
+    engine.checkpointer = Checkpointer(engine)
     engine.tile_vocabulary(tiling)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

@@ -1,1 +1,1 @@
-"""Model folders: reading them into ZeRO-3's shards and writing them out again."""
+"""Checkpoints of an engine: saving them, resuming from them, exporting them."""

@@ -1,4 +1,4 @@
-"""The engine that ``lomo_ds.initialize`` returns: it trains, saves and goes on from what was saved."""
+"""Saving an engine and resuming from what was saved."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 
 from lomo_ds.checkpoint.directory import CheckpointRoot, require_tag
+from lomo_ds.checkpoint.engine_state import EngineState
 from lomo_ds.checkpoint.latest_resumable import latest_tag
 from lomo_ds.checkpoint.restore import LoadOptions, restore
-from lomo_ds.checkpoint.snapshot import take_snapshot
-from lomo_ds.checkpoint.writer import CheckpointWriter, SaveJob
+from lomo_ds.checkpoint.save import CheckpointWriter, SaveJob, take_snapshot
 from lomo_ds.zero3.collective_errors import failing_together
-from lomo_ds.zero3.engine import LomoEngine
 
 
-class ResumableEngine(LomoEngine):
-    """``LomoEngine`` with checkpoints, by DeepSpeed's two methods and in its folders.
+class Checkpointer:
+    """Saves and loads an engine's checkpoints, with DeepSpeed's arguments and in its folders.
 
     Args:
-        arguments: of ``LomoEngine``, by name.
+        engine: whose ``save_checkpoint``, ``load_checkpoint`` and ``wait_for_checkpoint`` call this; what it
+            needs of an engine is in ``engine_state``.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, engine: Any) -> None:
+        self._state = EngineState(engine)
         self._writer: CheckpointWriter | None = None
-        super().__init__(**arguments)
 
-    def save_checkpoint(
+    def save(
         self,
         save_dir: str | os.PathLike,
         tag: str | None = None,
@@ -54,9 +54,9 @@ class ResumableEngine(LomoEngine):
             save_latest: let the file ``latest`` name it.
             exclude_frozen_parameters: leave out what is not trained; loading expects it in the model then.
             tokenizer: of transformers, to be exported with the model.
-            keep_last: remove older checkpoints in ``save_dir`` but so many, this one counted.
-            asynchronous: return when the shards are copied to host memory, and write beside training;
-                ``wait_for_checkpoint`` and the next save wait for it, and raise what went wrong.
+            keep_last: checkpoints that are kept in ``save_dir``, this one included; older ones are removed.
+            asynchronous: return when the shards are copied to host memory, and write during training;
+                ``wait`` and the next save wait for it, and raise what went wrong.
             compress: store weights in bfloat16 in 12 bits each, without loss; see ``packing``.
 
         Returns:
@@ -75,14 +75,14 @@ class ResumableEngine(LomoEngine):
         with failing_together():
             if keep_last is not None and keep_last < 1:
                 raise ValueError(f"keep_last has to be at least 1, not {keep_last}")
-            tag = require_tag(f"global_step{self.global_steps}" if tag is None else str(tag))
-            snapshot = take_snapshot(self, client_state or {}, with_frozen=not exclude_frozen_parameters)
+            tag = require_tag(f"global_step{self._state.global_steps}" if tag is None else str(tag))
+            snapshot = take_snapshot(self._state, client_state or {}, not exclude_frozen_parameters)
         _require_same(tag)
         job = SaveJob(
             root=CheckpointRoot(save_dir),
             tag=tag,
             snapshot=snapshot,
-            model=self.module,
+            model=self._state.model,
             tokenizer=tokenizer,
             save_latest=save_latest,
             keep_last=keep_last,
@@ -92,16 +92,16 @@ class ResumableEngine(LomoEngine):
         self._writer.write(job, asynchronous)
         return True
 
-    def wait_for_checkpoint(self) -> None:
-        """Wait for a checkpoint that is being written beside training. Collective.
+    def wait(self) -> None:
+        """Wait for a checkpoint that is being written during training. Collective.
 
         Raises:
-            OSError: it could not be written; see ``save_checkpoint``.
+            OSError: it could not be written; see ``save``.
         """
         if self._writer is not None:
             self._writer.wait()
 
-    def load_checkpoint(
+    def load(
         self,
         load_dir: str | os.PathLike,
         tag: str | None = None,
@@ -113,13 +113,13 @@ class ResumableEngine(LomoEngine):
         *,
         verify: bool = True,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """Go on from a checkpoint, on any number of ranks. Collective.
+        """Resume from a checkpoint, on any number of ranks. Collective.
 
-        Every file is held against its checksum, and the checkpoint against the model, before anything is
+        Every file is checked against its checksum, and the checkpoint against the model, before anything is
         changed. Unlike DeepSpeed's, it may be called at any step boundary.
 
         Args:
-            load_dir: as given to ``save_checkpoint``.
+            load_dir: as given to ``save``.
             tag: which one; by default what ``latest`` names.
             load_module_strict: refuse a checkpoint without exactly the model's parameters.
             load_optimizer_states: also rules' states, step counts, loss scale and random generators; without
@@ -127,7 +127,7 @@ class ResumableEngine(LomoEngine):
             load_lr_scheduler_states: also the schedule.
             load_module_only: the weights and nothing else; they may be of another dtype.
             custom_load_fn: refused unless None.
-            verify: hold every file against its checksum; False where that has just been done.
+            verify: check every file against its checksum; False where that has just been done.
 
         Returns:
             (folder of the checkpoint, client_state); (None, None) and a warning where there is no ``latest``.
@@ -137,7 +137,7 @@ class ResumableEngine(LomoEngine):
         """
         if custom_load_fn is not None:
             raise ValueError("custom_load_fn is not supported: it would have to unpickle; leave it out")
-        self.wait_for_checkpoint()
+        self.wait()
         root = CheckpointRoot(load_dir)
         tag = latest_tag(root) if tag is None else str(tag)
         if tag is None:
@@ -154,7 +154,7 @@ class ResumableEngine(LomoEngine):
             module_only=load_module_only,
             verify=verify,
         )
-        return str(folder), restore(self, folder, options)
+        return str(folder), restore(self._state, folder, options)
 
 
 def _require_same(tag: str) -> None:

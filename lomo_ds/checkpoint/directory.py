@@ -12,20 +12,20 @@ import re
 import shutil
 from pathlib import Path
 
-from lomo_ds.checkpoint.manifest import read_manifest, sync
+from lomo_ds.checkpoint.format import read_manifest
+from lomo_ds.model_io.file_records import sync
+from lomo_ds.model_io.safe_names import MAX_NAME_BYTES, is_safe_name
 
 LATEST_FILE = "latest"
-"""DeepSpeed's name for the file that holds the newest checkpoint's tag."""
+"""DeepSpeed's name for the file that holds the tag of the last checkpoint saved."""
 
 _INCOMPLETE, _REPLACED, _REMOVED = ".incomplete-", ".replaced-", ".removed-"
 _NEW_LATEST = ".latest-new"
-_MAX_TAG_LENGTH = 200
 
 
 def is_tag(name: str) -> bool:
-    """Whether ``name`` can be a checkpoint's folder: it neither leaves its place nor hides in it."""
-    plain = name and name == Path(name).name and name.isprintable() and not name.startswith(".")
-    return bool(plain) and name != LATEST_FILE and len(name.encode()) <= _MAX_TAG_LENGTH
+    """Whether ``name`` can be a checkpoint's folder: it neither leads out of its place nor hides in it."""
+    return is_safe_name(name) and name != LATEST_FILE
 
 
 def require_tag(tag: str) -> str:
@@ -60,7 +60,7 @@ class CheckpointRoot:
     # Writing -----------------------------------------------------------------------------------
 
     def begin(self, tag: str) -> Path:
-        """Make an empty folder to write the checkpoint ``tag`` in; what killed jobs left behind goes.
+        """Make an empty folder to write the checkpoint ``tag`` in; what killed jobs left behind is removed.
 
         Raises:
             OSError: the folder cannot be written to.
@@ -100,10 +100,10 @@ class CheckpointRoot:
         os.replace(scratch, self.path / LATEST_FILE)
         sync(self.path)
 
-    def keep_newest(self, count: int, tag: str) -> None:
-        """Remove what is older than the newest ``count`` checkpoints, counted back from ``tag``.
+    def keep_last(self, count: int, tag: str) -> None:
+        """Remove older checkpoints than the last ``count``, counted back from ``tag``, itself included.
 
-        Those with more steps than ``tag``, from which a run has gone back, neither count nor go.
+        Those with more steps than ``tag``, from which a run has gone back, are neither counted nor removed.
         """
         tags, spared = self.tags(), self.latest()
         for old in tags[tags.index(tag) + count :]:
@@ -134,7 +134,7 @@ class CheckpointRoot:
         path = self.path / LATEST_FILE
         try:
             with path.open("rb") as stream:
-                content = stream.read(2 * _MAX_TAG_LENGTH)
+                content = stream.read(2 * MAX_NAME_BYTES)
             return require_tag(content.decode("utf-8").strip())
         except FileNotFoundError:
             return None

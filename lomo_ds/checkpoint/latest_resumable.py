@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: the newest one of which every byte is what was written."""
+"""Which checkpoint to resume: the one with the most steps of which every byte is what was written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 from deepspeed.utils import logger
 
-from lomo_ds.checkpoint.description import read_description
 from lomo_ds.checkpoint.directory import CheckpointRoot
-from lomo_ds.checkpoint.manifest import FileRecord, find_damage, read_manifest, unlisted_files
+from lomo_ds.checkpoint.format import find_damage, read_description, read_manifest, unlisted_files
+from lomo_ds.model_io.file_records import FileRecord
 from lomo_ds.zero3.collective_errors import failing_together
 
 
@@ -50,7 +50,10 @@ def _share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> dict[
 
 
 def latest_resumable(root: CheckpointRoot) -> str | None:
-    """The tag of the newest checkpoint that is whole; each broken one is named in a warning. Collective."""
+    """The tag of the whole checkpoint with the most steps, or None. Collective.
+
+    Each broken one with more steps is named in a warning.
+    """
     with failing_together():
         found = [root.tags()] if _prepare(root) else []
     dist.broadcast_object_list(tags := found or [None], src=0)

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from lomo_ds.checkpoint.description import read_description
 from lomo_ds.checkpoint.directory import CheckpointRoot
-from lomo_ds.checkpoint.manifest import (
+from lomo_ds.checkpoint.format import (
     MANIFEST_FILE,
     Manifest,
     find_damage,
+    read_description,
     read_manifest,
-    sync,
     unlisted_files,
 )
-from lomo_ds.checkpoint.stored_model import StoredModel, read_stored_model
-from lomo_ds.model_io.atomic_folder import make_scratch_folder, put_in_place, require_room
-from lomo_ds.model_io.folder import (
-    INDEX_FILE,
-    MAX_FILE_BYTES,
-    MODEL_FOLDER,
-    SINGLE_FILE,
-    plan_files,
-    write_index,
-)
-from lomo_ds.model_io.json_file import read_json, write_json
-from lomo_ds.model_io.tensor_file import write_tensor_file
-
-Report = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes of it that are done, and all its bytes."""
+from lomo_ds.checkpoint.stored_model import read_stored_model
+from lomo_ds.model_io.folder import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE
+from lomo_ds.model_io.model_writer import MAX_FILE_BYTES, Report, write_model
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
@@ -85,11 +70,11 @@ def find_checkpoint(path: Path, tag: str | None = None) -> Path:
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions, report: Report) -> None:
     """Write a checkpoint's model so that transformers' ``from_pretrained`` loads it.
 
-    The same tensors as ``export_pretrained`` writes from the engine: adapters are merged in fp32 and rounded
-    once. ``out`` takes its name when everything in it is on the disk.
+    The same files as ``export_pretrained`` writes from the engine: adapters are merged in fp32 and rounded
+    once. ``out`` gets its name when everything in it is on the disk.
 
     Args:
-        checkpoint: of ``find_checkpoint``. Every byte of it is held against its checksum first.
+        checkpoint: of ``find_checkpoint``. Every byte of it is checked against its checksum first.
         out: the new folder.
         options: see there.
         report: shows how far it is.
@@ -105,15 +90,8 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions, repor
     manifest = _verified(checkpoint, report)
     description = read_description(checkpoint)
     model = read_stored_model(checkpoint, list(manifest.files), description, options.dtype)
-    require_room(out, sum(record.num_bytes for record in model.tensors.values()), "the model")
-    scratch = make_scratch_folder(out)
-    try:
-        _copy_model_files(checkpoint, scratch, manifest)
-        _set_dtype(scratch / "config.json", model)
-        _write_weights(scratch, model, options.max_file_bytes, report)
-        put_in_place(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    write_small_files = partial(_copy_model_files, checkpoint, manifest)
+    write_model(out, model, write_small_files, options.max_file_bytes, report)
 
 
 def _require_free(out: Path, checkpoint: Path, overwrite: bool) -> None:
@@ -131,7 +109,7 @@ def _require_free(out: Path, checkpoint: Path, overwrite: bool) -> None:
 
 
 def _verified(folder: Path, report: Report) -> Manifest:
-    """The manifest, after every file has been held against it."""
+    """The manifest, after every file has been checked against it."""
     manifest = read_manifest(folder)
     if extra := unlisted_files(folder, manifest):
         raise ValueError(f"the checkpoint is broken: {folder / extra[0]}: is not a file of this checkpoint")
@@ -145,7 +123,7 @@ def _verified(folder: Path, report: Report) -> Manifest:
     return manifest
 
 
-def _copy_model_files(checkpoint: Path, scratch: Path, manifest: Manifest) -> None:
+def _copy_model_files(checkpoint: Path, manifest: Manifest, scratch: Path) -> None:
     """Configuration, generation settings and tokenizer."""
     for name in manifest.files:
         inside = name.removeprefix(f"{MODEL_FOLDER}/")
@@ -154,51 +132,3 @@ def _copy_model_files(checkpoint: Path, scratch: Path, manifest: Manifest) -> No
                 raise ValueError(f"{checkpoint / name}: weights do not belong there")
             (scratch / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint / name, scratch / inside)
-
-
-def _set_dtype(config: Path, model: StoredModel) -> None:
-    """Let the configuration name the dtype of the weights, which ``from_pretrained`` takes the model in."""
-    dtypes = {record.dtype for record in model.tensors.values() if record.dtype.is_floating_point}
-    if not config.is_file() or len(dtypes) != 1:
-        return
-    content = read_json(config)
-    if not isinstance(content, dict):
-        raise ValueError(f"{config.name} of the checkpoint is not a JSON object")
-    write_json(config, _with_dtype(content, str(dtypes.pop()).removeprefix("torch.")))
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A configuration and those inside it with another dtype, where they name one."""
-    changed = {
-        key: _with_dtype(value, dtype) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-    }
-    return changed | {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
-
-
-def _write_weights(scratch: Path, model: StoredModel, max_file_bytes: int, report: Report) -> None:
-    tensors = model.tensors
-    sizes = {name: record.num_bytes for name, record in tensors.items()}
-    plan, total = plan_files(sizes, max_file_bytes), sum(sizes.values())
-    write_index(scratch, plan, total)
-    counted = _Counted(model=model, report=report, total=total)
-    for file, names in plan.items():
-        records = {name: tensors[name] for name in names}
-        write_tensor_file(scratch / file, records, counted.pieces, {"format": "pt"})
-        sync(scratch / file)
-
-
-@dataclass(kw_only=True)
-class _Counted:
-    """A model's pieces, reported as they are taken."""
-
-    model: StoredModel
-    report: Report
-    total: int
-    done: int = 0
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        for piece in self.model.pieces(name):
-            yield piece
-            self.done += piece.numel() * piece.element_size()
-            self.report("writing the model", self.done, self.total)

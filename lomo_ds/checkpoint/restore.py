@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,24 @@ import torch.distributed.checkpoint as dcp
 from deepspeed.utils import logger
 from torch.nn import Parameter
 
-from lomo_ds.checkpoint.description import Description, ParamRecord, read_description
+from lomo_ds.checkpoint.dcp import PieceLoadPlanner, ShardReader
+from lomo_ds.checkpoint.engine_state import EngineState, Piece
+from lomo_ds.checkpoint.format import Description, ParamRecord, read_description
 from lomo_ds.checkpoint.latest_resumable import damage_of
-from lomo_ds.checkpoint.planners import PieceLoadPlanner
 from lomo_ds.checkpoint.rng_state import RandomState, reseed
+from lomo_ds.checkpoint.save import CLIENT_FILE, plain_errors, random_file
 from lomo_ds.checkpoint.shard_files import ShardFiles, buffer_key
-from lomo_ds.checkpoint.snapshot import named_params, param_record
-from lomo_ds.checkpoint.storage import ShardReader
-from lomo_ds.checkpoint.tensors import Piece, model_pieces, optimizer_pieces
-from lomo_ds.checkpoint.writer import CLIENT_FILE, plain_errors, random_file
 from lomo_ds.config import from_mapping
 from lomo_ds.model_io.json_file import read_json
+from lomo_ds.model_io.misfits import WRONG_SHAPE, refuse_misfits, wrong_shape
 from lomo_ds.zero3.collective_errors import failing_together
 
-_MAX_NAMED = 3
+_TRAINED_OTHERWISE = "trained otherwise (load_module_only=True takes the weights alone)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What of a checkpoint is taken; see ``engine.load_checkpoint``."""
+    """What of a checkpoint is taken; see ``Checkpointer.load``."""
 
     strict: bool = True
     optimizer: bool = True
@@ -43,10 +41,22 @@ class LoadOptions:
 
     @property
     def with_optimizer(self) -> bool:
+        """Whether rules' states, counts and random generators are restored."""
         return self.optimizer and not self.module_only
 
 
-def restore(engine: Any, folder: Path, options: LoadOptions) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What has been read of a checkpoint, and checked, before anything is changed."""
+
+    description: Description
+    params: dict[str, Parameter]
+    client: dict[str, Any]
+    random_state: RandomState | None
+    reader: ShardReader
+
+
+def restore(state: EngineState, folder: Path, options: LoadOptions) -> dict[str, Any]:
     """Bring an engine to where ``folder`` was saved. Collective.
 
     Everything is checked before the first shard is written to.
@@ -61,100 +71,89 @@ def restore(engine: Any, folder: Path, options: LoadOptions) -> dict[str, Any]:
     if damage is not None:
         raise ValueError(f"the checkpoint is broken: {damage}")
     with failing_together():
-        description = read_description(folder)
-        params = _match(engine, description, options)
-        client = _read_client(folder)
-        random_state = _read_random_state(folder, description)
-        pieces = partial(_pieces, engine, params, description, options)
-        reader = _find_tensors(folder, pieces())
-    _load_tensors(engine, reader, pieces, options)
-    if options.with_optimizer:
-        _restore_counts(engine, params, description)
+        contents = _read(state, folder, options)
+    _load_tensors(state, contents, options)
+    description = contents.description
     if not options.module_only:
-        _restore_progress(engine, description, client, options)
-        if options.with_optimizer:
-            _restore_randomness(random_state, description)
-    return client["client_state"]
+        state.set_counters(description.progress)
+    if options.with_optimizer:
+        state.set_num_updates({name: record.num_updates for name, record in description.params.items()})
+        state.set_optimizer_progress(description.progress)
+    if options.lr_scheduler and not options.module_only:
+        state.set_scheduler_state(contents.client["lr_scheduler"])
+    if options.with_optimizer:
+        _restore_randomness(contents.random_state, description)
+    return contents.client["client_state"]
 
 
-def _match(engine: Any, description: Description, options: LoadOptions) -> dict[str, Parameter]:
+def _read(state: EngineState, folder: Path, options: LoadOptions) -> _Contents:
+    description = read_description(folder)
+    params = _match(state, description, options)
+    return _Contents(
+        description=description,
+        params=params,
+        client=_read_client(folder),
+        random_state=_read_random_state(folder, description),
+        reader=_find_tensors(folder, _pieces(state, params, description, options)),
+    )
+
+
+def _match(state: EngineState, description: Description, options: LoadOptions) -> dict[str, Parameter]:
     """The parameters that are loaded, by name.
 
     Raises:
         ValueError: a parameter, rule or setting of the checkpoint is another than the engine's.
     """
-    params, entries = named_params(engine.module), engine.optimizer.updater.entries
-    own = {name: param_record(param, entries.get(param)) for name, param in params.items()}
-    misfits = _Misfits()
-    for name, record in own.items():
-        saved = description.params.get(name)
-        if saved is None:
-            excused = record.rule is None and description.frozen_excluded
-            misfits.add("missing", name, when=options.strict and not excused)
-        elif saved.shape != record.shape:
-            misfits.add("wrong", f"{name} has shape {saved.shape} instead of {record.shape}")
-        elif options.with_optimizer:
-            misfits.add_all("wrong", _rule_misfits(name, saved, record))
-    for name in description.params.keys() - own.keys():
-        misfits.add("unexpected", name, when=options.strict)
-    misfits.raise_any()
+    params = state.params()
+    own, saved = state.records(params), description.params
+    both = [name for name in own if name in saved]
+    misfits = {}
+    if options.strict:
+        left_out = {name for name in own if own[name].rule is None and description.frozen_excluded}
+        misfits["missing"] = own.keys() - saved.keys() - left_out
+        misfits["unexpected"] = saved.keys() - own.keys()
+    misfits[WRONG_SHAPE] = [_shape_misfit(name, saved[name], own[name]) for name in both]
     if options.with_optimizer:
-        _require_same_rounding(engine, description)
-    return {name: param for name, param in params.items() if name in description.params}
+        misfits[_TRAINED_OTHERWISE] = [_rule_misfit(name, saved[name], own[name]) for name in both]
+    refuse_misfits("the checkpoint's parameters are not the model's", misfits)
+    if options.with_optimizer:
+        _require_same_rounding(state, description)
+    return {name: param for name, param in params.items() if name in saved}
 
 
-@dataclass(frozen=True)
-class _Misfits:
-    found: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, text: str, when: bool = True) -> None:
-        if when:
-            self.found.setdefault(kind, []).append(text)
-
-    def add_all(self, kind: str, texts: list[str]) -> None:
-        for text in texts:
-            self.add(kind, text)
-
-    def raise_any(self) -> None:
-        if self.found:
-            parts = [_first_few(kind, sorted(texts)) for kind, texts in self.found.items()]
-            raise ValueError(f"the checkpoint is not of this model: parameters {'; '.join(parts)}")
+def _shape_misfit(name: str, saved: ParamRecord, own: ParamRecord) -> str | None:
+    return wrong_shape(name, saved.shape, own.shape) if saved.shape != own.shape else None
 
 
-def _first_few(kind: str, texts: list[str]) -> str:
-    rest = f" and {len(texts) - _MAX_NAMED} more" if len(texts) > _MAX_NAMED else ""
-    return f"{kind}: {', '.join(texts[:_MAX_NAMED])}{rest}"
+def _rule_misfit(name: str, saved: ParamRecord, own: ParamRecord) -> str | None:
+    """How a parameter of the same shape was trained otherwise than it is now; None where it was not."""
+    if saved.shape == own.shape and saved.dtype != own.dtype:
+        return f"{name} is {saved.dtype} there and {own.dtype} here"
+    if saved.shape == own.shape and (saved.rule, set(saved.state)) != (own.rule, set(own.state)):
+        return f"{name} is trained by {saved.rule} there and by {own.rule} here"
+    return None
 
 
-def _rule_misfits(name: str, saved: ParamRecord, own: ParamRecord) -> list[str]:
-    remedy = "load_module_only=True takes the weights alone"
-    if saved.dtype != own.dtype:
-        return [f"{name} is {saved.dtype} there and {own.dtype} here ({remedy})"]
-    if (saved.rule, set(saved.state)) != (own.rule, set(own.state)):
-        return [f"{name} is trained by {saved.rule} there and by {own.rule} here ({remedy})"]
-    return []
-
-
-def _require_same_rounding(engine: Any, description: Description) -> None:
-    own = engine.optimizer.optimizer.rounding
-    kept = {"kahan", "compensated8"}
-    if description.rounding != own and kept & {description.rounding, own}:
+def _require_same_rounding(state: EngineState, description: Description) -> None:
+    with_memory = {"kahan", "compensated8"}
+    if description.rounding != state.rounding and with_memory & {description.rounding, state.rounding}:
         raise ValueError(
-            f'"optimizer.params.rounding" is {own!r}, and the checkpoint was saved with '
+            f'"optimizer.params.rounding" is {state.rounding!r}, and the checkpoint was saved with '
             f"{description.rounding!r}: set it to that, or load with load_optimizer_states=False"
         )
 
 
 def _pieces(
-    engine: Any, params: Mapping[str, Parameter], description: Description, options: LoadOptions
+    state: EngineState, params: Mapping[str, Parameter], description: Description, options: LoadOptions
 ) -> dict[str, Piece]:
     """What is filled from the checkpoint's tensors, by their names there."""
-    pieces = model_pieces(engine.module, params)
     known = {buffer_key(name) for name in description.buffers}
-    pieces = {key: piece for key, piece in pieces.items() if not key.startswith("buffers/") or key in known}
-    return pieces | (
-        optimizer_pieces(params, engine.optimizer.updater.entries) if options.with_optimizer else {}
-    )
+    pieces = {
+        key: piece
+        for key, piece in state.model_pieces(params).items()
+        if not key.startswith(buffer_key("")) or key in known
+    }
+    return pieces | (state.optimizer_pieces(params) if options.with_optimizer else {})
 
 
 def _find_tensors(folder: Path, pieces: Mapping[str, Piece]) -> ShardReader:
@@ -170,47 +169,13 @@ def _find_tensors(folder: Path, pieces: Mapping[str, Piece]) -> ShardReader:
     return ShardReader(files, shapes)
 
 
-def _load_tensors(
-    engine: Any, reader: ShardReader, pieces: Callable[[], dict[str, Piece]], options: LoadOptions
-) -> None:
-    optimizer = engine.optimizer
-    optimizer.empty_partition_cache()  # a forward may have left the next one's parameters in flight
-    with optimizer.replacing_shards(), torch.no_grad():
+def _load_tensors(state: EngineState, contents: _Contents, options: LoadOptions) -> None:
+    with state.replacing_shards():
         with plain_errors():
-            dcp.load(pieces(), storage_reader=reader, planner=PieceLoadPlanner())
+            pieces = _pieces(state, contents.params, contents.description, options)
+            dcp.load(pieces, storage_reader=contents.reader, planner=PieceLoadPlanner())
         if not options.with_optimizer:
-            optimizer.updater.reset()
-
-
-def _restore_counts(engine: Any, params: Mapping[str, Parameter], description: Description) -> None:
-    entries = engine.optimizer.updater.entries
-    for name, param in params.items():
-        if param in entries:
-            entries[param].num_updates = description.params[name].num_updates
-
-
-def _restore_progress(
-    engine: Any, description: Description, client: Mapping[str, Any], options: LoadOptions
-) -> None:
-    progress, optimizer = description.progress, engine.optimizer
-    engine.global_steps = progress.global_steps
-    engine.global_samples = progress.global_samples
-    engine.skipped_steps = progress.skipped_steps
-    engine.micro_steps = progress.global_steps * engine.gradient_accumulation_steps()
-    if options.optimizer:
-        optimizer.set_scaler_state(progress.loss_scaler)
-        optimizer.last_norm = progress.last_norm
-        if len(progress.groups) == len(optimizer.param_groups):
-            for group, numbers in zip(optimizer.param_groups, progress.groups, strict=True):
-                group.update(
-                    {
-                        key: value
-                        for key, value in numbers.items()
-                        if type(group.get(key, 0.0)) in (int, float)
-                    }
-                )
-    if options.lr_scheduler and engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(client["lr_scheduler"])
+            state.reset_rules()
 
 
 def _read_client(folder: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class RandomState:
             _decode(self.accelerator)
 
     def restore(self) -> None:
-        """Let the generators go on from these states."""
+        """Let the generators continue from these states."""
         torch.set_rng_state(_decode(self.torch))
         if self.accelerator is not None and _has_device():
             get_accelerator().set_rng_state(_decode(self.accelerator))
@@ -75,7 +75,7 @@ class RandomState:
 
 
 def reseed(seed: int) -> None:
-    """Seed every generator of this rank, where there is no state to go on from."""
+    """Seed every generator of this rank, where there is no state to continue from."""
     torch.manual_seed(seed)
     get_accelerator().manual_seed(seed)
     random.seed(seed)

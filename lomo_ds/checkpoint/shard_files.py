@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, PackedTensor, is_table
+from lomo_ds.checkpoint.packing import PACKED_KEY, PackedTensor, is_table
 from lomo_ds.model_io.tensor_file import TensorFile, TensorRecord, read_tensor_file
 
 SHARDING_KEY = "DCP_SHARDING_INFO"
@@ -30,7 +30,7 @@ def buffer_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class _PlainTensor:
-    """A tensor that stands in a file as it is; ``PackedTensor`` is the other kind."""
+    """A tensor that is stored as it is; ``PackedTensor`` is the other kind."""
 
     file: TensorFile
     name: str
@@ -122,7 +122,7 @@ class ShardFiles:
             yield from part.source.pieces()
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor on.
+        """Fill ``out``, 1-D and of any dtype, with a tensor's elements from ``start``.
 
         Raises:
             ValueError: a file has become too short.

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from lomo_ds.checkpoint.description import AdapterRecord, Description
+from lomo_ds.checkpoint.format import AdapterRecord, Description
 from lomo_ds.checkpoint.shard_files import ShardFiles, buffer_key, weight_key
 from lomo_ds.model_io.adapters import Adapter, plain_name
 from lomo_ds.model_io.tensor_file import TensorRecord
@@ -29,7 +28,7 @@ class _Stored:
 
 
 class StoredModel:
-    """A checkpoint's model under the names it has without peft's wrapper.
+    """A checkpoint's model under the names it has without peft's wrapper, as a ``ModelTensors``.
 
     Args:
         description: of the checkpoint.
@@ -90,9 +89,8 @@ class StoredModel:
             weight = Adapter(scaling=record.scaling, **parts).merge(weight)
         return weight
 
-    def _adapter_part(self, name: str) -> Parameter:
-        whole = self._files.whole(weight_key(name), self._description.params[name].shape)
-        return Parameter(whole, requires_grad=False)
+    def _adapter_part(self, name: str) -> Tensor:
+        return self._files.whole(weight_key(name), self._description.params[name].shape)
 
 
 def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -143,7 +141,7 @@ def _without_wrapper(description: Description, tensors: Mapping[str, _Stored]) -
 def _adapters_by_weight(
     description: Description, tensors: Mapping[str, _Stored]
 ) -> dict[str, list[AdapterRecord]]:
-    """Weight's name -> its adapters, held against each other's shapes."""
+    """Weight's name -> its adapters, whose shapes have been checked."""
     found: dict[str, list[AdapterRecord]] = {}
     for record in description.adapters:
         layer = record.weight.removesuffix(_BASE)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Adapter:
         scaling: alpha / r.
     """
 
-    down: Parameter
-    up: Parameter
+    down: Tensor
+    up: Tensor
     scaling: float
 
     @torch.no_grad()

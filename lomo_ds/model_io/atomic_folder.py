@@ -1,4 +1,4 @@
-"""Folders that are written where there is room, aside, and get their name when they are whole."""
+"""Folders that appear whole or not at all: filled under a hidden name, brought to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from lomo_ds.byte_units import shown_bytes
+from lomo_ds.model_io.file_records import sync
+
 SPARE_BYTES = 16 << 20
-"""Disk that the small files beside the weights may take."""
+"""Disk that the small files next to the weights may take."""
 
 
 def require_room(path: Path, num_bytes: int, what: str) -> None:
@@ -27,10 +31,8 @@ def require_room(path: Path, num_bytes: int, what: str) -> None:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = free_bytes(existing)
     if free < num_bytes + SPARE_BYTES:
-        raise OSError(
-            errno.ENOSPC,
-            f"{what} takes {num_bytes / 1e9:.3g} GB and {existing} has {free / 1e9:.3g} GB left",
-        )
+        message = f"{what} takes {shown_bytes(num_bytes)} and {existing} has {shown_bytes(free)} left"
+        raise OSError(errno.ENOSPC, message)
 
 
 def free_bytes(folder: Path) -> int:
@@ -38,31 +40,37 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def make_scratch_folder(path: Path) -> Path:
-    """An empty hidden folder beside ``path``, to be filled and given to ``put_in_place``.
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A hidden empty folder next to ``path`` for the block to fill, which then takes the place of ``path``.
+
+    Everything in it is on the disk before it gets its name. Where the block raises, nothing is left of it,
+    and what was at ``path`` stays.
 
     Raises:
-        OSError: it cannot be made there.
+        OSError: the folder cannot be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield scratch
+        _put_in_place(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def put_in_place(scratch: Path, path: Path) -> None:
-    """Give the whole folder its name and ordinary permissions; what had the name goes."""
+def _put_in_place(scratch: Path, path: Path) -> None:
+    """Give the whole folder its name and ordinary permissions; what had the name is removed."""
     ordinary = 0o777 & ~_umask()
-    scratch.chmod(ordinary)
-    for file in _files(scratch):
-        file.chmod(ordinary & 0o666)
+    for entry in (*scratch.rglob("*"), scratch):
+        entry.chmod(ordinary if entry.is_dir() else ordinary & 0o666)
+        sync(entry)
     old = scratch.with_name(scratch.name + "-old")
     if path.exists():
         os.replace(path, old)
     os.replace(scratch, path)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (entry for entry in folder.rglob("*") if entry.is_file())
 
 
 def _umask() -> int:

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from lomo_ds.model_io.json_file import read_json, write_json
+from lomo_ds.model_io.json_file import read_json
+from lomo_ds.model_io.safe_names import is_safe_name
 from lomo_ds.model_io.tensor_file import TensorFile, read_tensor_file
-from lomo_ds.zero3.piecewise import pieces_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MODEL_FOLDER = "huggingface"
 """Part of a checkpoint that holds everything of such a folder but the weights."""
-
-MAX_FILE_BYTES = 2 * 10**9
-"""Largest safetensors file that is written; a larger tensor gets its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,7 @@ class ModelFolder:
         return self.shape(name) == shape
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor taken row-major.
+        """Fill ``out``, 1-D and of any dtype, with a tensor's elements from ``start``, row-major.
 
         Raises:
             ValueError: the file has become shorter.
@@ -90,29 +86,6 @@ def _names_in_index(index: Path) -> list[str]:
         raise ValueError(f"model: {index} is not an index of safetensors files")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name != Path(name).name or not name.isprintable() or not name.endswith(".safetensors"):
+        if not is_safe_name(name) or not name.endswith(".safetensors"):
             raise ValueError(f"model: {index} names {name!r}, which is no safetensors file of its folder")
     return names
-
-
-def plan_files(num_bytes: Mapping[str, int], max_file_bytes: int) -> dict[str, list[str]]:
-    """File name -> the tensors it holds, in order; a tensor larger than a file gets its own."""
-    groups = list(pieces_of(num_bytes, max_file_bytes, num_bytes.__getitem__))
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": names for i, names in enumerate(groups, start=1)}
-
-
-def write_index(path: Path, plan: Mapping[str, list[str]], total_bytes: int) -> None:
-    """Write the index where there are several files.
-
-    Args:
-        path: of the folder.
-        plan: of ``plan_files``.
-        total_bytes: of all tensors.
-    """
-    if len(plan) > 1:
-        weight_map = {name: file for file, names in plan.items() for name in names}
-        content: dict[str, Any] = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(path / INDEX_FILE, content)

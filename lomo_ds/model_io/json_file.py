@@ -9,8 +9,8 @@ from typing import Any
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write a JSON file; returns its path."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write a JSON file with the layout of transformers' own; returns its path."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
-from lomo_ds.checkpoint.tensors import named_buffers
 from lomo_ds.model_io.folder import read_folder
+from lomo_ds.model_io.misfits import WRONG_SHAPE, refuse_misfits, wrong_shape
+from lomo_ds.model_io.named_tensors import flat_part, named_buffers, whole_shape
 from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
 from lomo_ds.model_io.universal import UniversalFolder, read_universal
-from lomo_ds.zero3._internals import is_sharded, local_shard, shard_spec
 from lomo_ds.zero3.collective_errors import failing_together
-
-_MAX_NAMED = 3
-"""Tensors that an error names before it only counts the rest."""
 
 _OUTDATED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and that models compute themselves today."""
@@ -168,24 +164,6 @@ class WeightSource(Protocol):
     def read_into(self, name: str, start: int, out: Tensor) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Target:
-    """Where a tensor of the files goes: a parameter (cut or whole) or a buffer."""
-
-    tensor: Tensor
-    shape: tuple[int, ...]
-
-    def flat_start(self) -> int:
-        """The first element that goes there."""
-        sharded = isinstance(self.tensor, Parameter) and is_sharded(self.tensor)
-        return shard_spec(self.tensor).start if sharded else 0
-
-    def flat(self) -> Tensor:
-        if isinstance(self.tensor, Parameter) and is_sharded(self.tensor):
-            return local_shard(self.tensor)
-        return self.tensor.data.view(-1)
-
-
 @torch.no_grad()
 def load_shards(model: Module, source: WeightSource) -> None:
     """Fill a cut model's shards (and its buffers) from files. Collective.
@@ -202,7 +180,7 @@ def load_shards(model: Module, source: WeightSource) -> None:
         names_of = _names_of_params(model)
         for name, buffer in named_buffers(model).items():
             if not isinstance(source, UniversalFolder) or name in source.files:
-                names_of[buffer] = [name]
+                names_of.setdefault(buffer, []).append(name)
         _fill(_match(model, source, names_of), source)
 
 
@@ -213,15 +191,14 @@ def _load_remaining_buffers(model: Module, source: UniversalFolder, path: Path) 
         buffers = {name: buffer for name, buffer in named_buffers(model).items() if name not in source.files}
         if buffers:
             folder = read_folder(path)
-            missing = [name for name in buffers if name not in folder.files]
-            _refuse_misfits(folder, missing=missing)
+            _refuse_misfits(folder, missing=[name for name in buffers if name not in folder.files])
             for name, buffer in buffers.items():
                 folder.read_into(name, 0, buffer.view(-1))
 
 
-def _fill(targets: Mapping[str, _Target], source: WeightSource) -> None:
-    for name, target in targets.items():
-        source.read_into(name, target.flat_start(), target.flat())
+def _fill(targets: Mapping[str, Tensor], source: WeightSource) -> None:
+    for name, tensor in targets.items():
+        source.read_into(name, *flat_part(tensor))
 
 
 def _names_of_params(model: Module) -> dict[Tensor, list[str]]:
@@ -232,25 +209,26 @@ def _names_of_params(model: Module) -> dict[Tensor, list[str]]:
     return names_of
 
 
-def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[str]]) -> dict[str, _Target]:
-    """Tensor name in the files -> where it goes; a tied parameter under the first name that is there."""
+def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[str]]) -> dict[str, Tensor]:
+    """Tensor name in the files -> what it fills: a parameter (cut or whole) or a buffer.
+
+    A tied one is found under the first of its names that is there.
+    """
     present = {tensor: [n for n in names if n in source.files] for tensor, names in names_of.items()}
-    missing = [names_of[tensor][0] for tensor, names in present.items() if not names]
     known = {name for names in names_of.values() for name in names}
-    unexpected = [n for n in source.files if n not in known and not _may_be_ignored(model, n)]
-    targets = {n[0]: _Target(tensor=t, shape=_whole_shape(t)) for t, n in present.items() if n}
-    wrong = [
-        f"{name} has shape {source.shape(name)} instead of {target.shape}"
-        for name, target in targets.items()
-        if not source.fits(name, target.shape)
-    ]
-    _refuse_misfits(source, missing=missing, unexpected=unexpected, wrong=wrong)
+    targets = {names[0]: tensor for tensor, names in present.items() if names}
+    shapes = {name: whole_shape(tensor) for name, tensor in targets.items()}
+    _refuse_misfits(
+        source,
+        missing=[names_of[tensor][0] for tensor, names in present.items() if not names],
+        unexpected=[n for n in source.files if n not in known and not _may_be_ignored(model, n)],
+        wrong=[
+            wrong_shape(name, source.shape(name), shape)
+            for name, shape in shapes.items()
+            if not source.fits(name, shape)
+        ],
+    )
     return targets
-
-
-def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    sharded = isinstance(tensor, Parameter) and is_sharded(tensor)
-    return shard_spec(tensor).shape if sharded else tuple(tensor.shape)
 
 
 def _may_be_ignored(model: Module, name: str) -> bool:
@@ -258,12 +236,11 @@ def _may_be_ignored(model: Module, name: str) -> bool:
     return bool(_OUTDATED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
 
 
-def _refuse_misfits(source: WeightSource, **misfits: list[str]) -> None:
-    problems = []
-    for kind, names in misfits.items():
-        if names:
-            label = {"wrong": "of the wrong shape"}.get(kind, kind)
-            rest = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-            problems.append(f"{len(names)} {label}: {', '.join(sorted(names)[:_MAX_NAMED])}{rest}")
-    if problems:
-        raise ValueError(f"model: the tensors in {source.path} are not the model's: {'; '.join(problems)}")
+def _refuse_misfits(
+    source: WeightSource,
+    missing: Sequence[str] = (),
+    unexpected: Sequence[str] = (),
+    wrong: Sequence[str] = (),
+) -> None:
+    misfits = {"missing": missing, "unexpected": unexpected, WRONG_SHAPE: wrong}
+    refuse_misfits(f"model: the tensors in {source.path} are not the model's", misfits)

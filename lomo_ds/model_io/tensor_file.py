@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lomo_ds.checkpoint.manifest import FileRecord, RecordingWriter
+from lomo_ds.model_io.file_records import FileRecord, RecordingWriter
 
 METADATA_KEY = "__metadata__"
 PIECE_BYTES = 16 << 20
@@ -102,7 +102,7 @@ class TensorFile:
                 yield piece
 
     def read(self, stream: BinaryIO, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out``, 1-D, on the host and of the tensor's dtype, from element ``start`` on.
+        """Fill ``out``, 1-D, on the host and of the tensor's dtype, with the elements from ``start``.
 
         Args:
             stream: the file, opened without a buffer.
@@ -121,7 +121,7 @@ class TensorFile:
             done += num_bytes
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor on."""
+        """Fill ``out``, 1-D and of any dtype, with a tensor's elements from ``start``."""
         if out.device.type == "cpu" and out.dtype == self.tensors[name].dtype and out.is_contiguous():
             self.fill(name, start, out)
             return
@@ -176,17 +176,27 @@ def _record(entry: Mapping[str, Any], data_start: int, num_bytes: int) -> Tensor
     return record
 
 
+def host_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's elements, row-major, in 1-D tensors of at most PIECE_BYTES on the host.
+
+    Args:
+        tensor: on any device; it is not copied as a whole.
+    """
+    for piece in tensor.detach().reshape(-1).split(max(1, PIECE_BYTES // tensor.element_size())):
+        yield piece.cpu()
+
+
 def write_tensor_file(
     path: Path,
     tensors: Mapping[str, TensorRecord],
     pieces_of: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str],
 ) -> FileRecord:
-    """Write a safetensors file; it is not waited for until it is on the disk.
+    """Write a safetensors file, without waiting until it is on the disk.
 
     Args:
         path: of the new file.
-        tensors: what it holds; where each begins is worked out here.
+        tensors: what it holds, in any order: the file's is that of the safetensors package.
         pieces_of: name -> its elements, row-major, as contiguous tensors of the record's dtype. Called once
             for each tensor, in the file's order; each piece is written before the next is asked for.
         metadata: texts for the header; ``{"format": "pt"}`` for transformers.

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lomo_ds.checkpoint.directory import is_tag
+from lomo_ds.model_io.safe_names import is_safe_name
 
 LATEST_UNIVERSAL = "latest_universal"
-"""DeepSpeed's name for the file that holds the newest universal checkpoint's tag."""
+"""DeepSpeed's name for the file that names the latest universal checkpoint."""
 
 _TENSORS_FOLDER, _WEIGHT_FILE = "zero", "fp32.pt"
 _TENSOR_KEY = "param"
@@ -43,7 +43,7 @@ class UniversalFolder:
         return self.shape(name) in (shape, (math.prod(shape),))
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out``, 1-D and of any dtype, from element ``start`` of a tensor taken row-major.
+        """Fill ``out``, 1-D and of any dtype, with a tensor's elements from ``start``, row-major.
 
         Raises:
             ValueError: the file is broken.
@@ -80,8 +80,8 @@ def _folder(path: Path) -> Path:
     try:
         if not (path / _TENSORS_FOLDER).is_dir() and latest.is_file():
             tag = latest.read_text(encoding="utf-8").strip()
-            if not is_tag(tag):
-                raise ValueError(f"weights: {latest} names {tag[:100]!r}, which is no folder beside it")
+            if not is_safe_name(tag):
+                raise ValueError(f"weights: {latest} names {tag[:100]!r}, which is no folder next to it")
             path = path / tag
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"weights: {latest} cannot be read") from None

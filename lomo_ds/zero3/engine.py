@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -30,10 +31,12 @@ class LomoEngine(EngineBase):
     Attributes:
         tiles_vocabulary: whether a forward with labels returns a loss and no logits.
         owns_forwards: see ``StepEngine``.
+        checkpointer: a ``lomo_ds.checkpoint.checkpointer.Checkpointer``, set by ``lomo_ds.initialize``.
     """
 
     tiles_vocabulary = False
     owns_forwards: ClassVar[bool] = False
+    checkpointer: Any = None
 
     def __init__(self, choice: Choice, **engine_arguments: Any) -> None:
         self._choice = choice
@@ -116,6 +119,49 @@ class LomoEngine(EngineBase):
         """
         norm = super().get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    # Checkpoints -------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | PathLike,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        **options: Any,
+    ) -> bool:
+        """Save everything that the next step depends on; see ``Checkpointer.save``. Collective."""
+        return self.checkpointer.save(
+            save_dir, tag, client_state, save_latest, exclude_frozen_parameters, **options
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | PathLike,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable | None = None,
+        **options: Any,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Resume from a checkpoint, on any number of ranks; see ``Checkpointer.load``. Collective."""
+        return self.checkpointer.load(
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+            **options,
+        )
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait for a checkpoint that is being written during training. Collective."""
+        self.checkpointer.wait()
 
 
 def _require_differentiable_scalar(loss: Any) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lomo_ds.checkpoint.directory import CheckpointRoot
-from lomo_ds.checkpoint.manifest import find_damage, read_manifest, record_of, unlisted_files, write_manifest
+from lomo_ds.checkpoint.format import find_damage, read_manifest, unlisted_files, write_manifest
+from lomo_ds.model_io.file_records import record_of
 
 
 def write(root: CheckpointRoot, tag: str, num_steps: int, text: str = "content") -> Path:
@@ -54,12 +55,12 @@ def test_leftovers_of_killed_jobs_go(root: CheckpointRoot):
     assert sorted(path.name for path in root.path.iterdir()) == [".incomplete-d", "a"]
 
 
-def test_the_newest_stay(root: CheckpointRoot):
+def test_the_last_ones_stay(root: CheckpointRoot):
     for num_steps in (2, 10, 4, 6):
         write(root, f"global_step{num_steps}", num_steps)
     assert root.tags() == ["global_step10", "global_step6", "global_step4", "global_step2"]
     root.point_latest_to("global_step2")
-    root.keep_newest(1, "global_step6")  # a run that has gone back behind step 10
+    root.keep_last(1, "global_step6")  # a run that has gone back behind step 10
     assert root.tags() == ["global_step10", "global_step6", "global_step2"]
     assert root.latest() == "global_step2"
 

@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lomo_ds.checkpoint import offline_export
-from lomo_ds.checkpoint.description import read_description, write_description
-from lomo_ds.checkpoint.manifest import read_manifest, record_of, write_manifest
+from lomo_ds.checkpoint.format import (
+    read_description,
+    read_manifest,
+    write_description,
+    write_manifest,
+)
 from lomo_ds.cli.export import main
-from lomo_ds.model_io import atomic_folder, tensor_file
+from lomo_ds.model_io import atomic_folder, model_writer, tensor_file
+from lomo_ds.model_io.file_records import record_of
 from tests.harness import run_ranks
 from tests.model_io import export_jobs as jobs
 from tests.model_io.test_load import zero3
@@ -71,7 +75,7 @@ def test_logits_are_the_engines_to_the_bit(
     assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in (tmp_path / "online").iterdir())
     assert files == sorted(path.name for path in out.iterdir())
-    for name in (name for name in files if name.endswith((".safetensors", ".index.json"))):
+    for name in files:
         assert same_bytes(tmp_path / "online" / name, out / name), name
     assert ("model.safetensors.index.json" in files) == (max_file_bytes < 10**9)
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -182,7 +186,7 @@ def root(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str | Path) -> str:
-    """The one line that the command prints; nothing is written beside the checkpoint."""
+    """The one line that the command prints; nothing is written next to the checkpoint."""
     assert main([str(argument) for argument in arguments]) in (1, 2)
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1, told
@@ -247,7 +251,7 @@ def test_too_little_room(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic_folder, "free_bytes", lambda folder: 1000)
-    assert "1e-06 GB left" in refused(capsys, root, tmp_path / "out")
+    assert "1000 bytes left" in refused(capsys, root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -257,7 +261,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(offline_export, "write_tensor_file", full)
+    monkeypatch.setattr(model_writer, "write_tensor_file", full)
     assert "No space left" in refused(capsys, root, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["root"]
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from lomo_ds.checkpoint.directory import CheckpointRoot
-from lomo_ds.checkpoint.manifest import (
+from lomo_ds.checkpoint.format import (
     checksum,
     find_damage,
     read_manifest,
-    record_of,
     unlisted_files,
     write_manifest,
 )
+from lomo_ds.model_io.file_records import record_of
 from lomo_ds.model_io.folder import read_folder
 from tests.checkpoint.hostile import WRITERS, check_that_it_goes_off
 from tests.harness import run_ranks

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint's files, read by others than the code that wrote them."""
+"""What a checkpoint's files hold, read by other code than wrote them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lomo_ds.checkpoint.dcp import PieceLoadPlanner, PieceSavePlanner, ShardReader, ShardWriter
+from lomo_ds.checkpoint.engine_state import Piece
 from lomo_ds.checkpoint.latest_resumable import _share
-from lomo_ds.checkpoint.manifest import FileRecord
-from lomo_ds.checkpoint.planners import PieceLoadPlanner, PieceSavePlanner
 from lomo_ds.checkpoint.shard_files import ShardFiles
-from lomo_ds.checkpoint.storage import ShardReader, ShardWriter
-from lomo_ds.checkpoint.tensors import Piece
+from lomo_ds.model_io.file_records import FileRecord
 from lomo_ds.shards import ShardSpec
 from tests.harness import run_ranks
 

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lomo_ds.checkpoint.directory import CheckpointRoot
-from lomo_ds.checkpoint.manifest import MANIFEST_FILE, checksum, read_manifest, record_of, write_manifest
+from lomo_ds.checkpoint.format import MANIFEST_FILE, checksum, read_manifest, write_manifest
 from lomo_ds.cli.export import main
+from lomo_ds.model_io.file_records import record_of
 from tests.fuzz.cases import book, cases
 from tests.fuzz.mutations import damaged, mutated
 from tests.harness import run_ranks
@@ -128,7 +129,7 @@ def byte_changes(draw: st.DrawFn, root: Path) -> Change:
 @cases(18)
 @given(data=st.data())
 def test_manifests(workplace: Path, data: st.DataObject) -> None:
-    """The manifest's own checksum is put right, so that what stands behind it is reached."""
+    """The manifest's own checksum is put right, so that what it guards is reached."""
     change = data.draw(changes(workplace / "whole" / TAG, (MANIFEST_FILE,)))
     (name,) = change
     document = json.loads(change[name])

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from lomo_ds.model_io.adapters import Adapter, adapted_layers, adapters_of, plain_model, plain_name
-from lomo_ds.model_io.export import stored_tensors
+from lomo_ds.model_io.live_model import live_tensors
 from tests.tiny import tiny_llama
 
 
@@ -39,14 +39,14 @@ def adapted(model=None, **settings):
 
 
 def test_what_is_stored_is_what_the_plain_model_stores():
-    plain = stored_tensors(tiny_llama())
+    plain = live_tensors(tiny_llama())
     model = plain_model(adapted())
-    stored = stored_tensors(model)
+    stored = live_tensors(model)
     assert list(stored) == list(plain) and type(model) is type(tiny_llama())
     changed = [name for name, tensor in stored.items() if tensor.adapters]
     assert changed == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
-    assert {name: tensor.num_bytes for name, tensor in stored.items()} == {
-        name: tensor.num_bytes for name, tensor in plain.items()
+    assert {name: tensor.record for name, tensor in stored.items()} == {
+        name: tensor.record for name, tensor in plain.items()
     }
 
 
@@ -64,11 +64,11 @@ def test_adapters_that_are_merged_or_switched_off_add_nothing():
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`")
 def test_adapters_that_cannot_be_merged_are_refused(settings: dict):
     with pytest.raises(ValueError, match="only plain LoRA of linear layers is merged"):
-        stored_tensors(plain_model(adapted(**settings)))
+        live_tensors(plain_model(adapted(**settings)))
 
 
 def test_an_adapter_on_a_tied_weight_is_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="lm_head.weight is tied"):
-        stored_tensors(plain_model(model))
+        live_tensors(plain_model(model))

@@ -1,4 +1,4 @@
-"""Exporting: transformers loads what was written, weight for weight, and training can go on."""
+"""Exporting: transformers loads what was written, weight for weight, and training can continue."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lomo_ds.model_io.export import plan_files
+from lomo_ds.model_io.model_writer import plan_files
+from lomo_ds.model_io.tensor_file import PIECE_BYTES
 from tests.harness import run_ranks
+from tests.model_io.peak_memory import PeakMemory
 from tests.model_io.test_load import zero3
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_folder
 
@@ -46,17 +48,69 @@ def export_between_steps(folder: str, out: str, ds_json: dict, max_file_bytes: i
     return [*losses, _step(engine)]
 
 
-def export_to_a_full_disk(folder: str, out: str, ds_json: dict) -> None:
-    import lomo_ds.model_io.export as export
+def export_in_small_pieces(folder: str, out: str, num_bytes: int) -> None:
+    """Export twice: to ``out``/whole as it comes, and to ``out``/pieces in pieces of ``num_bytes``."""
+    from lomo_ds.model_io import export, shard_exchange, tensor_file
 
-    def no_space(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    before, export.save_file = export.save_file, no_space
+    engine = _engine(folder, zero3(0))
+    export.export_pretrained(engine, f"{out}/whole")
+    before = tensor_file.PIECE_BYTES
+    tensor_file.PIECE_BYTES = shard_exchange.PIECE_BYTES = num_bytes
     try:
-        export.export_pretrained(_engine(folder, ds_json), out)
+        export.export_pretrained(engine, f"{out}/pieces")
     finally:
-        export.save_file = before
+        tensor_file.PIECE_BYTES = shard_exchange.PIECE_BYTES = before
+
+
+def fail_to_write() -> None:
+    """Let rank 0's disk be full after the first pieces of a file."""
+    from lomo_ds.model_io import file_records
+
+    honest = file_records.RecordingWriter.write
+
+    def write(self, content):
+        if self.num_bytes > 20_000:
+            raise OSError("no space left on device")
+        honest(self, content)
+
+    file_records.RecordingWriter.write = write
+
+
+def fail_to_send() -> None:
+    """Let rank 1 fail at its part of one tensor."""
+    from lomo_ds.model_io.shard_exchange import ShardExchange
+
+    honest = ShardExchange._own_piece
+
+    def own_piece(self, number, first, last):
+        if number == 3 and torch.distributed.get_rank() == 1:
+            raise MemoryError("no host memory for a piece")
+        return honest(self, number, first, last)
+
+    ShardExchange._own_piece = own_piece
+
+
+def fail_to_describe() -> None:
+    """Let rank 0 fail before it asks for anything."""
+    from lomo_ds.model_io import export
+
+    def write_model_files(*arguments):
+        raise ValueError("no such configuration")
+
+    export.write_model_files = write_model_files
+
+
+def export_under(sabotage, folder: str, out: str) -> str:
+    """What a rank raises when it exports after ``sabotage``."""
+    from lomo_ds.model_io.export import export_pretrained
+
+    engine = _engine(folder, zero3(0))
+    sabotage()
+    try:
+        export_pretrained(engine, out)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -91,21 +145,70 @@ def _reference_after_one_step(tied: bool) -> torch.nn.Module:
     return model
 
 
-def test_a_failed_write_leaves_nothing_and_no_rank_waiting(tmp_path: Path):
+def test_pieces_are_put_together_in_order(tmp_path: Path):
+    write_tiny_folder(tmp_path / "in", tied=False)
+    run_ranks(3, export_in_small_pieces, str(tmp_path / "in"), str(tmp_path / "out"), 28)
+    whole, pieces = (tmp_path / "out" / name / "model.safetensors" for name in ("whole", "pieces"))
+    assert whole.read_bytes() == pieces.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "failed_rank", "message"),
+    [
+        (fail_to_write, 0, "OSError: no space left on device"),
+        (fail_to_send, 1, "MemoryError: no host memory for a piece"),
+        (fail_to_describe, 0, "ValueError: no such configuration"),
+    ],
+)
+def test_a_failed_export_leaves_nothing_and_no_rank_waiting(
+    tmp_path: Path, sabotage, failed_rank: int, message: str
+):
     write_tiny_folder(tmp_path / "in")
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("an earlier export")
-    with pytest.raises((OSError, RuntimeError), match="no space left"):
-        run_ranks(2, export_to_a_full_disk, str(tmp_path / "in"), str(out), zero3(0))
+    told = run_ranks(3, export_under, sabotage, str(tmp_path / "in"), str(out), fresh=True)
+    assert told[failed_rank] == message
+    assert all(told) and all("rank" in one for rank, one in enumerate(told) if rank != failed_rank), told
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", "out"]
     assert (out / "precious").is_file()
 
 
-def test_files_are_filled_in_order():
+def export_peak(toy: str, folder: str, out: str) -> int:
+    """Peak resident memory of an export beyond what there was before it, in bytes."""
+    from lomo_ds.model_io.export import export_pretrained
+
+    ds_json = zero3(0, bf16=True)
+    export_pretrained(_engine(toy, ds_json), f"{out}/toy")  # what is imported at first use
+    engine = _engine(folder, ds_json)
+    meter = PeakMemory()
+    export_pretrained(engine, f"{out}/model")
+    return meter.peak_bytes()
+
+
+def test_no_rank_takes_memory_for_more_than_a_piece(tmp_path: Path) -> None:
+    """Of a model of 51 MB; tensors and files are larger than a piece."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 24_000}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, **shape))
+    num_bytes = sum(param.numel() for param in model.parameters()) * 2
+    model.save_pretrained(tmp_path / "model")
+    write_tiny_folder(tmp_path / "toy")
+    arguments = (str(tmp_path / "toy"), str(tmp_path / "model"), str(tmp_path / "out"))
+    for peak in run_ranks(2, export_peak, *arguments, fresh=True):
+        assert peak <= PIECE_BYTES + (8 << 20) < num_bytes / 1.2
+    assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_size > num_bytes
+
+
+def test_files_are_planned_as_transformers_does(tmp_path: Path):
     sizes = {"a": 4, "b": 5, "c": 2, "d": 20, "e": 1}
     plan = plan_files(sizes, 10)
-    assert list(plan.values()) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert list(plan)[0] == "model-00001-of-00004.safetensors"
-    assert plan_files(sizes, 100) == {"model.safetensors": list(sizes)}
-    assert json.dumps(plan)
+    assert list(plan.filename_to_tensors.values()) == [["a", "b"], ["d"], ["c", "e"]]
+    assert list(plan.filename_to_tensors)[0] == "model-00001-of-00003.safetensors"
+    assert plan_files(sizes, 100).filename_to_tensors == {"model.safetensors": list(sizes)}
+    model = tiny_llama()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    names = {name: param.numel() * 4 for name, param in model.named_parameters()}
+    assert plan_files(names, 20_000).tensor_to_filename == index["weight_map"]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.harness import run_ranks
+from tests.model_io.peak_memory import PeakMemory
 from tests.tiny import write_tiny_folder
 
 MANY_FILES = "20KB"
@@ -172,24 +173,18 @@ def test_any_stretch_can_be_read(
 
 def load_peak(toy: str, folder: str, ds_json: dict) -> tuple[int, int, int]:
     """(peak resident memory of a load beyond what there was, bytes of the shard, of the largest tensor)."""
-    import ctypes
-
     import deepspeed
 
     from lomo_ds.model_io.load import load_pretrained
     from lomo_ds.zero3._internals import full_numel, local_shard
 
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: what is freed leaves the process
-        ctypes.CDLL(None).mallopt(option, 262144)
     deepspeed.init_distributed()
     load_pretrained(toy, ds_json)  # what is imported at first use
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")
-    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    meter = PeakMemory()
     params = list(load_pretrained(folder, ds_json).parameters())
-    peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    peak = meter.peak_bytes()
     shard = sum(local_shard(param).numel() for param in params)
-    return (peak - before) * 1024, shard * 2, max(map(full_numel, params)) * 2
+    return peak, shard * 2, max(map(full_numel, params)) * 2
 
 
 def test_a_rank_takes_memory_for_its_shard_and_one_tensor(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_latest_stays_in_its_folder(tmp_path: Path, latest: str) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "evil" / "zero").mkdir(parents=True)
     (tmp_path / "root" / "latest_universal").write_text(latest)
-    with pytest.raises(ValueError, match=r"no folder beside it|not a universal checkpoint"):
+    with pytest.raises(ValueError, match=r"no folder next to it|not a universal checkpoint"):
         read_universal(tmp_path / "root")
 
 

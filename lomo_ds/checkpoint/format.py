@@ -1,54 +1,28 @@
-"""Which files make a checkpoint, and whether they still are what was written."""
+"""What the JSON files of a checkpoint say: which files make it up, and what is in them.
+
+``manifest.json`` names every other file with its size and checksum; ``checkpoint.json`` describes the tensors
+and the run.
+"""
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any
 
 from lomo_ds.config import from_mapping
+from lomo_ds.model_io.file_records import FileRecord, record_of, sync
 from lomo_ds.model_io.json_file import read_json, write_json
 
 MANIFEST_FILE = "manifest.json"
+DESCRIPTION_FILE = "checkpoint.json"
+
 _FORMAT = "lomo_ds checkpoint 1"
-_PIECE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """A file as it was written.
-
-    Attributes:
-        num_bytes: its size.
-        crc32: of its content, eight hexadecimal digits. It finds damage, not malice: whoever can write to a
-            checkpoint can also write its manifest.
-    """
-
-    num_bytes: int
-    crc32: str
-
-
-class RecordingWriter:
-    """Writes to a binary stream and keeps the record of what it wrote."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._crc = stream, 0
-        self.num_bytes = 0
-
-    def write(self, content: memoryview) -> None:
-        """Write bytes, in portions that are still in the processor's cache for the checksum."""
-        for first in range(0, len(content), _PIECE_BYTES):
-            piece = content[first : first + _PIECE_BYTES]
-            self._crc = zlib.crc32(piece, self._crc)
-            self._stream.write(piece)
-        self.num_bytes += len(content)
-
-    @property
-    def record(self) -> FileRecord:
-        return FileRecord(num_bytes=self.num_bytes, crc32=f"{self._crc:08x}")
+# The manifest -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +45,7 @@ class Manifest:
         if self.format != _FORMAT:
             raise ValueError(f"the format is {self.format!r}, this version reads {_FORMAT!r}")
         if self.checksum != checksum(self.global_steps, self.files):
-            raise ValueError("its content is another than was written (its checksum differs)")
+            raise ValueError("its content is not what was written (its checksum differs)")
         for name in self.files:
             if not _stays_inside(name):
                 raise ValueError(f"{name!r} is not the name of a file inside the checkpoint")
@@ -91,16 +65,6 @@ def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
     plain = name == str(path) and "\\" not in name and "\0" not in name
     return plain and not path.is_absolute() and ".." not in path.parts and name != "."
-
-
-def record_of(path: Path) -> FileRecord:
-    """Size and checksum of a file as the file system gives it back. Reads the whole file."""
-    crc, num_bytes, buffer = 0, 0, memoryview(bytearray(_PIECE_BYTES))
-    with path.open("rb", buffering=0) as stream:
-        while length := stream.readinto(buffer):
-            crc = zlib.crc32(buffer[:length], crc)
-            num_bytes += length
-    return FileRecord(num_bytes=num_bytes, crc32=f"{crc:08x}")
 
 
 def write_manifest(folder: Path, global_steps: int, files: Mapping[str, FileRecord]) -> None:
@@ -124,7 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def find_damage(folder: Path, files: Mapping[str, FileRecord]) -> str | None:
-    """Hold files against their records, sizes before contents.
+    """Compare files with their records, sizes before contents.
 
     Args:
         folder: of the checkpoint.
@@ -167,13 +131,105 @@ def _wrong_content(path: Path, record: FileRecord) -> str | None:
         same = record_of(path).crc32 == record.crc32
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if same else "has another content than was written (its checksum differs)"
+    return None if same else "its content is not what was written (its checksum differs)"
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# The description --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamRecord:
+    """A parameter of the checkpoint.
+
+    Attributes:
+        shape: of the whole parameter.
+        dtype: torch's name without "torch.".
+        rule: class of the update rule; None for a frozen parameter.
+        state: names of the rule's tensors.
+        num_updates: that it had had.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    rule: str | None = None
+    state: tuple[str, ...] = ()
+    num_updates: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """A LoRA adapter by its parameters' names: ``weight`` runs as ``weight + scaling * up @ down``."""
+
+    weight: str
+    down: str
+    up: str
+    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """DeepSpeed's counters, and what the optimizer remembers from step to step.
+
+    Attributes:
+        global_steps, global_samples, skipped_steps: of DeepSpeed's engine.
+        loss_scaler: the numbers of DeepSpeed's loss scaler, by their names there.
+        last_norm: of lagged clipping.
+        groups: numbers of each parameter group, such as lr.
+    """
+
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+    last_norm: float | None = None
+    groups: tuple[dict[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Everything about a checkpoint that is neither a tensor nor the user's own.
+
+    Attributes:
+        world_size: ranks that saved it.
+        rounding: how low-precision weights were written back.
+        seed: of stochastic rounding.
+        params: by name, frozen ones included; a tied one under its first name.
+        buffers: names of the persistent buffers.
+        frozen_excluded: whether parameters that were not trained were left out.
+        aliases: other names of tied parameters -> their first.
+        adapters: LoRA adapters, for an export that merges them.
+        adapted_layers: names of all layers that peft has wrapped; None where they hold adapters of another
+            kind, which cannot be merged.
+        wrapper: what every name begins with where peft has wrapped the model, such as "base_model.model.".
+        progress: counters and scales.
+        ds_config: DeepSpeed JSON of the run.
+        versions: of the libraries that wrote it.
+    """
+
+    world_size: int
+    rounding: str
+    seed: int
+    params: dict[str, ParamRecord]
+    progress: Progress
+    buffers: tuple[str, ...] = ()
+    frozen_excluded: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[AdapterRecord, ...] = ()
+    adapted_layers: tuple[str, ...] | None = ()
+    wrapper: str = ""
+    ds_config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write_description(folder: Path, description: Description) -> Path:
+    """Write ``checkpoint.json``; returns its path."""
+    return write_json(folder / DESCRIPTION_FILE, asdict(description))
+
+
+def read_description(folder: Path) -> Description:
+    """Read ``checkpoint.json``.
+
+    Raises:
+        ValueError: it is missing or broken; the message names the file.
+    """
+    return from_mapping(Description, read_json(folder / DESCRIPTION_FILE), str(folder / DESCRIPTION_FILE))

@@ -1,29 +1,31 @@
-"""Writing a checkpoint from all ranks: aside, to the disk, checked, and only then under its name."""
+"""Saving a checkpoint from all ranks: under a hidden name until every byte of it is on the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lomo_ds.checkpoint.description import write_description
+from lomo_ds.checkpoint.dcp import PieceSavePlanner, ShardWriter
 from lomo_ds.checkpoint.directory import CheckpointRoot
-from lomo_ds.checkpoint.manifest import FileRecord, record_of, sync, write_manifest
-from lomo_ds.checkpoint.planners import PieceSavePlanner
-from lomo_ds.checkpoint.snapshot import Snapshot
-from lomo_ds.checkpoint.storage import ShardWriter
+from lomo_ds.checkpoint.engine_state import EngineState, Piece
+from lomo_ds.checkpoint.format import Description, write_description, write_manifest
+from lomo_ds.checkpoint.rng_state import RandomState
 from lomo_ds.model_io.adapters import plain_model
 from lomo_ds.model_io.atomic_folder import require_room
-from lomo_ds.model_io.export import write_model_files
+from lomo_ds.model_io.file_records import FileRecord, record_of, sync
 from lomo_ds.model_io.folder import MODEL_FOLDER
 from lomo_ds.model_io.json_file import write_json
+from lomo_ds.model_io.model_writer import write_model_files
 from lomo_ds.zero3.collective_errors import failing_together
 
 CLIENT_FILE = "client_state.pt"
@@ -32,6 +34,88 @@ CLIENT_FILE = "client_state.pt"
 def random_file(rank: int) -> str:
     """Where the states of a rank's random generators are."""
     return f"random-{rank:05d}.json"
+
+
+# What is saved ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One rank's part of a checkpoint.
+
+    Attributes:
+        pieces: stored name -> what this rank holds.
+        description: of the whole, the same on every rank.
+        random_state: of this rank's generators.
+        client: ``client_state`` and the schedule's state, as ``pack_client`` makes it.
+    """
+
+    pieces: dict[str, Piece]
+    description: Description
+    random_state: RandomState
+    client: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """What the checkpoint's tensors take on disk, over all ranks."""
+        return sum(piece.num_bytes for piece in self.pieces.values())
+
+    def on_host(self) -> Snapshot:
+        """The same in host memory of its own, which training does not change."""
+        return replace(self, pieces={key: piece.on_host() for key, piece in self.pieces.items()})
+
+
+def take_snapshot(state: EngineState, client_state: Mapping[str, Any], with_frozen: bool) -> Snapshot:
+    """What a checkpoint holds now; tensors are not copied.
+
+    Args:
+        state: of the engine.
+        client_state: the user's own.
+        with_frozen: whether parameters that are not trained are part of it.
+
+    Raises:
+        RuntimeError: gradients have arrived since the last step.
+        ValueError: ``client_state`` or the schedule holds what cannot be read back safely.
+    """
+    if not state.at_step_boundary:
+        raise RuntimeError(
+            "engine.save_checkpoint between engine.backward and the step: gradients are not stored, save "
+            "after the engine.step() that ends the step"
+        )
+    params = state.params(with_frozen)
+    return Snapshot(
+        pieces=state.model_pieces(params) | state.optimizer_pieces(params),
+        description=state.describe(params),
+        random_state=RandomState.take(),
+        client=pack_client(client_state, state.scheduler_state()),
+    )
+
+
+def pack_client(client_state: Mapping[str, Any], scheduler: dict[str, Any] | None) -> bytes:
+    """The user's state and the schedule's, in torch's format, checked to load without running code.
+
+    Raises:
+        ValueError: something else than tensors, numbers, text, and lists and dicts of them.
+    """
+    for name, value in (("client_state", dict(client_state)), ("the learning-rate schedule", scheduler)):
+        try:
+            torch.load(io.BytesIO(_packed(value)), weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"{name} cannot be saved so that it loads without running code; keep to tensors, numbers, "
+                f"text, lists and dicts ({reason})"
+            ) from None
+    return _packed({"client_state": dict(client_state), "lr_scheduler": scheduler})
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+# Saving it ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +127,9 @@ class SaveJob:
         tag: under which name.
         snapshot: this rank's part.
         model: of the engine, for its configuration.
-        tokenizer: stored beside the configuration where given.
+        tokenizer: stored with the configuration where given.
         save_latest: let ``latest`` name it.
-        keep_last: remove all but so many; None keeps all.
+        keep_last: checkpoints that are kept; None keeps all.
         compress: pack the weights.
     """
 
@@ -62,8 +146,8 @@ class SaveJob:
 class CheckpointWriter:
     """Writes an engine's checkpoints, one at a time; all ranks call every method together.
 
-    The ranks talk over a group of their own on the host, so that a checkpoint can be written by a thread
-    while training goes on.
+    The ranks talk over a group of their own on the host, so that a thread can write a checkpoint during
+    training.
     """
 
     def __init__(self) -> None:
@@ -83,7 +167,7 @@ class CheckpointWriter:
             self._begin(job)
         _require_shared(job, self._group)
         if asynchronous:
-            job = SaveJob(**(vars(job) | {"snapshot": job.snapshot.on_host()}))
+            job = replace(job, snapshot=job.snapshot.on_host())
             self._running = self._thread.submit(_write, job, self._group)
         else:
             _write(job, self._group)
@@ -114,7 +198,7 @@ def _require_shared(job: SaveJob, group: dist.ProcessGroup) -> None:
 
 
 def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
-    """The part that may run beside training. Collective over ``group``."""
+    """The part that may run during training. Collective over ``group``."""
     rank, scratch = dist.get_rank(group), job.root.scratch(job.tag)
     try:
         records = _write_tensors(job, scratch, group)
@@ -140,7 +224,7 @@ def _write_tensors(job: SaveJob, scratch: Path, group: dist.ProcessGroup) -> dic
 
 
 @contextmanager
-def plain_errors():
+def plain_errors() -> Iterator[None]:
     """Turn torch's exception over all ranks into the first rank's own.
 
     Raises:
@@ -177,4 +261,4 @@ def _publish(job: SaveJob, scratch: Path, records: Mapping[str, FileRecord]) -> 
     if job.save_latest:
         job.root.point_latest_to(job.tag)
     if job.keep_last is not None:
-        job.root.keep_newest(job.keep_last, job.tag)
+        job.root.keep_last(job.keep_last, job.tag)

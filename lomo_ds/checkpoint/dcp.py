@@ -1,39 +1,54 @@
-"""A checkpoint's tensors on the disk: safetensors files, streamed from the shards and into them."""
+"""A checkpoint's tensors by torch.distributed.checkpoint: who stores and reads what, and the files.
+
+A DTensor would say the first as well, but torch lists every index of a shard to find where it begins: eight
+bytes an element, four times the shard itself. The files are safetensors, streamed from the shards and into
+them.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    StorageReader,
+    StorageWriter,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
+    TensorWriteData,
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from lomo_ds.checkpoint.manifest import FileRecord, sync
-from lomo_ds.checkpoint.packed_tensor import PACKED_KEY, parts_of
-from lomo_ds.checkpoint.packing import Packer
+from lomo_ds.checkpoint.engine_state import Piece
+from lomo_ds.checkpoint.packing import PACKED_KEY, Packer, parts_of
 from lomo_ds.checkpoint.shard_files import SHARDING_KEY, ShardFiles
-from lomo_ds.model_io.tensor_file import PIECE_BYTES, TensorRecord, write_tensor_file
+from lomo_ds.model_io.file_records import FileRecord, sync
+from lomo_ds.model_io.tensor_file import TensorRecord, host_pieces, write_tensor_file
 from lomo_ds.zero3.piecewise import pieces_of
 
 _MAX_FILE_BYTES = 1 << 27
@@ -42,6 +57,77 @@ _NUM_SYNCING = 4
 """Files that a rank waits for at once."""
 _MIN_PACKED_NUMEL = 1 << 12
 """Below it the tables and names take more than packing saves."""
+
+
+# Who stores and reads what -----------------------------------------------------------------------
+
+
+class PieceSavePlanner(DefaultSavePlanner):
+    """Plans the saving of a dict of ``Piece``: each rank its own part, one rank what all of them have."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [_write_item(key, piece) for key, piece in self.state_dict.items() if _is_stored(piece)]
+        )
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        return self.state_dict[write_item.index.fqn].local.detach()
+
+
+class PieceLoadPlanner(DefaultLoadPlanner):
+    """Plans the filling of a dict of ``Piece``."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        items: list[ReadItem] = []
+        for key, piece in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[key]
+            items += create_read_items_for_chunk_list(key, stored, [_chunk(piece)])
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self.state_dict[read_item.dest_index.fqn].local.detach()
+        for dimension, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dimension, start, length)
+        return target
+
+
+def _is_stored(piece: Piece) -> bool:
+    """Whether this rank has a part; an empty tensor is the first rank's."""
+    return piece.local.numel() > 0 or piece.start == 0
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    """This rank's rectangle of the stored tensor."""
+    shape = tuple(piece.local.shape)
+    start = (0,) * len(shape) if piece.numel is None else (piece.start,)
+    return ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size(shape))
+
+
+def _write_item(key: str, piece: Piece) -> WriteItem:
+    chunk = _chunk(piece)
+    return WriteItem(
+        index=MetadataIndex(key, chunk.offsets),
+        type=WriteItemType.TENSOR if piece.numel is None else WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=chunk,
+            properties=TensorProperties.create_from_tensor(piece.local),
+            size=torch.Size(piece.stored_shape),
+        ),
+    )
+
+
+# The files ----------------------------------------------------------------------------------------
 
 
 class ShardWriter(StorageWriter):
@@ -172,15 +258,9 @@ def _write_file(
     records = {
         name: TensorRecord(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()
     }
-    return write_tensor_file(path, records, lambda name: _pieces_of(tensors[name]), metadata)
+    return write_tensor_file(path, records, lambda name: host_pieces(tensors[name]), metadata)
 
 
 def _can_be_packed(item: WriteItem, tensor: Tensor) -> bool:
     is_cut = item.type is WriteItemType.SHARD
     return is_cut and tensor.dtype == torch.bfloat16 and tensor.numel() >= _MIN_PACKED_NUMEL
-
-
-def _pieces_of(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's elements, on the host."""
-    for piece in tensor.reshape(-1).split(PIECE_BYTES // tensor.element_size()):
-        yield piece.cpu()
