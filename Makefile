@@ -5,13 +5,14 @@ RUN := .venv/bin/python
 STAMP := .venv/.stamp
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-# This environment's own ninja; and the operations that DeepSpeed compiles stay beside the torch they fit.
+# This environment's own ninja; and the operations that DeepSpeed compiles are kept with the torch that they fit.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
+PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: test-nvme test-faults help venv test lint format quickstart bench bench-checkpoint bench-adapters \
-	bench-quality bench-rounding bench-plan bench-checkpoint-memory clean
+.PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults lint format quickstart clean \
+	bench bench-checkpoint bench-adapters bench-quality bench-rounding bench-plan bench-checkpoint-memory
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,21 +27,31 @@ $(STAMP): constraints.txt pyproject.toml
 	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[test,quickstart,bench]'
 	touch $@
 
-test: $(STAMP)  ## run the default tests on CPU ranks
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
+test: $(STAMP)  ## run the default tests on CPU ranks, the cheapest first
+	$(PYTEST)
 
-test-nvme: $(STAMP)  ## run the tests of parking in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest -m async_io tests/zero3/apply/test_nvme_buffer.py
+test-fast: $(STAMP)  ## run the tests that start no ranks
+	$(PYTEST) -m 'not ranks and not slow and not async_io'
+
+test-slow: $(STAMP)  ## run the tests that are too slow for every change
+	$(PYTEST) -m 'slow and not async_io'
+
+test-nvme: $(STAMP)  ## run the tests of gradients in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
+	$(PYTEST) -m async_io tests/zero3/apply
+
+test-gpu: $(STAMP)  ## run the tests that need a GPU
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu tests/gpu
 
 test-faults: $(STAMP)  ## inject 210 faults into runs and fuzz 2,600 inputs; writes docs/benchmarks/faults.md
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.faults.campaign --out docs/benchmarks
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 LOMO_DS_FUZZ_FACTOR=10 $(RUN) -m pytest tests/fuzz
+	LOMO_DS_FUZZ_FACTOR=10 $(PYTEST) tests/fuzz
 
-lint: $(STAMP)  ## check style and formatting
+lint: $(STAMP)  ## check style, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
-format: $(STAMP)  ## mend style and formatting
+format: $(STAMP)  ## fix style and formatting
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
@@ -74,5 +85,5 @@ bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest
 	$(RUN) benchmarks/rounding.py
 
 clean:  ## remove caches and build outputs; .venv, runs and downloads stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The versions of its foundations that lomo_ds works with, and what to install where they differ."""
+"""The versions of torch, DeepSpeed and transformers that lomo_ds supports, and how to install them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUPPORTED = {"torch": ">=2.8", "deepspeed": ">=0.19,<0.20", "transformers": ">=5
 
 @dataclass(frozen=True, kw_only=True)
 class VersionStatus:
-    """One package: what is there, what is needed, and the command that mends a difference."""
+    """One package: what is installed, what is supported, and the command that fixes a difference."""
 
     package: str
     installed: str | None
@@ -27,7 +27,7 @@ def check_versions() -> list[VersionStatus]:
 
 
 def require_supported_versions() -> None:
-    """Refuse to go on with versions that the engine was not made for.
+    """Refuse versions that the engine was not made for.
 
     Raises:
         RuntimeError: names each package with what is installed, what is supported and what to run.

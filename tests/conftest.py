@@ -1,14 +1,40 @@
-"""Tests marked ``gpu`` are skipped where DeepSpeed finds no accelerator but the CPU."""
+"""Tiers of tests: cheap ones first; ``gpu`` tests are skipped where DeepSpeed finds no accelerator but the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.harness import tiers
 
+guard = tiers.Guard()
+
+
+def pytest_configure() -> None:
+    guard.install()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not has_accelerator():
-        for item in marked:
+    for item in items:
+        tiers.mark_ranks(item)
+    skip_without_accelerator([item for item in items if item.get_closest_marker("gpu")])
+    items.sort(key=tiers.tier_of)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    guard.item = item
+    try:
+        return (yield)
+    finally:
+        guard.item = None
+
+
+def skip_without_accelerator(items: list[pytest.Item]) -> None:
+    if items and not has_accelerator():
+        for item in items:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 
 

@@ -24,7 +24,7 @@ LOG_TAIL_BYTES = 6000
 
 
 class RankError(RuntimeError):
-    """A rank failed; the message holds its number, its traceback and the end of its output."""
+    """A rank failed; the message has its number, its traceback and the end of its output."""
 
 
 def run_ranks(
@@ -55,7 +55,7 @@ def run_ranks(
     Raises:
         Exception: the exception of the rank that failed first, of its own type where that can be pickled
             (else RankError), caused by a RankError with the rank's traceback and output.
-        TimeoutError: with the ranks that had not come back and their stacks.
+        TimeoutError: with the ranks that had not returned and their stacks.
     """
     pool = take_pool(world_size, fresh)
     try:
@@ -75,7 +75,7 @@ _pools: dict[int, RankPool] = {}
 
 
 def take_pool(world_size: int, fresh: bool) -> RankPool:
-    """Remove a warm pool from the shelf, or start one."""
+    """The warm pool of this world size, which is the caller's from now on, or a new one."""
     pool = _pools.pop(world_size, None)
     if pool is not None and not fresh and pool.is_idle():
         return pool
@@ -150,7 +150,7 @@ class RankPool:
         """How each rank's call ended, a killed or failed one's too; waits for all.
 
         Raises:
-            TimeoutError: a rank had not come back.
+            TimeoutError: a rank had not returned.
         """
         answers = self._collect(deadline_s, "the call", stop_at_failure=False)
         return [answers[rank] for rank in range(self._world_size)]
@@ -195,7 +195,7 @@ class RankPool:
             os.kill(self._pids[rank], signal.SIGUSR1)  # faulthandler writes the stacks into the log
         time.sleep(STACK_WAIT_S)
         ranks = ", ".join(map(str, missing))
-        heading = f"{what}: after {deadline_s:g} s ranks {ranks} of {self._world_size} had not come back"
+        heading = f"{what}: after {deadline_s:g} s ranks {ranks} of {self._world_size} had not returned"
         return TimeoutError("\n\n".join([heading, *(self._log_tail(rank) for rank in missing)]))
 
     def _log_tail(self, rank: int) -> str:

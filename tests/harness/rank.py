@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class RankSetup:
-    """What a rank has to know at birth.
+    """What a rank has to know when it starts.
 
     Attributes:
         rank: global rank, 0 to ``world_size`` - 1.
@@ -158,7 +158,7 @@ def pickled_or_none(error: BaseException) -> bytes | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessState:
-    """What a call could change for the next one: put back where easy, reported where not."""
+    """What a call could change for the next one: restored where that is easy, else reported."""
 
     environment: dict[str, str]
     folder: str
@@ -166,11 +166,11 @@ class ProcessState:
 
     @classmethod
     def now(cls) -> ProcessState:
-        """Note the present state."""
+        """The present state."""
         return cls(environment=dict(os.environ), folder=os.getcwd(), path=list(sys.path))
 
     def restore_and_find_leaks(self) -> str:
-        """Put the plain things back; say what DeepSpeed or transformers still hold on to ("" if nothing)."""
+        """Restore what is plain; say what DeepSpeed or transformers still keep ("" if nothing)."""
         import torch
         from deepspeed.runtime.zero import parameter_offload
 
@@ -188,7 +188,7 @@ class ProcessState:
 
 
 def leaks() -> dict[str, bool]:
-    """Module-global state that a call should have left as it found it."""
+    """Module-global state that a call should not have changed."""
     import torch
     from deepspeed import comm
     from deepspeed.runtime.zero import partition_parameters

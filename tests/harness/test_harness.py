@@ -107,7 +107,7 @@ def test_a_value_that_cannot_be_pickled_is_an_error() -> None:
 
 
 def test_deadline_names_the_ranks_and_shows_their_stacks() -> None:
-    with pytest.raises(TimeoutError, match="ranks 1 of 2 had not come back") as caught:
+    with pytest.raises(TimeoutError, match="ranks 1 of 2 had not returned") as caught:
         run_ranks(2, hang_on_rank_1, deadline_s=1)
     assert "in hang_on_rank_1" in str(caught.value)
 

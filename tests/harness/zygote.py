@@ -66,7 +66,7 @@ def prepare() -> None:
     if builder is not None and builder.is_compatible():
         builder.load()
     gc.collect()
-    gc.freeze()  # ranks collect often (so does DeepSpeed); what was imported need not be looked at again
+    gc.freeze()  # ranks collect often (so does DeepSpeed); what was imported need not be scanned again
     if os.path.isdir("/proc/self/task"):
         assert len(os.listdir("/proc/self/task")) == 1, "forking is safe only while there is a single thread"
 

@@ -1,4 +1,4 @@
-"""The scripts in launch/: what they run, found out with stand-ins for python, srun and scontrol."""
+"""The scripts in launch/: what they run, with fake python, srun and scontrol programs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SLURM = {
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> dict[str, str]:
+def fake_programs(tmp_path: Path) -> dict[str, str]:
     """An environment in which the three programs only tell what they were asked."""
     for name, text in (("python", FAKE_PYTHON), ("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
         (tmp_path / name).write_text(text)
@@ -65,8 +65,8 @@ def run(script: str, arguments: list[str], environment: dict[str, str]) -> list[
     return done.stdout.splitlines()
 
 
-def test_local_hands_everything_to_the_command(stand_ins: dict[str, str]):
-    (line,) = run("local.sh", ["my recipe.yaml", "a.b=1 2", "--num-ranks", "3"], stand_ins)
+def test_local_hands_everything_to_the_command(fake_programs: dict[str, str]):
+    (line,) = run("local.sh", ["my recipe.yaml", "a.b=1 2", "--num-ranks", "3"], fake_programs)
     assert line.endswith("-m lomo_ds.cli.main train my recipe.yaml a.b=1 2 --num-ranks 3")
 
 
@@ -81,8 +81,8 @@ def test_local_reaches_the_real_command():
     assert done.returncode != 0 and "cannot read the recipe no such recipe.yaml" in done.stderr
 
 
-def test_slurm_gives_each_task_its_rank(stand_ins: dict[str, str]):
-    lines = run("slurm.sbatch", ["recipe.yaml", "seed=2"], stand_ins | SLURM)
+def test_slurm_gives_each_task_its_rank(fake_programs: dict[str, str]):
+    lines = run("slurm.sbatch", ["recipe.yaml", "seed=2"], fake_programs | SLURM)
     assert lines == [
         f"RANK={rank} WORLD_SIZE=4 LOCAL_RANK={rank % 2} LOCAL_WORLD_SIZE=2 MASTER_ADDR=node3 "
         "MASTER_PORT=23456 -m lomo_ds.cli.train recipe.yaml resume=auto seed=2"
@@ -105,18 +105,18 @@ def run_failing(script: str, codes: str, environment: dict[str, str], folder: Pa
     [("1 137", 0, 3), ("2", 2, 1), ("75", 75, 1), ("1 1 1 1 1", 1, 4), ("", 0, 1)],
 )
 def test_local_starts_again_after_a_crash_alone(
-    codes: str, exit_code: int, starts: int, stand_ins: dict[str, str], tmp_path: Path
+    codes: str, exit_code: int, starts: int, fake_programs: dict[str, str], tmp_path: Path
 ):
-    code, lines = run_failing("local.sh", codes, stand_ins, tmp_path)
+    code, lines = run_failing("local.sh", codes, fake_programs, tmp_path)
     assert code == exit_code
     assert lines == ["-m lomo_ds.cli.main train recipe.yaml resume=auto seed=2"] * starts
 
 
 @pytest.mark.parametrize(("code", "requeued"), [("75", True), ("1", False)])
 def test_slurm_queues_an_interrupted_job_again(
-    code: str, requeued: bool, stand_ins: dict[str, str], tmp_path: Path
+    code: str, requeued: bool, fake_programs: dict[str, str], tmp_path: Path
 ):
     (tmp_path / "srun").write_text('#!/bin/bash\nshift\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"\n')
-    exit_code, lines = run_failing("slurm.sbatch", code, stand_ins | SLURM, tmp_path)
+    exit_code, lines = run_failing("slurm.sbatch", code, fake_programs | SLURM, tmp_path)
     assert exit_code == int(code)
     assert ("requeue 123456" in lines) == requeued

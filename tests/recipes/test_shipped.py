@@ -37,7 +37,7 @@ def test_recipe_and_json_agree(path: Path, world_size: int):
     assert ds_json["train_batch_size"] == recipe.batch.train_batch_size
 
 
-def test_prompt_of_the_quickstart_takes_the_prepared_rows(prepare: ModuleType, tmp_path: Path):
+def test_the_prompt_of_the_quickstart_fits_the_prepared_rows(prepare: ModuleType, tmp_path: Path):
     prepare.write_tsv(tmp_path / "rows.tsv", [(1, 'so "good"'), (0, "bad")])
     task = parse_recipe(ROOT / "recipes" / "quickstart.yaml").task
     prompt = ChoicePrompt(template=task.prompt, options=task.options, label_column=task.label)
@@ -45,7 +45,7 @@ def test_prompt_of_the_quickstart_takes_the_prepared_rows(prepare: ModuleType, t
     assert good.prompt == 'Review: so "good"\nIt was' and good.label == 1 and bad.label == 0
 
 
-def test_reviews_are_labelled_split_and_free_of_doubles(prepare: ModuleType, tmp_path: Path):
+def test_reviews_are_labelled_split_and_without_duplicates(prepare: ModuleType, tmp_path: Path):
     lines = [f"{i}\t{(i % 7) - 3}\tsentence {i % 1000}\r\n" for i in range(1100)]
     content, packed = "".join(lines).encode(), io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:

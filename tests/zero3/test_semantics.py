@@ -25,7 +25,7 @@ from tests.reference.rules import NUM_TRIALS, REFERENCES, Prediction, Predictor,
 from tests.reference.sgd import Run
 from tests.zero3 import jobs
 
-DOCS = Path(__file__).parents[2] / "docs" / "semantics.md"
+DOCS = Path(__file__).parents[2] / "docs" / "semantics-table.md"
 BEGIN, END = "<!-- cells: begin -->", "<!-- cells: end -->"
 
 OPTIMIZERS = tuple(REFERENCES)
