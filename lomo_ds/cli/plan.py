@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lomo_ds.planner.job import known_optimizers
+
     parser = _Parser(prog="lomo-ds plan", description=_DESCRIPTION)
     add = parser.add_argument
     add("--model", help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq-len", type=int, default=1024, help="tokens of a sequence (default 1024)")
     add("--micro-batch", type=int, help="sequences of a rank's forward; default: the JSON's, or 1")
     add("--config", metavar="DS.JSON", help="DeepSpeed JSON; default: bf16, clipping, low limits")
-    add("--optimizer", help="Lomo, AdaLomo, SGD or AdamW; default: the JSON's, or Lomo")
+    add("--optimizer", help=f"{', '.join(known_optimizers())}; default: the JSON's, or Lomo")
     add("--checkpointing", default="reentrant", choices=["reentrant", "non-reentrant", "none"])
     add("--search", choices=["micro-batch", "seq-len", "gpus"], help="find the largest micro-batch or "
         "sequence, or the fewest GPUs, that fit, and tune the limits on gathered weights")  # fmt: skip

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
+from lomo_ds.optimizers import rule_of
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.planner.model_shape import ModelShape
+from lomo_ds.planner.rule_state import rule_state_bytes
 from lomo_ds.rules.rounding import chunk_numel
+from lomo_ds.rules.rule import Rule
 from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
 
 _ITEM = 2
 """Bytes of a bf16 or fp16 number; fp32 takes two of them."""
 _MAX_GRAD_NORM = 1.0
 """DeepSpeed's default of ``gradient_clipping``."""
-_ERROR_BYTES = {"kahan": 2, "compensated8": 1}
-"""Rounding -> bytes that it keeps for each element of a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,17 +140,16 @@ class _Terms:
         return _ITEM * (small + self._bucket)
 
     def _states(self) -> int:
-        """Of the rule, and of the rounding: an error for each element of a shard."""
-        job, shape = self._job, self._shape
-        per_param = {"SGD": 4 + _ITEM, "AdamW": 12 + _ITEM}.get(job.optimizer)
+        """Of the rule, and of the rounding; of DeepSpeed's own optimizers with the gradient they keep."""
+        per_param = {"SGD": 4 + _ITEM, "AdamW": 12 + _ITEM}.get(self._job.optimizer)
         if per_param is not None:
             return per_param * self._shard_numel
-        errors = _ERROR_BYTES.get(self._params.get("rounding"), 0) * self._shard_numel
-        if job.optimizer == "Lomo":
-            return errors
-        lengths = 5 * shape.hidden + shape.query * 2 + shape.key_value * 2 + 3 * shape.intermediate
-        tables = (shape.vocabulary + shape.hidden) * (1 if shape.tied else 2)
-        return errors + 4 * ((lengths + 2 * shape.hidden) * shape.layers + tables)
+        rounding = self._params.get("rounding", "nearest")
+        return rule_state_bytes(self._shape, self._rule, rounding, self._job.num_gpus)
+
+    @functools.cached_property
+    def _rule(self) -> Rule:
+        return rule_of({"type": self._job.optimizer, **self._params})
 
     # Gathered weights ---------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class _Terms:
         if self._defers:
             num_copies = 2 if job.num_micro_batches > 1 else 1  # the sum so far comes back to the device
             return copy + num_copies * _ITEM * shard
-        numbers = 3 if job.optimizer == "AdaLomo" else 2
+        numbers = 3 if self._rule.needs_sums else 2
         return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
 
     @functools.cached_property

@@ -11,11 +11,11 @@ from lomo_ds.byte_units import GIB
 from lomo_ds.config import read_json_object
 from lomo_ds.planner.batch import MICRO, STEPS, TRAIN, num_micro_batches
 from lomo_ds.planner.device import DeviceKind
+from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES
 from lomo_ds.zero3.supported import refuse_malformed
 
 Checkpointing = Literal["reentrant", "non_reentrant", "none"]
 
-OWN_OPTIMIZERS = ("Lomo", "AdaLomo")
 STOCK_OPTIMIZERS = ("SGD", "AdamW")
 """Run by DeepSpeed's own engine, for comparison."""
 
@@ -128,13 +128,18 @@ class Job:
         return str(section.get("type", self.optimizer)).lower() == self.optimizer.lower()
 
 
+def known_optimizers() -> tuple[str, ...]:
+    """The optimizers that a job can have: those of the table of rules, and DeepSpeed's own."""
+    return OWN_OPTIMIZERS + STOCK_OPTIMIZERS
+
+
 def _known_optimizer(name: str) -> str:
     """The optimizer as the planner writes it; the engines take any case.
 
     Raises:
         ValueError: another one.
     """
-    known = OWN_OPTIMIZERS + STOCK_OPTIMIZERS
+    known = known_optimizers()
     for each in known:
         if each.lower() == str(name).lower():
             return each
@@ -216,7 +221,10 @@ def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str,
         family: transformers' name of it; the vocabulary is in tiles for ``PLAIN_HEADS``.
     """
     return {
-        "optimizer": {"type": optimizer, "params": {"lr": 0.03 if optimizer == "Lomo" else 1e-3}},
+        "optimizer": {
+            "type": optimizer,
+            "params": {"lr": RULES[optimizer].lr if optimizer in RULES else 1e-3},
+        },
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
         "tiled_vocabulary": {"enabled": family in PLAIN_HEADS},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from lomo_ds.zero3._internals import DEEPSPEED_SOURCES
+
 
 class Role(str, Enum):
     """A category of memory."""
@@ -20,11 +22,9 @@ class Role(str, Enum):
 
 
 _BY_FILE = (
-    ("deepspeed/runtime/zero/partition_parameters.py", Role.GATHERED),
-    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", Role.GATHERED),
-    ("deepspeed/runtime/zero/linear.py", Role.ACTIVATIONS),
-    ("deepspeed/runtime/zero/stage3.py", Role.BUCKETS),
-    ("deepspeed/runtime/comm/coalesced_collectives.py", Role.BUCKETS),
+    *((file, Role.GATHERED) for file in DEEPSPEED_SOURCES["gathering"]),
+    *((file, Role.ACTIVATIONS) for file in DEEPSPEED_SOURCES["linear"]),
+    *((file, Role.BUCKETS) for file in DEEPSPEED_SOURCES["reducing"]),
     ("lomo_ds/zero3/apply/host_buffer.py", Role.OFFLOADED_GRADIENTS),
     ("lomo_ds/zero3/apply/nvme_buffer.py", Role.OFFLOADED_GRADIENTS),
     ("lomo_ds/zero3/activation_offload.py", Role.CHECKPOINTS),
@@ -34,7 +34,7 @@ _BY_FILE = (
 )
 """Part of the path of the file that asked for memory -> what the memory is for."""
 
-_OTHER_FILES = ("lomo_ds/rules/", "lomo_ds/zero3/", "lomo_ds/planner/", "lomo_ds/checkpoint/", "deepspeed/")
+_OTHER_FILES = ("lomo_ds/rules/", "lomo_ds/zero3/", "lomo_ds/planner/", "lomo_ds/model_io/", "deepspeed/")
 
 
 def role_of_origin(file: str, phase: str) -> Role:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+
+from lomo_ds.rules.param_spec import Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +17,7 @@ class ModelShape:
     Attributes:
         hidden, intermediate, vocabulary, layers: as in the config.
         query, key_value: widths of all query heads, and of all key (or value) heads.
-        matrices: elements of each of a layer's matrices.
+        matrix_shapes: of each of a layer's matrices.
         vectors: elements of each of a layer's norms and biases.
         tied: whether the head is the embedding.
     """
@@ -24,7 +28,7 @@ class ModelShape:
     layers: int
     query: int
     key_value: int
-    matrices: tuple[int, ...]
+    matrix_shapes: tuple[tuple[int, int], ...]
     vectors: tuple[int, ...]
     tied: bool
 
@@ -50,16 +54,36 @@ class ModelShape:
             layers=config.num_hidden_layers,
             query=query,
             key_value=key_value,
-            matrices=(
-                hidden * query,
-                hidden * key_value,
-                hidden * key_value,
-                query * hidden,
-                *[hidden * inner] * 3,
+            matrix_shapes=(
+                (query, hidden),
+                (key_value, hidden),
+                (key_value, hidden),
+                (hidden, query),
+                (inner, hidden),
+                (inner, hidden),
+                (hidden, inner),
             ),
             vectors=(hidden, hidden, *biases),
             tied=bool(config.tie_word_embeddings),
         )
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """Elements of each of a layer's matrices."""
+        return tuple(math.prod(shape) for shape in self.matrix_shapes)
+
+    def params(self) -> Counter[tuple[tuple[int, ...], Role]]:
+        """(shape, role) of the parameters -> how many there are."""
+        table = (self.vocabulary, self.hidden)
+        found: Counter[tuple[tuple[int, ...], Role]] = Counter({(table, "head"): 1})
+        if not self.tied:
+            found[table, "embedding"] += 1
+        for shape in self.matrix_shapes:
+            found[shape, "matrix"] += self.layers
+        for numel in self.vectors:
+            found[(numel,), "vector"] += self.layers
+        found[(self.hidden,), "vector"] += 1
+        return found
 
     def all_sizes(self) -> list[int]:
         """Elements of every parameter."""

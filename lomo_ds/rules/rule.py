@@ -6,7 +6,6 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from lomo_ds.rules.param_spec import ParamSpec, Role
@@ -100,7 +99,7 @@ class Rule(Protocol):
         Args:
             spec: of the parameter.
             param_shard: shape (shard_numel,), the weights at the start. On the meta device its values are not
-                read, which tells what the state takes before anything is allocated (``state_bytes``).
+                read, which tells what the state takes before anything is allocated (``kept_bytes``).
 
         Returns:
             By name, on the shard's device.
@@ -110,15 +109,3 @@ class Rule(Protocol):
     def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
         """Update the shard in place; see ``ShardUpdate`` for how it learns of the other shards."""
         ...
-
-
-def state_bytes(rule: Rule, spec: ParamSpec, dtype: torch.dtype) -> int:
-    """What a rule keeps on this rank for a parameter, in bytes; nothing is allocated.
-
-    Args:
-        rule: that updates it.
-        spec: of the parameter.
-        dtype: of the weights.
-    """
-    shard = torch.empty(spec.shard_numel, dtype=dtype, device="meta")
-    return sum(tensor.nbytes for tensor in rule.init_state(spec, shard).values())

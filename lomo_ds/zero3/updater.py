@@ -13,8 +13,9 @@ from torch.nn import Parameter
 
 from lomo_ds.optimizers import ShardedOptimizer, rule_of
 from lomo_ds.rules.clipping import clipped_per_parameter
+from lomo_ds.rules.kept_state import init_kept_state
 from lomo_ds.rules.param_spec import ParamSpec
-from lomo_ds.rules.rounding import WriteBack, error_state
+from lomo_ds.rules.rounding import WriteBack
 from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
 from lomo_ds.zero3._internals import local_shard, process_group
 from lomo_ds.zero3.grad_clip import GradClip
@@ -91,15 +92,9 @@ class Updater:
 
     def _entry(self, param: Parameter, index: int, group_index: int, spec: ParamSpec) -> Entry:
         rule = rule_of(self._optimizer.param_groups[group_index])
-        shard = local_shard(param)
-        rounding = self._optimizer.rounding
+        kept = init_kept_state(rule, spec, local_shard(param), self._optimizer.rounding)
         return Entry(
-            index=index,
-            group_index=group_index,
-            spec=spec,
-            rule=rule,
-            state=rule.init_state(spec, shard),
-            error=None if rule.keeps_master_weights else error_state(rounding, shard),
+            index=index, group_index=group_index, spec=spec, rule=rule, state=kept.state, error=kept.error
         )
 
     @torch.no_grad()
