@@ -135,14 +135,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _read_json(args: Any, config: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def _read_json(args: Any, config: str | os.PathLike | dict[str, Any] | None) -> dict[str, Any]:
     """The DeepSpeed JSON, checked as far as it can be without a model."""
     from_args = getattr(args, "deepspeed_config", None)
     _require(
         config is None or from_args is None, "config is given twice: in args.deepspeed_config and as config="
     )
     config = from_args if config is None else config
-    _require(config is not None, "no DeepSpeed JSON: pass config=, a path or a dict")
+    if config is None:
+        raise ValueError("no DeepSpeed JSON: pass config=, a path or a dict")
     read = load_ds_config(config if isinstance(config, dict) else os.fspath(config))
     ds_json = {key: value for key, value in read.items() if value is not None}
     refuse_unsupported(ds_json)
@@ -159,7 +160,7 @@ def _checked_model(model: Any, ds_json: Mapping[str, Any]) -> TiledVocabularyCon
 
 
 def _make_optimizer(
-    optimizer: ShardedOptimizer | Callable | None,
+    optimizer: Any,
     ds_json: Mapping[str, Any],
     model: torch.nn.Module,
     model_parameters: Iterable | None,
@@ -169,11 +170,11 @@ def _make_optimizer(
         optimizer = optimizer_from_json(ds_json.get("optimizer"))(model, model_parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model.parameters() if model_parameters is None else model_parameters)
-    _require(
-        isinstance(optimizer, ShardedOptimizer),
-        f"optimizer: {type(optimizer).__name__} is not an optimizer of lomo_ds ({', '.join(OPTIMIZERS)}); "
-        "for others use deepspeed.initialize",
-    )
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} is not an optimizer of lomo_ds "
+            f"({', '.join(OPTIMIZERS)}); for others use deepspeed.initialize"
+        )
     trained = any(param.requires_grad for group in optimizer.param_groups for param in group["params"])
     _require(trained, "nothing is trained: every parameter of the optimizer has requires_grad False")
     return optimizer

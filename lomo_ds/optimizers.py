@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch.nn import Module
@@ -82,13 +82,16 @@ def _any_rules_type(setting: str) -> Any:
     return functools.reduce(operator.or_, types) | None
 
 
-GroupConfig = make_dataclass(
-    "GroupConfig",
-    [(key, _any_rules_type(key), field(default=None)) for key in _ALL_SETTINGS],
-    bases=(BaseGroupConfig,),
-    frozen=True,
-    kw_only=True,
-)
+if TYPE_CHECKING:
+    GroupConfig = BaseGroupConfig
+else:
+    GroupConfig = make_dataclass(
+        "GroupConfig",
+        [(key, _any_rules_type(key), field(default=None)) for key in _ALL_SETTINGS],
+        bases=(BaseGroupConfig,),
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ class OptimizerConfig:
     rounding: Rounding = "nearest"
     seed: int = 0
     offload_gradients: OffloadGradientsConfig | None = None
-    param_groups: tuple[GroupConfig, ...] = ()  # type: ignore[valid-type]
+    param_groups: tuple[GroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
         _require_bounds(self.lr, self.weight_decay)

@@ -190,7 +190,7 @@ def private_name(node: ast.AST) -> str:
 
 
 def no_tests(module: str, tree: ast.Module) -> Iterator[str]:
-    """The package stands without its tests and benchmarks."""
+    """The package does without its tests and benchmarks."""
     for name in imports_of(tree):
         if name.partition(".")[0] in ("tests", "benchmarks"):
             yield f"imports {name}"

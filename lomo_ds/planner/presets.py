@@ -38,7 +38,7 @@ class Preset:
         """The transformers config."""
         from transformers import CONFIG_MAPPING
 
-        settings = {
+        settings: dict[str, Any] = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,

@@ -79,7 +79,7 @@ def _parameters(owner: Any, method: str) -> tuple[str, ...] | None:
 
 @cache
 def _methods(owner: type) -> dict[str, tuple[str, ...]]:
-    body = ast.parse(_source(owner)).body[0].body
+    body = next(node for node in ast.parse(_source(owner)).body if isinstance(node, ast.ClassDef)).body
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     return {node.name: tuple(argument.arg for argument in node.args.args) for node in functions}
 

@@ -71,7 +71,13 @@ REFUSALS = (
 )
 
 
-SECTIONS = ("zero_optimization", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
+SECTIONS: tuple[str, ...] = (
+    "zero_optimization",
+    "optimizer",
+    "optimizer.params",
+    "scheduler",
+    "scheduler.params",
+)
 SECTIONS += ("bf16", "bfloat16", "fp16", "activation_checkpointing", "tiled_vocabulary", "data_types")
 SECTIONS += ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 """Keys of the JSON that hold an object."""

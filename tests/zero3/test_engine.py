@@ -337,7 +337,7 @@ def names_of_deepspeed() -> dict[str, int]:
     return {f"{owner.__name__}.{name}": id(value) for owner in owners for name, value in vars(owner).items()}
 
 
-def deepspeed_beside_lomo() -> tuple[list[str], str, str]:
+def deepspeed_next_to_lomo() -> tuple[list[str], str, str]:
     before = names_of_deepspeed()
     start(DEFERRED)
     changed = [name for name, value in names_of_deepspeed().items() if before.get(name) != value]
@@ -346,7 +346,7 @@ def deepspeed_beside_lomo() -> tuple[list[str], str, str]:
 
 
 def test_deepspeed_itself_stays_as_it_was() -> None:
-    for changed, engine, optimizer in run_ranks(1, deepspeed_beside_lomo):
+    for changed, engine, optimizer in run_ranks(1, deepspeed_next_to_lomo):
         assert changed == []
         assert (engine, optimizer) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3")
 

@@ -170,7 +170,7 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
     def set_scaler_state(self, state: Mapping[str, float]) -> None:
         """Let the loss scaler continue from ``scaler_state``; a static scale stays what the JSON says."""
         if self.dynamic_loss_scale:
-            vars(self.loss_scaler).update({name: state[name] for name in SCALER_STATE if name in state})
+            self.loss_scaler.__dict__.update({name: state[name] for name in SCALER_STATE if name in state})
 
     def backward_counters(self) -> dict[torch.nn.Module, dict[str, int]]:
         """What ZeRO-3's module hooks count down in a backward."""

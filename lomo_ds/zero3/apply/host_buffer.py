@@ -41,7 +41,7 @@ class HostBuffer:
         self._pieces, self._places = _allocate(shard_numel, dtype, pinned=device.type != "cpu")
         self._device = device
         self._filled: set[Parameter] = set()
-        self._copies = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
+        self._copies: Any = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
         self._max_numel_moving = max_numel_moving
         self._moving: deque[tuple[Any, int]] = deque()
 
@@ -124,7 +124,8 @@ def _allocate(
             room = max(limit, numel)
         batches[-1].append(param)
         room -= numel
-    pieces, places = [], {}
+    pieces: list[Tensor] = []
+    places: dict[Parameter, Tensor] = {}
     for params in batches:
         sizes = [shard_numel[param] for param in params]
         piece = torch.empty(sum(sizes), dtype=dtype, pin_memory=pinned)

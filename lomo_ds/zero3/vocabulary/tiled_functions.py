@@ -196,8 +196,8 @@ def refuse_other_heads(model: Module) -> None:
     Raises:
         ValueError: they compute something that tiles would not.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if not hasattr(model, "loss_function") or type(head) is not torch.nn.Linear:
         raise ValueError(f"{KEY} needs a causal language model of transformers with a linear head: delete it")
     if head.bias is not None:

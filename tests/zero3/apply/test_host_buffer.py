@@ -1,4 +1,4 @@
-"""The host buffer of a device with streams (stand-ins): what is on its way to the host is bounded."""
+"""The host buffer of a device with (fake) streams: what is on its way to the host is bounded."""
 
 from __future__ import annotations
 
