@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lomo_ds.rules.table import OWN_OPTIMIZERS
 from tests.reference.model import TinyModel, rank_batch
 from tests.reference.sgd import Run
 
@@ -58,7 +59,7 @@ def initialize(ds_json: dict[str, Any], **arguments: Any) -> Any:
 
     import lomo_ds
 
-    ours = ds_json["optimizer"]["type"] in ("Lomo", "AdaLomo")
+    ours = ds_json["optimizer"]["type"] in OWN_OPTIMIZERS
     return (lomo_ds if ours else deepspeed).initialize(config=ds_json, **arguments)
 
 

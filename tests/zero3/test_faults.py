@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lomo_ds.cli.train import free_port
+from lomo_ds.rules.table import OWN_OPTIMIZERS
 from tests.harness import run_ranks
 from tests.harness.client import REPOSITORY, rank_environment
 from tests.reference.model import TinyModel, rank_batch
@@ -103,7 +104,7 @@ def gradient_hook(engine: Any, on_grad: Callable[[torch.Tensor], torch.Tensor]) 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("policy", ["deferred", "two_pass"])
-@pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
+@pytest.mark.parametrize("optimizer", OWN_OPTIMIZERS)
 def test_one_ranks_bad_gradient_drops_the_step_everywhere(
     optimizer: str, policy: str, value: float, world_size: int
 ) -> None:

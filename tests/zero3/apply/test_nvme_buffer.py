@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lomo_ds.rules.table import OWN_OPTIMIZERS
 from lomo_ds.zero3.apply.nvme_settings import NUM_SLOTS, NvmeSettings
 from tests.harness import run_ranks
 from tests.harness.client import rank_environment
@@ -78,7 +79,7 @@ def train_offloading(ds_json: dict[str, Any], folder: str) -> dict[str, Any]:
 
 @pytest.mark.async_io
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
+@pytest.mark.parametrize("optimizer", OWN_OPTIMIZERS)
 @pytest.mark.parametrize("aio", [{}, {"intra_op_parallelism": 2, "block_size": SECTOR_BYTES}], ids=["", "2"])
 def test_equals_offloading_to_host_memory(
     aio: dict[str, Any], optimizer: str, world_size: int, tmp_path: Path, aio_op: None
