@@ -123,7 +123,7 @@ class Checkpointer:
             tag: which one; by default what ``latest`` names.
             load_module_strict: refuse a checkpoint without exactly the model's parameters.
             load_optimizer_states: also rules' states, step counts, loss scale and random generators; without
-                them the rules begin anew.
+                them the rules start over.
             load_lr_scheduler_states: also the schedule.
             load_module_only: the weights and nothing else; they may be of another dtype.
             custom_load_fn: refused unless None.

@@ -211,5 +211,5 @@ def _restore_randomness(state: RandomState | None, description: Description) -> 
     if dist.get_rank() == 0:
         logger.info(
             f"saved by {description.world_size} ranks and loaded by {dist.get_world_size()}: random "
-            "generators (dropout) were seeded anew"
+            "generators (dropout) were seeded again"
         )

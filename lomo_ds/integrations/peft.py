@@ -1,4 +1,4 @@
-"""peft's LoRA adapters on a model that ZeRO-3 has cut: trained beside its own weights, or alone."""
+"""peft's LoRA adapters on a model that ZeRO-3 has cut: trained with its own weights, or alone."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _check_targets(model: Module, targets: tuple[str, ...]) -> None:
 def save_adapters(engine: Any, path: str | Path) -> None:
     """Write the adapters alone, in peft's format, for ``PeftModel.from_pretrained(base, path)``. Collective.
 
-    They belong to the base as it is now: where it is trained, too, use ``export_pretrained``.
+    They belong to the base as it is now: where it is trained as well, use ``export_pretrained``.
 
     Args:
         engine: of ``lomo_ds.initialize`` with a model of ``add_adapters``.

@@ -28,7 +28,7 @@ def check_that_it_goes_off(tmp_path: Path) -> None:
 
 
 def write_hostile_zip(path: Path, mark: Path) -> None:
-    """A file in torch's format; beside a tensor it holds a bomb."""
+    """A file in torch's format; next to a tensor it holds a bomb."""
     torch.save({"param": torch.zeros(3), "client_state": Bomb(mark), "lr_scheduler": None}, path)
     with zipfile.ZipFile(path) as archive:
         assert any(name.endswith("data.pkl") for name in archive.namelist())

@@ -123,7 +123,7 @@ def test_weights_alone_may_be_of_another_rule_and_dtype(tmp_path: Path):
 
 def weights_alone_then_two_steps(folder: Path, steps_before: int) -> dict[str, Any]:
     ds_json = jobs.json_of("AdaLomo")
-    del ds_json["scheduler"]  # which goes on from where it is
+    del ds_json["scheduler"]  # which continues from where it is
     engine = jobs.start(ds_json)
     jobs.train(engine, 40, 40 + steps_before)
     engine.load_checkpoint(folder, load_module_only=True)
@@ -132,7 +132,7 @@ def weights_alone_then_two_steps(folder: Path, steps_before: int) -> dict[str, A
     return jobs.outcome(engine)
 
 
-def test_after_weights_alone_a_rule_begins_anew(tmp_path: Path):
+def test_after_weights_alone_a_rule_starts_over(tmp_path: Path):
     """What the engine did before leaves no trace: AdaLomo's decay counts its updates."""
     run_ranks(2, saved, jobs.json_of("AdaLomo"), tmp_path)
     expected = run_ranks(2, weights_alone_then_two_steps, tmp_path, 0)

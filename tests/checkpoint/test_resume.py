@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the run that was never interrupted."""
+"""A run resumed from a checkpoint is the run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = {
     "Lomo compensated8": jobs.json_of("Lomo", rounding="compensated8"),
     "Lomo fp32 lagged": jobs.json_of("Lomo", dtype="fp32", clipping="lagged"),
     "AdaLomo stochastic": jobs.json_of("AdaLomo", rounding="stochastic"),
-    "AdamW beside Lomo": jobs.json_of(
+    "AdamW and Lomo": jobs.json_of(
         "Lomo", param_groups=[{"params": ["blocks.*"], "type": "AdamW", "lr": 0.001}]
     ),
 }
@@ -79,7 +79,7 @@ def fp16_run(ds_json: dict[str, Any], folder: Path, resume: bool) -> Any:
     return jobs.resumed(ds_json, 8, folder) if resume else jobs.straight(ds_json, 8, 4, folder)
 
 
-def test_the_loss_scale_goes_on(tmp_path: Path) -> None:
+def test_the_loss_scale_continues(tmp_path: Path) -> None:
     """A scale that starts too high falls before the checkpoint and grows after it."""
     fp16 = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 2, "hysteresis": 1}
     ds_json = jobs.json_of("Lomo", dtype="fp32") | {"fp16": fp16}

@@ -29,17 +29,17 @@ from tests.tasks.test_named import ROWS, write
 from tests.tiny import write_tiny_folder
 
 LEADING_OUT = ("../x", "/tmp/x", "a/../../x", "..", "a/b", ".hidden", "", "a\0b", "a\nb", "latest", "x" * 201)
-FOREIGN_CODE = """
+REMOTE_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 open({mark!r}, "w").close()
 
 
-class ForeignConfig(LlamaConfig):
-    model_type = "foreign"
+class RemoteConfig(LlamaConfig):
+    model_type = "remote"
 
 
-class ForeignModel(LlamaForCausalLM):
-    config_class = ForeignConfig
+class RemoteModel(LlamaForCausalLM):
+    config_class = RemoteConfig
 """
 
 
@@ -134,13 +134,13 @@ def test_pickled_weights_of_a_model_folder_are_not_opened(write, tmp_path: Path)
 
 
 @pytest.fixture
-def foreign(tmp_path: Path) -> Path:
+def remote_model(tmp_path: Path) -> Path:
     """A model folder that brings its own code, which makes the file ``mark``."""
     folder = tmp_path / "model"
     write_tiny_folder(folder)
-    (folder / "foreign.py").write_text(FOREIGN_CODE.format(mark=str(tmp_path / "mark")))
-    auto_map = {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.ForeignModel"}
-    change_json(folder / "config.json", model_type="foreign", auto_map=auto_map)
+    (folder / "remote.py").write_text(REMOTE_CODE.format(mark=str(tmp_path / "mark")))
+    auto_map = {"AutoConfig": "remote.RemoteConfig", "AutoModelForCausalLM": "remote.RemoteModel"}
+    change_json(folder / "config.json", model_type="remote", auto_map=auto_map)
     return folder
 
 
@@ -148,40 +148,40 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_foreign_code_needs_the_key(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = foreign.parent / "mark"
-    for told in run_ranks(2, load_model, str(foreign), False, fresh=True):
+def test_remote_code_needs_the_key(remote_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = remote_model.parent / "mark"
+    for told in run_ranks(2, load_model, str(remote_model), False, fresh=True):
         assert "set trust_remote_code: true" in told and "\n" not in told
     assert not mark.exists()
-    monkeypatch.setenv("HF_MODULES_CACHE", str(foreign.parent / "cache"))
-    assert run_ranks(1, load_model, str(foreign), True, fresh=True) == [""]
+    monkeypatch.setenv("HF_MODULES_CACHE", str(remote_model.parent / "cache"))
+    assert run_ranks(1, load_model, str(remote_model), True, fresh=True) == [""]
     assert mark.exists(), (
         "the code does run with the key: without it, it was the key that kept it from running"
     )
 
 
-def test_foreign_code_of_a_tokenizer_needs_the_key(foreign: Path) -> None:
+def test_remote_code_of_a_tokenizer_needs_the_key(remote_model: Path) -> None:
     from transformers import AutoTokenizer
 
     from lomo_ds.model_io.remote_code import plain_refusals
 
     change_json(
-        foreign / "tokenizer_config.json",
-        tokenizer_class="Foreign",
-        auto_map={"AutoTokenizer": [None, "foreign.ForeignTokenizer"]},
+        remote_model / "tokenizer_config.json",
+        tokenizer_class="Remote",
+        auto_map={"AutoTokenizer": [None, "remote.RemoteTokenizer"]},
     )
-    with pytest.raises(ValueError, match="set trust_remote_code: true"), plain_refusals(foreign):
-        AutoTokenizer.from_pretrained(foreign, trust_remote_code=False)
-    assert not (foreign.parent / "mark").exists()
+    with pytest.raises(ValueError, match="set trust_remote_code: true"), plain_refusals(remote_model):
+        AutoTokenizer.from_pretrained(remote_model, trust_remote_code=False)
+    assert not (remote_model.parent / "mark").exists()
 
 
-def test_scoring_a_model_runs_none_of_its_code(foreign: Path, capsys: pytest.CaptureFixture) -> None:
+def test_scoring_a_model_runs_none_of_its_code(remote_model: Path, capsys: pytest.CaptureFixture) -> None:
     from lomo_ds.cli.evaluate import main
 
-    write(foreign.parent / "COPA" / "val.jsonl", ROWS["copa"][0])
-    assert main([str(foreign), "--task", "copa", "--data", str(foreign.parent)]) == 2
+    write(remote_model.parent / "COPA" / "val.jsonl", ROWS["copa"][0])
+    assert main([str(remote_model), "--task", "copa", "--data", str(remote_model.parent)]) == 2
     assert "trust_remote_code" in capsys.readouterr().err
-    assert not (foreign.parent / "mark").exists()
+    assert not (remote_model.parent / "mark").exists()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_links_are_not_followed(saved: Path, root: Path, name: str, tmp_path: Pa
         assert CheckpointRoot(root).tags() == []
 
 
-def test_a_linked_folder_beside_the_files_is_not_listed(root: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_next_to_the_files_is_not_listed(root: Path, tmp_path: Path) -> None:
     (root / "one" / "more").symlink_to(tmp_path)
     assert unlisted_files(root / "one", read_manifest(root / "one")) == ["more"]
     assert find_damage(root / "one", read_manifest(root / "one").files) is None

@@ -25,8 +25,8 @@ from tests.faults.injections import INJECTIONS, NEED_MOUNT, Inputs, can_mount, p
 from tests.faults.job import DEADLINE_S, run_to_end, same_run
 
 OUTCOMES = ("survived", "lost", "wrong", "hung")
-"""Went on and is equal; could not go on, or the fault was handled otherwise than promised; went on and
-differs; a rank that had not ended at the deadline."""
+"""Resumed and is equal; could not resume, or the fault was handled otherwise than promised; resumed and
+differs; a rank had not ended at the deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Result:
 
 
 def inject(name: str, inputs: Inputs, output: Path, seed: str) -> Result:
-    """Do one injection, let the run go on to its end, and compare."""
+    """Do one injection, let the run continue to its end, and compare."""
     start_s = time.perf_counter()
     outcome, detail = "survived", ""
     try:
@@ -99,7 +99,7 @@ _INTRODUCTION = """\
 # Fault injections
 
 {count} injections into runs of a tiny model on 2 CPU ranks (AdaLomo, bf16, stochastic rounding, dropout,
-shuffled data, a checkpoint every second step of 12), each followed by going on to the end. A run survived
+shuffled data, a checkpoint every second step of 12), each followed by resuming to the end. A run survived
 where every loss and the final weights equal, to the bit, those of a run that nothing happened to. A rank that
 had not ended {deadline_s:.0f} s after it should have is hung.
 

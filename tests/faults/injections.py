@@ -1,7 +1,7 @@
 """What can go wrong with a run, done on purpose: each injection ends a job or damages what it left.
 
 An injection takes a run's inputs, a folder of its own and a random generator. When it returns, everything
-that it promises of the fault itself has been checked; the caller then lets the run go on to its end.
+that it promises of the fault itself has been checked; the caller then lets the run continue to its end.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def terminate(inputs: Inputs, output: Path, dice: random.Random) -> None:
     job.kill(number=dice.choice([signal.SIGTERM, signal.SIGUSR1]))
     answers, text = job.end()
     assert {answer.value for answer in answers} == {INTERRUPTED}, text
-    newest = next(iter(checkpoints(output)))
-    assert newest == f"global_step{job.num_steps_made()}", "the last step made was not saved"
+    last = next(iter(checkpoints(output)))
+    assert last == f"global_step{job.num_steps_made()}", "the last step made was not saved"
 
 
 def terminate_one_rank(inputs: Inputs, output: Path, dice: random.Random) -> None:
@@ -135,27 +135,27 @@ def _started(inputs: Inputs, output: Path, dice: random.Random) -> Job:
 
 
 def truncate_a_file(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """A file of the newest checkpoint loses its end."""
+    """A file of the last checkpoint loses its end."""
     path = _random_file(inputs, output, dice)
     content = path.read_bytes()
     path.write_bytes(content[: dice.randrange(len(content))])
-    _goes_on_after_a_warning(inputs, output, path)
+    _resumes_after_a_warning(inputs, output, path)
 
 
 def flip_a_bit(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """One bit of the newest checkpoint is another."""
+    """One bit of the last checkpoint is flipped."""
     path = _random_file(inputs, output, dice)
     content = bytearray(path.read_bytes())
     content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
     path.write_bytes(content)
-    _goes_on_after_a_warning(inputs, output, path)
+    _resumes_after_a_warning(inputs, output, path)
 
 
 def remove_a_file(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """A file of the newest checkpoint is gone."""
+    """A file of the last checkpoint is gone."""
     path = _random_file(inputs, output, dice)
     path.unlink()
-    _goes_on_after_a_warning(inputs, output, path)
+    _resumes_after_a_warning(inputs, output, path)
 
 
 def damage_latest(inputs: Inputs, output: Path, dice: random.Random) -> None:
@@ -165,7 +165,7 @@ def damage_latest(inputs: Inputs, output: Path, dice: random.Random) -> None:
 
 
 def damage_both(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """No checkpoint is whole: the run begins anew."""
+    """No checkpoint is whole: the run starts over."""
     copy_run(inputs.halfway, output)
     for folder in checkpoints(output).values():
         dice.choice(_files(folder)).unlink()
@@ -180,7 +180,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _goes_on_after_a_warning(inputs: Inputs, output: Path, path: Path) -> None:
+def _resumes_after_a_warning(inputs: Inputs, output: Path, path: Path) -> None:
     from tests.faults.job import run_to_end
 
     text = run_to_end(inputs.recipe, output)

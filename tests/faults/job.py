@@ -134,7 +134,7 @@ def train_rank(recipe: str, overrides: list[str], sabotage: Callable[[], None] |
 
 
 def run_to_end(recipe: Path, output: Path, overrides: Sequence[str] = (), world_size: int = 2) -> str:
-    """Train until the recipe's end, going on from what is in ``output``; returns what was written."""
+    """Train until the recipe's end, resuming from what is in ``output``; returns what was written."""
     answers, text = Job(recipe, output, overrides, world_size).end()
     for answer in answers:
         assert answer.traceback_text is None, answer.traceback_text
@@ -165,7 +165,7 @@ def same_run(output: Path, reference: Path) -> bool:
 
 
 def checkpoints(output: Path) -> dict[str, Any]:
-    """Tag -> folder, newest first."""
+    """Tag -> folder, the one with the most steps first."""
     from lomo_ds.checkpoint.directory import CheckpointRoot
 
     root = CheckpointRoot(output / "checkpoints")

@@ -18,7 +18,7 @@ ADAPTERS = {"params": ["*.lora_*"], "type": "AdamW", "lr": LORA_LR, "weight_deca
 
 @dataclass(kw_only=True)
 class Run:
-    """What a run left: parameters by name before and after it; losses, norms and rates of each step."""
+    """A run: parameters by name before and after it; losses, norms and learning rates of each step."""
 
     before: dict[str, Tensor]
     after: dict[str, Tensor] = field(default_factory=dict)
@@ -71,7 +71,7 @@ def train(
     checkpointing: bool = False,
     out: str | None = None,
 ) -> Run:
-    """Train on this rank's part of each step; with ``out``, export the model and go on for a step."""
+    """Train on this rank's part of each step; with ``out``, export the model and train one step more."""
     import lomo_ds
 
     model = build(train_base, folder, ds_json, checkpointing)

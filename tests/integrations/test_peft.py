@@ -1,4 +1,4 @@
-"""Adapters beside the base weights, and alone: what torch makes of whole tensors, and what is written."""
+"""Adapters trained with the base weights, and alone: compared with torch on whole tensors, and exported."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_deepspeeds_scheduler_moves_each_group_from_its_own_peak(train_base: boo
 
 
 def merged(run: jobs.Run) -> dict[str, Tensor]:
-    """The weights that the adapters stand for, in fp32, by their names without adapters."""
+    """The weights with the adapters merged, in fp32, by their names without adapters."""
     weights = {}
     for name, whole in run.after.items():
         if ".lora_" in name:

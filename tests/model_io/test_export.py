@@ -187,10 +187,10 @@ def export_peak(toy: str, folder: str, out: str) -> int:
 
 
 def test_no_rank_takes_memory_for_more_than_a_piece(tmp_path: Path) -> None:
-    """Of a model of 51 MB; tensors and files are larger than a piece."""
+    """Of a model of 47 MB, of which a rank's part of the largest tensor is larger than a piece."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 24_000}
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 40_000}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, **shape))
     num_bytes = sum(param.numel() for param in model.parameters()) * 2
     model.save_pretrained(tmp_path / "model")
