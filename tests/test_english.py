@@ -81,7 +81,7 @@ WORDS = (
             r"""["']park_to["']|(?<![A-Za-z])(?P<word>park(?:s|ed|ing)?)(?![A-Za-z])""", re.IGNORECASE
         ),
         ("parked on the host", "`park_to`", "peak_less_parked_bytes", "`Parking`", "without parking"),
-        ("sparked", "spark", "parkland", "parker", "RENAMED = {'park_to': NEW}"),  # a refusal names the old key
+        ("sparked", "spark", "parkland", "parker", "{'park_to': 'no longer'}"),  # a refusal names the old key
     ),
     Word(
         "take over",

@@ -172,6 +172,11 @@ def test_the_two_commands_of_the_readme_are_found() -> None:
     assert {("quickstart",), ("test",)} <= set(found)
 
 
+def test_ci_runs_lint_and_the_test_command_of_the_readme() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-2:] == ["make lint", "make test"]
+
+
 BAD = [
     "    make tset",
     "    lomo-ds trian recipe.yaml",
