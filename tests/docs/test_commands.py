@@ -84,8 +84,10 @@ def check_python(command: Command) -> None:
 
 
 def check_options(path: Path, words: list[str]) -> None:
-    """The source, or a file next to it, names each option."""
-    source = "".join(file.read_text(encoding="utf-8") for file in path.parent.glob("*.py"))
+    """The source names each option; or a file next to it does, and of our own any in the top folder."""
+    is_ours = path.is_relative_to(ROOT)
+    files = (ROOT / path.relative_to(ROOT).parts[0]).rglob("*.py") if is_ours else path.parent.glob("*.py")
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     for word in words:
         option = word.partition("=")[0]
         assert not option.startswith("--") or re.search(f"[\"']{option}[\"']", source), f"no option {option}"
