@@ -202,7 +202,9 @@ FILES = [path.relative_to(ROOT).as_posix() for path in tracked_files()]
 @pytest.mark.parametrize("name", FILES)
 def test_no_word_of_the_list(name: str) -> None:
     found = findings((ROOT / name).read_text(encoding="utf-8"))
-    lines = dict.fromkeys(f"{name}:{line}: {text!r} ({one.avoid}): use {one.use}" for line, one, text in found)
+    lines = dict.fromkeys(
+        f"{name}:{line}: {text!r} ({one.avoid}): use {one.use}" for line, one, text in found
+    )
     assert not lines, "\n".join(lines)
 
 
