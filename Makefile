@@ -33,8 +33,8 @@ test: $(STAMP)  ## run the default tests on CPU ranks, the cheapest first
 test-fast: $(STAMP)  ## run the tests that start no ranks
 	$(PYTEST) -m 'not ranks and not slow and not async_io'
 
-test-slow: $(STAMP)  ## run the tests that are too slow for every change
-	$(PYTEST) -m 'slow and not async_io'
+test-slow: $(STAMP)  ## run the tests that are too slow for every change, those of test-nvme included
+	$(PYTEST) -m 'slow or async_io'
 
 test-nvme: $(STAMP)  ## run the tests of gradients in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
 	$(PYTEST) -m async_io tests/zero3/apply

@@ -1,4 +1,4 @@
-"""Tiers of tests: cheap ones first; ``gpu`` tests are skipped where DeepSpeed finds no accelerator but the CPU."""
+"""Cheap tests come first; those with the mark ``gpu`` are skipped where DeepSpeed finds only the CPU."""
 
 from __future__ import annotations
 

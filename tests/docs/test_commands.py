@@ -84,8 +84,10 @@ def check_python(command: Command) -> None:
 
 
 def check_options(path: Path, words: list[str]) -> None:
-    """The source, or a file next to it, names each option."""
-    source = "".join(file.read_text(encoding="utf-8") for file in path.parent.glob("*.py"))
+    """The source names each option; or a file next to it does, and of our own any in the top folder."""
+    is_ours = path.is_relative_to(ROOT)
+    files = (ROOT / path.relative_to(ROOT).parts[0]).rglob("*.py") if is_ours else path.parent.glob("*.py")
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     for word in words:
         option = word.partition("=")[0]
         assert not option.startswith("--") or re.search(f"[\"']{option}[\"']", source), f"no option {option}"
@@ -170,6 +172,11 @@ def test_a_cheap_command_runs(command: tuple[str, ...], capsys: pytest.CaptureFi
 def test_the_two_commands_of_the_readme_are_found() -> None:
     found = [command.arguments for command in COMMANDS if command.place.startswith("README.md")]
     assert {("quickstart",), ("test",)} <= set(found)
+
+
+def test_ci_runs_lint_and_the_test_command_of_the_readme() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-2:] == ["make lint", "make test"]
 
 
 BAD = [

@@ -99,8 +99,9 @@ class Stack(nn.Module):
 def bytes_bound() -> int:
     """What a step may allocate in addition to the weights, in bytes. Its terms:
 
-    gathered weights (what the limits allow, and one matrix), gradients in bf16 (the bucket, one that is computed
-    and one that is reduced), four fp32 tensors of one matrix for the update, and of each layer three activations.
+    gathered weights (what the limits allow, and one matrix), gradients in bf16 (the bucket, one that is
+    computed and one that is reduced), four fp32 tensors of one matrix for the update, and three activations
+    per layer.
     """
     gathered = 2 * (2 * LIMIT_NUMEL + MATRIX_NUMEL)
     gradients = 2 * (LIMIT_NUMEL + 2 * MATRIX_NUMEL)

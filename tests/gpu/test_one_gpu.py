@@ -21,9 +21,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import deepspeed
     import torch
 
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in alone.items():
+        for name, value in (alone | {"MASTER_PORT": "1"}).items():
             patch.setitem(os.environ, name, value)
         rendezvous = Path(tmp_path_factory.mktemp("group"), "rendezvous")
         deepspeed.init_distributed(init_method=f"file://{rendezvous}", rank=0, world_size=1, verbose=False)

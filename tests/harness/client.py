@@ -89,8 +89,8 @@ class Zygote:
 def rank_environment() -> dict[str, str]:
     """The environment of ranks: CPU only, one thread, and this Python's own ninja and compiled operations.
 
-    Operations are kept next to the packages that they were compiled for; the cache in the home folder is shared
-    by environments with other versions of torch, and every other version of ninja compiles it again.
+    Operations are kept next to the packages that they were compiled for; the cache in the home folder is
+    shared by environments with other versions of torch, and every other version of ninja compiles it again.
     """
     folder = str(Path(sys.executable).parent)
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))

@@ -1,9 +1,9 @@
 """The tiers of the tests, cheapest first: in this process, with processes of their own, slow.
 
 A test belongs to the second tier, with the mark ``ranks``, when its code starts processes: ranks or others.
-That is read from the code of the test, of its fixtures and of every function of ``tests`` that they call. What
-cannot be seen there (a command of the package that launches ranks) is marked by hand; a test without the mark
-that starts a process fails, with the mark to add.
+That is read from the code of the test, of its fixtures and of every function of ``tests`` that they call.
+What cannot be seen there (a command of the package that launches ranks) is marked by hand; a test without
+the mark that starts a process fails, with the mark to add.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Guard:
 
     def install(self) -> None:
         """Watch this process; there is no way back."""
-        sys.addaudithook(self._on_event)
+        sys.addaudithook(self.on_event)
         start = multiprocessing.process.BaseProcess.start
 
         def watched_start(process: multiprocessing.process.BaseProcess) -> None:
@@ -115,7 +115,7 @@ class Guard:
 
         multiprocessing.process.BaseProcess.start = watched_start
 
-    def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS and arguments[:1] not in [(program,) for program in ALLOWED]:
             self._check(f"{event} {arguments[0] if arguments else ''}".strip())
 
