@@ -12,7 +12,8 @@ PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults lint format quickstart clean \
-	bench bench-checkpoint bench-adapters bench-quality bench-rounding bench-plan bench-checkpoint-memory
+	bench bench-checkpoint bench-adapters bench-quality bench-rounding bench-plan bench-checkpoint-memory \
+	bench-wire
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,30 +60,33 @@ quickstart: $(STAMP)  ## fine-tune a real pretrained model with LOMO on two CPU 
 	$(RUN) recipes/prepare_quickstart.py
 	.venv/bin/lomo-ds train recipes/quickstart.yaml --num-ranks 2
 
-bench: $(STAMP)  ## memory, step time, bytes sent and growth beside ZeRO-3, plain torch and lomo-optim
-	$(RUN) benchmarks/bench.py
+bench: $(STAMP)  ## memory, step time, bytes sent and growth, with ZeRO-3, plain torch and lomo-optim
+	$(RUN) -m benchmarks.bench.run
 
-bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, beside ZeRO-3 with SGD
-	$(RUN) benchmarks/checkpoint.py
+bench-checkpoint: $(STAMP)  ## bytes and time of saving and loading, with ZeRO-3 and SGD
+	$(RUN) -m benchmarks.checkpoint.run
 
 bench-checkpoint-memory: $(STAMP)  ## host memory of loading a model into shards and of exporting it
-	$(RUN) benchmarks/checkpoint_memory.py
+	$(RUN) -m benchmarks.checkpoint_memory.run
 
-bench-plan: $(STAMP)  ## the tables of docs/memory.md: large models, the floor, the paper's Table 1, truth
-	$(RUN) benchmarks/plan_tables.py models floor table1 truth
+bench-plan: $(STAMP)  ## the tables of docs/benchmarks/plan.md: large models, the floor, Table 1, runs with data
+	$(RUN) -m benchmarks.plan.run models floor table1 truth
+
+bench-wire: $(STAMP)  ## bytes on the wire of one clipped step
+	$(RUN) -m benchmarks.wire.run --ranks 2
 
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py
-	$(RUN) benchmarks/adapters.py
+	$(RUN) -m benchmarks.adapters.run
 
 bench-quality: $(STAMP)  ## six ways to train on SST-2 and RTE, three seeds: make bench-quality DATA=folder
 	@test -n "$(DATA)" || { echo "error: name the folder of SST-2 and SuperGLUE: make bench-quality DATA=..."; exit 2; }
 	$(RUN) recipes/prepare_quickstart.py
-	$(RUN) benchmarks/quality.py --data $(DATA)
+	$(RUN) -m benchmarks.quality.run --data $(DATA)
 
 bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest rounding, 200 steps
 	$(RUN) recipes/prepare_quickstart.py
-	$(RUN) benchmarks/rounding.py
+	$(RUN) -m benchmarks.rounding.run
 
 clean:  ## remove caches and build outputs; .venv, runs and downloads stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

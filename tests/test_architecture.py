@@ -314,3 +314,19 @@ def test_importing_the_package_is_light() -> None:
     code = "import sys, lomo_ds; print(*{'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+ENTRY_POINTS = {"lomo_ds", "lomo_ds.cli.main"}
+"""What users import or start; every other file has to be reached from these."""
+
+
+def test_no_file_serves_only_tests_or_benchmarks() -> None:
+    trees = {module_name(path): ast.parse(path.read_text()) for path in FILES}
+    found, reached = set(ENTRY_POINTS), set()
+    while found - reached:
+        module = (found - reached).pop()
+        reached.add(module)
+        strings = {node.value for node in ast.walk(trees[module]) if isinstance(node, ast.Constant)}
+        found |= trees.keys() & {*imports_of(trees[module]), *strings}
+    packages = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    assert sorted(trees.keys() - packages - reached) == []

@@ -273,7 +273,7 @@ def _shared_cores(rows: Sequence[Row], num_cores: int) -> str:
     most = max(row["num_ranks"] for row in rows)
     text = "Each rank has a micro-batch of its own."
     if most > num_cores:
-        text += f" {most} ranks share {num_cores} cores here: with {most} cores they would be faster."
+        text += f" {most} ranks share {num_cores} cores here: their times are not those of {most} cores."
     return text + "\n"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lomo_ds.byte_units import gib
 from lomo_ds.planner.ledger import Ledger, Peak
 from lomo_ds.planner.memory_roles import Role
 from lomo_ds.planner.report import largest_blocks
@@ -41,6 +42,6 @@ def peak_of(ledger: Ledger) -> Peak:
 
 def table(peak: Peak, num_rows: int = 25) -> str:
     """The live storages at a peak, equal ones together, largest first."""
-    rows = [f"live at the peak: {peak.num_bytes / 1e6:.1f} MB, after {peak.operation}"]
-    rows += ["  ".join((f"{gib:>8} GiB", *others)) for gib, *others in largest_blocks(peak, num_rows)]
+    rows = [f"live at the peak: {gib(peak.num_bytes, 3)} GiB, after {peak.operation}"]
+    rows += ["  ".join((f"{size:>8} GiB", *others)) for size, *others in largest_blocks(peak, num_rows)]
     return "\n".join(rows)
