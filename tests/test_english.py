@@ -49,9 +49,15 @@ WORDS = (
     Word(
         "stand, what stands",
         "be allocated, be live, be there, be written",
-        word("stands?|stood|standing"),
+        word("stands? for|(?P<word>stands?|stood|standing)"),
         ("what stands at the peak", "FAKE_STAND_INS = 1", "it stood there", "a stand-in"),
-        ("understand", "the standard error", "outstanding requests", "standalone", "long standards"),
+        (
+            "understand",
+            "the standard error",
+            "outstanding requests",
+            "standalone",
+            "a name that stands for it",
+        ),
     ),
     Word(
         "go on (a run)",
@@ -81,7 +87,13 @@ WORDS = (
             r"""["']park_to["']|(?<![A-Za-z])(?P<word>park(?:s|ed|ing)?)(?![A-Za-z])""", re.IGNORECASE
         ),
         ("parked on the host", "`park_to`", "peak_less_parked_bytes", "`Parking`", "without parking"),
-        ("sparked", "spark", "parkland", "parker", "RENAMED = {'park_to': NEW}"),  # a refusal names the old key
+        (
+            "sparked",
+            "spark",
+            "parkland",
+            "parker",
+            "RENAMED = {'park_to': NEW}",
+        ),  # a refusal names the old key
     ),
     Word(
         "take over",
