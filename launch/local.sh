@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One node, every GPU on it (two CPU ranks where there is none).
+# Train on one node with all of its GPUs (two CPU ranks where there are none).
 #
 #   launch/local.sh RECIPE.yaml [key=value ...] [--num-ranks N]
-#   MAX_RESTARTS=5 launch/local.sh RECIPE.yaml checkpoint.every=100     # starts again after a crash
+#   MAX_RESTARTS=5 launch/local.sh RECIPE.yaml checkpoint.every=100     # restarts after a crash
 #
 # `lomo-ds train` starts DeepSpeed's launcher itself; the same by hand, for 8 GPUs:
 #   deepspeed --num_gpus 8 --module lomo_ds.cli.train RECIPE.yaml [key=value ...]
@@ -29,7 +29,8 @@ train() {
   return "$code"
 }
 
-# 0: done. 2: a mistake in the recipe. 75: told to stop, and saved. Anything else goes on where it was.
+# 0: done. 2: a mistake in the recipe. 75: told to stop, and saved. After any other exit code the run is resumed
+# from its latest checkpoint.
 for ((attempt = 0; ; attempt++)); do
   code=0
   train "$@" || code=$?

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 
+from pydantic import ByteSize, TypeAdapter
+
 GIB = 1 << 30
 """Bytes of a GiB."""
 
-_UNITS = {"b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS[f"{_letter}b"] = 1000**_power
-    _UNITS[f"{_letter}ib"] = 1024**_power
-_PATTERN = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = TypeAdapter(ByteSize)
+_AMOUNT = re.compile(r"\d{1,15}(?:\.\d{1,15})?\s*(?P<unit>(?:[kmgt]i?)?b)?", re.IGNORECASE)
+"""What is taken for an amount; pydantic's ``ByteSize`` takes more: bits, and any text after the unit."""
 
 
 def parse_bytes(text: str, what: str, plain_unit: str | None = None) -> int:
@@ -20,16 +20,16 @@ def parse_bytes(text: str, what: str, plain_unit: str | None = None) -> int:
     Args:
         text: a number and a unit.
         what: how the user knows this amount; begins an error.
-        plain_unit: of a number without one, which is an error where None.
+        plain_unit: unit of a number without one; None refuses such a number.
 
     Raises:
-        ValueError: no number, no unit, an unknown unit, or nothing at all.
+        ValueError: no number, no unit, an unknown unit, or an amount of zero.
     """
-    match = _PATTERN.fullmatch(text)
-    unit = (match.group(2).lower() or plain_unit) if match else None
-    if match is None or unit not in _UNITS:
+    match = _AMOUNT.fullmatch(text.strip())
+    unit = match and (match["unit"] or plain_unit)
+    if match is None or not unit:
         raise ValueError(f"{what}: {text!r} is not an amount of memory: write a number and GiB, GB or MiB")
-    num_bytes = int(float(match.group(1)) * _UNITS[unit])
+    num_bytes = int(_SIZE.validate_python(match.group() if match["unit"] else match.group() + unit))
     if num_bytes < 1:
         raise ValueError(f"{what} has to be more than nothing, not {text!r}")
     return num_bytes

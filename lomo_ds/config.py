@@ -8,14 +8,44 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
+AtLeastOne = Annotated[int, Field(ge=1)]
+"""A whole number of at least 1."""
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A finite number of at least 0."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""A finite number above 0."""
+
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+"""A number in [0, 1)."""
+
 _MAX_PROBLEMS, _MAX_SHOWN = 5, 100
 """Mistakes that an error lists, and characters that it shows of a value."""
+
+_WHOLE_NUMBER = ("int_type", "int_parsing", "int_parsing_size", "int_from_float")
+_ALLOWED = {
+    **dict.fromkeys(_WHOLE_NUMBER, "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "dataclass_type"), "a mapping of keys to values"),
+    "string_type": "a string",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "string_too_short": "a string of at least {min_length} characters",
+}
+"""pydantic's type of an error -> what is allowed, in the words of this project."""
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
@@ -27,32 +57,37 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         where: how the user knows this mapping ("recipe.yaml", '"optimizer.params"'); begins each error.
 
     Raises:
-        ValueError: an unknown key (the closest known one is named), a missing key, a wrong type, or
-            whatever ``cls.__post_init__`` refuses. All problems of a mapping are reported together.
+        ValueError: an unknown key (the closest known one is named), a missing key, a wrong type, a number
+            out of its range, or what ``cls.__post_init__`` refuses. All of them are reported together.
     """
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{where} has to be a mapping of keys to values, not {type(mapping).__name__}")
     try:
         _refuse_unknown_keys(cls, mapping, where)
-        return TypeAdapter(cls).validate_python(dict(mapping))
+        return _adapter_of(cls).validate_python(dict(mapping))  # type: ignore[arg-type]
     except ValidationError as error:
-        entries = error.errors()
-        problems = "; ".join(_problem(entry) for entry in entries[:_MAX_PROBLEMS])
-        rest = f"; and {len(entries) - _MAX_PROBLEMS} more" if len(entries) > _MAX_PROBLEMS else ""
-        raise ValueError(f"{where}: {problems}{rest}") from None
+        problems = _problems(error, mapping)
+        num_more = len(problems) - _MAX_PROBLEMS
+        rest = f"; and {num_more} more" if num_more > 0 else ""
+        raise ValueError(f"{where}: {'; '.join(problems[:_MAX_PROBLEMS])}{rest}") from None
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
 
 
+@functools.cache
+def _adapter_of(cls: Any) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
 def read_json_object(path: str | Path, where: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file whose content is an object.
 
     Args:
         path: of the file.
         where: the setting that names it; begins each error.
 
     Raises:
-        ValueError: it is not JSON, or no object.
+        ValueError: it is not JSON, or not an object.
         OSError: it cannot be read.
     """
     try:
@@ -84,15 +119,16 @@ def _hints_of(cls: type) -> dict[str, Any]:
 
 
 def _entries(hint: Any, value: Any) -> Iterable[Any]:
-    """What of a field's value may itself be meant for a dataclass."""
+    """The parts of a field's value that may be mappings for a dataclass."""
     if get_origin(hint) is dict and isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else [value]
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of a field that holds one, one or None, or a tuple or a dict of them; else None."""
-    return next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)), None)
+    """The dataclass in a field's type: the type itself, or part of a union, tuple or dict; else None."""
+    parts = (hint, *get_args(hint))
+    return next((part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -112,8 +148,44 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _problem(entry: Mapping[str, Any]) -> str:
-    key = ".".join(str(part)[:_MAX_SHOWN] for part in entry["loc"])
-    message = entry["msg"].removeprefix("Value error, ")
-    given = "" if entry["type"] in ("missing", "value_error") else f" (given: {shown(entry['input'])})"
-    return f"{key}: {message}{given}" if key else f"{message}{given}"
+def _problems(error: ValidationError, mapping: Mapping[str, Any]) -> list[str]:
+    """One sentence for each key; the types of a union share one."""
+    by_place: dict[tuple, list[Any]] = {}
+    for entry in error.errors():
+        by_place.setdefault(_place(entry, mapping), []).append(entry)
+    sections = {place[:depth] for place in by_place for depth in range(len(place))}
+    return [  # a section with a mistake inside needs no complaint of its own
+        _problem(".".join(place), entries) for place, entries in by_place.items() if place not in sections
+    ]
+
+
+def _place(entry: Mapping[str, Any], mapping: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys to the value of an error, without the names of types that pydantic adds for a union."""
+    keys: list[str] = []
+    value: Any = mapping
+    for part in entry["loc"]:
+        is_entry = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if is_entry or isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif entry["type"] != "missing" or part != entry["loc"][-1]:
+            continue
+        keys.append(str(part)[:_MAX_SHOWN])
+    return tuple(keys)
+
+
+def _problem(key: str, entries: list[Mapping[str, Any]]) -> str:
+    """What is wrong with the value of a key, given what each type that it may have says of it."""
+    own = [str(entry["ctx"]["error"]) for entry in entries if entry["type"] == "value_error"]
+    if own:
+        return f"{key}: {own[0]}" if key else own[0]
+    if entries[0]["type"] == "missing":
+        return f"{key} is missing"
+    allowed = " or ".join(dict.fromkeys(_allowed(entry) for entry in entries))
+    return f"{key} has to be {allowed}, not {shown(entries[0]['input'])}"
+
+
+def _allowed(entry: Mapping[str, Any]) -> str:
+    limits = {name: str(limit).removesuffix(".0") for name, limit in entry.get("ctx", {}).items()}
+    if entry["type"] in _ALLOWED:
+        return _ALLOWED[entry["type"]].format(**limits)
+    return entry["msg"].removeprefix("Input should be ")

@@ -162,6 +162,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     config_type: ClassVar[type[OptimizerConfig]]
+    _opt_called = True  # else torch's schedulers warn that step() was not called: the engine makes the steps
 
     def __init__(self, params: ParamsT, **settings: Any) -> None:
         name = type(self).__name__

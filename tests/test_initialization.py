@@ -61,7 +61,7 @@ BAD = {
     "unknown_parameter": (changed(optimizer__params__wieght_decay=0.1), "did you mean 'weight_decay'"),
     "lr_text": (changed(optimizer__params__lr="auto"), '"optimizer.params": lr'),
     "lr_negative": (changed(optimizer__params__lr=-1.0), "lr has to be"),
-    "lr_missing": (changed(optimizer__params={}), "lr: Field required"),
+    "lr_missing": (changed(optimizer__params={}), "lr is missing"),
     "apply_unknown": (changed(optimizer__params__apply="later"), "apply"),
     "immediate_with_clipping": (
         changed(optimizer__params__apply="immediate"),

@@ -17,9 +17,10 @@ import deepspeed
 import torch
 
 from lomo_ds.cli.main import find_tools_of_this_environment
+from lomo_ds.training.model import load_model, schedule_maker
 from lomo_ds.training.plan import RunPlan
 from lomo_ds.training.recipe_file import load_recipe
-from lomo_ds.training.run import load_model, run, schedule_maker
+from lomo_ds.training.run import run
 
 
 def adamw_engine(plan: RunPlan) -> Any:

@@ -1,4 +1,4 @@
-"""``lomo-ds doctor``: is this machine fit for training, and if not, what is to be done."""
+"""``lomo-ds doctor``: is this machine ready for training, and if not, what to do?"""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.versions import check_versions
 
-GIB = 2**30
 SHM_BYTES_PER_RANK = 70 * 2**20  # what DeepSpeed's CPU communication op maps for each rank
 PIPED_WIDTH = 160
 STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
@@ -35,11 +35,11 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        section: heading under which it stands.
-        subject: what was looked at.
-        found: what was found.
-        state: "ok", "note" (worth knowing, does not stop training) or "wrong".
-        remedy: what to do; empty where nothing is.
+        section: heading above it.
+        subject: what was examined.
+        found: the result.
+        state: "ok", "note" (worth knowing, does not prevent training) or "wrong".
+        remedy: what to do; empty where there is nothing to do.
     """
 
     section: str
@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report.
 
     Returns:
-        1 if anything that training needs is wrong, else 0.
+        1 where something that training needs is wrong, else 0.
     """
     parser = argparse.ArgumentParser(prog="lomo-ds doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     options = parser.parse_args(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is the report's
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is for the report
         findings = examine()
     if options.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
@@ -68,19 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine() -> list[Finding]:
-    """Make every examination; one that raises is itself a finding."""
+    """Run every examination; one that raises is itself a finding."""
     return [finding for section in EXAMINATIONS for finding in guarded(section)]
 
 
 def guarded(section: str) -> list[Finding]:
-    """The findings of one section, up to where its examination raised."""
-    findings = []
+    """The findings of one section; where its examination raises, those before, and the error."""
+    findings: list[Finding] = []
     try:
         findings.extend(dataclasses.replace(found, section=section) for found in EXAMINATIONS[section]())
     except Exception as error:
         reason = traceback.format_exception_only(error)[-1].strip()
         stopped = _finding(
-            "examination", f"stopped: {reason}", "wrong", "mend what is wrong above, then run again"
+            "examination", f"stopped: {reason}", "wrong", "fix what is wrong above, then run again"
         )
         findings.append(dataclasses.replace(stopped, section=section))
     return findings
@@ -91,7 +91,7 @@ def _finding(subject: str, found: object, state: str = "ok", remedy: str = "") -
 
 
 def versions() -> Iterator[Finding]:
-    """Versions of what this project stands on."""
+    """Versions of the packages that this project needs."""
     yield _finding("python", platform.python_version())
     for status in check_versions():
         found = f"{status.installed or 'not installed'} (supported: {status.supported})"
@@ -103,7 +103,7 @@ def versions() -> Iterator[Finding]:
 
 
 def accelerator() -> Iterator[Finding]:
-    """What DeepSpeed computes and communicates with."""
+    """The devices that DeepSpeed computes on, and how it communicates."""
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
@@ -120,7 +120,7 @@ def accelerator() -> Iterator[Finding]:
 
 
 def build_tools() -> Iterator[Finding]:
-    """What DeepSpeed builds its operations with, on their first use."""
+    """The tools with which DeepSpeed builds its operations when they are first used."""
     for tool, needed in (("g++", needs_cpu_op()), ("ninja", needs_cpu_op()), ("nvcc", False)):
         path = shutil.which(tool)
         if path:
@@ -129,33 +129,33 @@ def build_tools() -> Iterator[Finding]:
             yield _finding(tool, "not found", "wrong", f"install {tool}: CPU ranks cannot start without it")
         else:
             yield _finding(
-                tool, "not found", "note", "needed only for operations that this project leaves alone"
+                tool, "not found", "note", "needed only for operations that this project does not use"
             )
 
 
 def needs_cpu_op() -> bool:
-    """Whether DeepSpeed compiles its CPU communication op when ranks start: on Linux CPU ranks it does."""
+    """Whether DeepSpeed compiles its CPU communication op when ranks start: for CPU ranks on Linux."""
     try:
         from deepspeed.accelerator import get_accelerator
 
         return sys.platform == "linux" and get_accelerator().device_name() == "cpu"
     except Exception:
-        return False  # DeepSpeed cannot be imported, which another line reports
+        return False  # DeepSpeed cannot be imported; another finding says so
 
 
 def tool_version(path: str) -> str:
-    """The line of ``--version`` that holds the number."""
+    """The line of ``--version`` with the number."""
     output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
     lines = output.strip().splitlines() or ["version unknown"]
     return next((line for line in lines if "release" in line), lines[0])
 
 
 def operations() -> Iterator[Finding]:
-    """The operations of DeepSpeed that matter here."""
+    """The operations of DeepSpeed that this project uses."""
     from deepspeed.accelerator import get_accelerator
 
     known = (
-        ("ShareMemCommBuilder", "CPU communication", "gloo alone is used"),
+        ("ShareMemCommBuilder", "CPU communication", "only gloo is used"),
         ("AsyncIOBuilder", "async_io", "needed only for NVMe offload"),
     )
     for builder_name, subject, without in known:
@@ -183,7 +183,7 @@ def host() -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
-    """Room in /dev/shm, where DeepSpeed's CPU op keeps a buffer for each rank and leaves it behind."""
+    """Room in /dev/shm, where DeepSpeed's CPU op makes a buffer for each rank and never removes it."""
     if not os.path.isdir("/dev/shm"):
         return
     free = shutil.disk_usage("/dev/shm").free
@@ -194,15 +194,15 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def private_names() -> Iterator[Finding]:
-    """Each private name of DeepSpeed that this project uses, held against the installed version."""
+    """Each private name of DeepSpeed that this project uses, checked against the installed version."""
     from lomo_ds.zero3._internals import check_contract  # imports deepspeed
 
     for status in check_contract():
         subject = f"{re.split('[.:]', status.owner)[-1]}.{status.name}"
         if status.ok:
-            yield _finding(subject, f"stands; for {status.used_for}")
+            yield _finding(subject, f"unchanged; for {status.used_for}")
         else:
-            remedy = "install a supported DeepSpeed, or mend lomo_ds/zero3/_internals.py"
+            remedy = "install a supported DeepSpeed, or fix lomo_ds/zero3/_internals"
             yield _finding(subject, f"{status.problem}; for {status.used_for}", "wrong", remedy)
 
 
@@ -230,4 +230,4 @@ def show(findings: list[Finding]) -> None:
             table.add_row(f"  {state}", finding.subject, finding.found + remedy)
         console.print(table)
     wrong = sum(finding.state == "wrong" for finding in findings)
-    console.print(f"\n{wrong} wrong" if wrong else "\nFit for training.")
+    console.print(f"\n{wrong} wrong" if wrong else "\nReady for training.")

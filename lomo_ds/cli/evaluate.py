@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lomo-ds evaluate",
-        description="Score a model folder: how often the right option is the likeliest, by the "
+        description="Score a model folder: how often the right option is the most likely, by the "
         "log-likelihood of its tokens after the prompt; for instructions the mean loss of the response.",
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder in Hugging Face format")
@@ -48,15 +48,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", required=True, type=Path, metavar="DIR", help="SuperGLUE's folder, or a file"
     )
-    parser.add_argument("--num-examples", type=int, metavar="N", help="the first so many questions")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts a forward (16)")
+    parser.add_argument("--num-examples", type=int, metavar="N", help="score the first N examples only")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts of one forward (16)")
     parser.add_argument("--max-sequence-length", type=int, default=512, metavar="N", help="tokens (512)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     return parser
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Read, load, score.
+    """Read the examples, load the model and score it.
+
+    Returns:
+        The result, ready for JSON.
 
     Raises:
         ValueError: a wrong argument, before the model is loaded.
@@ -81,7 +84,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _figures(arguments: argparse.Namespace, examples: Sequence[Any]) -> dict[str, float]:
-    """Accuracy for questions with options; the loss of the right answers."""
+    """Loss of the right answers and, for questions with options, the accuracy."""
     from rich.progress import track
 
     from lomo_ds.tasks.evaluation import evaluation_of

@@ -1,4 +1,4 @@
-"""The ``lomo-ds`` command: finds the subcommand and hands its arguments on. Imports nothing heavy itself."""
+"""The ``lomo-ds`` command: finds the subcommand and passes the arguments to it. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = {
         "lomo_ds.cli.train", "fine-tune a model as a recipe says, and measure it before and after"
     ),
     "plan": Command(
-        "lomo_ds.cli.plan", "say before it is started whether a training fits, and what it takes"
+        "lomo_ds.cli.plan", "tell in advance whether a training fits, and how much memory it needs"
     ),
     "evaluate": Command("lomo_ds.cli.evaluate", "score a model folder on SST-2 or a task of SuperGLUE"),
     "export": Command("lomo_ds.cli.export", "write a checkpoint's model as a folder that transformers loads"),
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds``; None takes them from the command line.
 
     Returns:
-        The exit code: the command's own, or 2 where no command could be found.
+        The exit code: that of the subcommand, or 2 where there is no such subcommand.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     find_tools_of_this_environment()
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """What ``lomo-ds --help`` prints."""
+    """The text of ``lomo-ds --help``."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -77,7 +77,7 @@ def help_text() -> str:
 
 
 def find_tools_of_this_environment() -> None:
-    """Let DeepSpeed find the ninja that was installed beside this Python, activated or not."""
+    """Let DeepSpeed find the ninja of this Python's environment, whether that is activated or not."""
     folder = str(Path(sys.executable).parent)
     paths = os.environ.get("PATH", "").split(os.pathsep)
     if folder not in paths:

@@ -1,4 +1,4 @@
-"""Files that a command writes at its end, looked at before its work begins."""
+"""Files that a command writes at its end, checked before its work begins."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def refuse_unwritable(option: str, path: str | Path | None) -> None:
-    """Refuse what could not be written.
+    """Refuse a file that could not be written.
 
     Args:
-        option: that names the file, as ``--json``; begins the error.
-        path: of the file; None for none.
+        option: that names the file, such as ``--json``; begins the error.
+        path: of the file; None where there is none.
 
     Raises:
-        ValueError: it has no folder, or is one.
+        ValueError: its folder does not exist, or it is a folder itself.
     """
     if not path:
         return

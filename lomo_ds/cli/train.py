@@ -1,6 +1,7 @@
 """``lomo-ds train``: fine-tune a model as a recipe says, on all accelerators of this machine or on CPU ranks.
 
-Outside a launch this starts DeepSpeed's launcher; inside one (RANK and WORLD_SIZE are set) it is a rank.
+Called by a user, this starts DeepSpeed's launcher; called by a launcher (with RANK and WORLD_SIZE set), it is
+a rank.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lomo_ds.training.recipe_file import load_recipe, require_free_output
 DEFAULT_CPU_RANKS = 2
 FAILURE = 1
 _KEEP_FREED_BELOW_BYTES = "262144"
-"""glibc gives larger freed blocks back at once, so that resident memory is what is in use."""
+"""glibc returns larger freed blocks to the system at once, so that resident memory is what is in use."""
 
 _CPU_RANK_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds train``; None takes them from the command line.
 
     Returns:
-        0; 75 for a run that was told to stop and has saved itself; 2 for a mistake in the recipe and 1 for
-        anything else, after one line on standard error that says what is wrong.
+        0; 75 for a run that was told to stop and has been saved; 2 for a mistake in the recipe, and 1 for any
+        other error, after one line on standard error that says what is wrong.
     """
     arguments = _parser().parse_intermixed_args(argv)
     find_tools_of_this_environment()
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         metavar="key=value",
         nargs="*",
-        help="replace a key of the recipe, e.g. optimizer.lr=0.01; paths count from the working directory",
+        help="replace a key of the recipe, e.g. optimizer.lr=0.01; paths are relative to the current folder",
     )
     parser.add_argument(
         "--num-ranks",
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_rank(arguments: argparse.Namespace) -> int:
+    """Be a rank."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from lomo_ds.training.run import run
     from lomo_ds.zero3.collective_errors import OtherRankFailed
@@ -115,7 +117,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _num_accelerators() -> int:
-    """Accelerators of this machine; 0 where there is none, or where DS_ACCELERATOR asks for the CPU."""
+    """Number of accelerators of this machine; 0 where DS_ACCELERATOR asks for the CPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     import torch
@@ -137,7 +139,7 @@ def launch_environment(environment: Mapping[str, str], num_accelerators: int) ->
     """The environment for the launcher: CPU ranks get one thread each and return freed memory.
 
     Args:
-        environment: the user's, whose own settings win.
+        environment: of the user; what it sets is kept.
         num_accelerators: 0 for CPU ranks.
     """
     defaults = {} if num_accelerators else _CPU_RANK_ENVIRONMENT
@@ -154,33 +156,33 @@ def free_port() -> int:
 def _wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the launcher to its end.
 
-    Ctrl-C and a hangup end it, and with it the ranks. SIGTERM and SIGUSR1 go to the ranks alone, which save
-    and end by themselves; the launcher, which would give them 30 seconds, stands in a session of its own so
-    that a signal to a whole group does not reach it.
+    Ctrl-C and a hangup end the launcher, and with it the ranks. SIGTERM and SIGUSR1 are passed to the ranks
+    only, which save and end by themselves; the launcher would give them just 30 seconds. It runs in a session
+    of its own, so that a signal to a whole process group does not reach it.
     """
     with subprocess.Popen(command, env=dict(environment), start_new_session=True) as launcher:
 
         def end(number: int, frame: FrameType | None) -> None:
             launcher.send_signal(signal.SIGINT)
 
-        def ask_ranks(number: int, frame: FrameType | None) -> None:
+        def stop_ranks(number: int, frame: FrameType | None) -> None:
             for rank in _ranks_below(psutil.Process(launcher.pid)):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.send_signal(number)
 
         handlers = {signal.SIGINT: end, signal.SIGHUP: end}
-        handlers |= {number: ask_ranks for number in STOP_SIGNALS}
+        handlers |= {number: stop_ranks for number in STOP_SIGNALS}
         previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             return launcher.wait()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for number, old_handler in previous.items():
+                signal.signal(number, old_handler)
 
 
 def _ranks_below(process: psutil.Process) -> list[psutil.Process]:
-    """The outermost processes below ``process`` that a launcher has made ranks, by their environment."""
-    ranks = []
+    """The outermost processes below ``process`` that are ranks, by their environment."""
+    ranks: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         for child in process.children():
             ranks += [child] if "RANK" in child.environ() else _ranks_below(child)
@@ -190,7 +192,7 @@ def _ranks_below(process: psutil.Process) -> list[psutil.Process]:
 def _end_process(exit_code: int) -> NoReturn:
     """End a rank whose work is done without unloading its libraries.
 
-    Their threads now and then outlive what they use and abort the process ("terminate called without an
+    Sometimes a thread of a library outlives what it uses and aborts the process ("terminate called without an
     active exception"), which the launcher would report as a failed run.
     """
     sys.stdout.flush()

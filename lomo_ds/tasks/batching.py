@@ -1,4 +1,4 @@
-"""Batches: the answers of several examples as padded tensors."""
+"""Batches: several examples with their answers, as padded tensors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from lomo_ds.tasks.encoding import EncodedAnswer
 
 IGNORED = -100
-"""Target of a position whose prediction does not count."""
+"""Target of a position whose prediction is ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerBatch:
-    """Answers of several examples, padded on the right.
+    """Several examples with their answers, padded on the right.
 
     Attributes:
         input_ids: int64, shape (batch, sequence).
         attention_mask: int64, same shape; 0 at padding.
         kept: int64, shape (kept,), ascending: the positions at which any example predicts its answer.
-        targets: int64, shape (batch, kept): the token to predict there, or IGNORED.
+        targets: int64, shape (batch, kept): the token to predict at each of them, or IGNORED.
     """
 
     input_ids: Tensor
@@ -36,7 +36,12 @@ class AnswerBatch:
 
 
 def collate(answers: Sequence[EncodedAnswer], pad_token_id: int) -> AnswerBatch:
-    """Pad answers to the longest of them."""
+    """Pad examples to the length of the longest.
+
+    Args:
+        answers: at least one.
+        pad_token_id: any token; padding is masked.
+    """
     length = max(len(answer.input_ids) for answer in answers)
     input_ids = torch.full((len(answers), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)

@@ -1,4 +1,4 @@
-"""Reading examples from files: one example a line, each a mapping from column to value."""
+"""Reading examples from files: one example per line, each a mapping from column to value."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def read_rows(path: str | Path, file_format: Format | None = None) -> list[Row]:
     """Read all examples of a file.
 
     Args:
-        path: TSV (first line names the columns, no quoting) or JSONL (one object a line), in UTF-8.
-        file_format: None goes by the suffix.
+        path: TSV (first line names the columns, no quoting) or JSONL (one object per line), in UTF-8.
+        file_format: None for what the suffix says.
 
     Raises:
-        ValueError: unknown format, no example, or a line that does not fit, with its number.
+        ValueError: an unknown format, no example, or a malformed line, with its number.
     """
     path = Path(path)
     file_format = file_format or _SUFFIXES.get(path.suffix)
     if file_format is None:
-        raise ValueError(f"data.format: {path.name} ends neither in .tsv nor in .jsonl; name the format")
+        raise ValueError(f"data.format: {path.name} ends neither in .tsv nor in .jsonl; give the format")
     reader = {"tsv": _tsv_rows, "jsonl": _jsonl_rows}[file_format]
     with path.open(encoding="utf-8", newline="\n") as lines:
         rows = list(reader(path, (line.rstrip("\r\n") for line in lines)))
     if not rows:
-        raise ValueError(f"{path} holds no example")
+        raise ValueError(f"{path} has no examples")
     return rows
 
 

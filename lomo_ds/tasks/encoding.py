@@ -1,4 +1,4 @@
-"""From texts to token ids: which tokens the model reads and which it has to predict."""
+"""From text to token ids: which tokens the model reads and which it has to predict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EncodedAnswer:
     Attributes:
         input_ids: what the model reads: the prompt and all of the answer but its last token.
         target_ids: the answer. The last ``len(target_ids)`` positions of ``input_ids`` predict it.
-        is_cut: the answer has lost its end.
+        is_cut: whether the answer has lost its end.
     """
 
     input_ids: tuple[int, ...]
@@ -26,15 +26,15 @@ class EncodedAnswer:
 
 
 def encode_answer(tokenizer: Any, prompt: str, answer: str, max_length: int) -> EncodedAnswer:
-    """Tokenize ``prompt + answer`` as one text and cut it where the prompt alone ends.
+    """Tokenize ``prompt + answer`` as one text and split it where the prompt ends.
 
-    Both are tokenized together, as in running text. Where that merges the end of the prompt with the
-    beginning of the answer, the answer begins with the first token that differs.
+    Both are tokenized together, as in running text. Where a token has the end of the prompt and the beginning
+    of the answer in it, the answer begins with the first token that differs from those of the prompt alone.
 
     Args:
         tokenizer: of transformers. Its beginning-of-text token is kept, an end-of-text token dropped.
-        prompt: may be cut at its beginning.
-        answer: never cut.
+        prompt: loses its beginning where the text is too long.
+        answer: is never cut.
         max_length: of ``input_ids``, in tokens.
 
     Raises:
@@ -52,7 +52,7 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
 
 
 def padding_id(tokenizer: Any) -> int:
-    """A token to pad with; which one does not matter, since padding is masked."""
+    """A token for padding; which one does not matter, since padding is masked."""
     return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
 
 
@@ -68,18 +68,18 @@ def encode_response(tokenizer: Any, prompt: str, response: str, max_length: int)
 
     Args:
         tokenizer: of transformers, with an end-of-text token.
-        prompt: never cut.
-        response: loses its end, and with it the end-of-text token, where it does not fit.
+        prompt: is never cut.
+        response: loses its end, and with it the end-of-text token, where the text is too long.
         max_length: of ``input_ids``, in tokens.
 
     Returns:
-        Without any target where the prompt alone takes more than ``max_length`` tokens.
+        The encoded answer; without targets where the prompt alone has more than ``max_length`` tokens.
 
     Raises:
-        ValueError: prompt or response have no token of their own, or there is no end-of-text token.
+        ValueError: prompt or response has no token of its own, or there is no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("task.response: the tokenizer has no end-of-text token, which ends a response")
+        raise ValueError("task.response: the tokenizer has no end-of-text token to end a response with")
     whole_ids, num_prompt = _whole_ids(tokenizer, prompt, response)
     whole_ids.append(tokenizer.eos_token_id)
     return EncodedAnswer(
@@ -95,30 +95,32 @@ def encode_responses(
     """Each example with its response.
 
     Raises:
-        ValueError: prompts that leave no room for a response; says how many and names the first.
+        ValueError: prompts that leave no room for a response: how many, and the first of them.
     """
     answers = [encode_response(tokenizer, one.prompt, one.response, max_length) for one in examples]
     without = [number for number, answer in enumerate(answers, start=1) if not answer.target_ids]
     if without:
         raise ValueError(
             f"max_sequence_length {max_length} leaves no room for the response of {len(without)} of "
-            f"{len(answers)} examples (the first is example {without[0]}): raise it, or take them out"
+            f"{len(answers)} examples (the first is example {without[0]}): raise it, or remove them"
         )
     return answers
 
 
 def _whole_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
-    """(tokens of ``prompt + answer``, how many of them are the prompt's).
+    """(tokens of ``prompt + answer``, number of the prompt's tokens among them).
 
     Raises:
-        ValueError: one of them has no token of its own.
+        ValueError: prompt or answer has no token of its own.
     """
     prompt_ids = _text_ids(tokenizer, prompt)
     whole_ids = _text_ids(tokenizer, prompt + answer)
     pairs = zip(prompt_ids, whole_ids, strict=False)
     num_prompt = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     if num_prompt == len(whole_ids) or num_prompt == 0:
-        raise ValueError(f"task: the prompt {prompt[:60]!r} and the answer {answer[:60]!r} need a token each")
+        raise ValueError(
+            f"task: the prompt {prompt[:60]!r} and the answer {answer[:60]!r} need at least one token each"
+        )
     return whole_ids, num_prompt
 
 

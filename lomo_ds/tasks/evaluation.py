@@ -1,4 +1,4 @@
-"""Held-out sets: tokenized once, scored over the ranks as often as wanted."""
+"""Held-out sets: tokenized once, scored over all ranks any number of times."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, padding_id
-from lomo_ds.tasks.prompts import Example, ResponseExample
+from lomo_ds.tasks.prompts import ResponseExample
 from lomo_ds.tasks.scoring import Query, accuracy, answer_loss, option_scores, queries_for, rank_batches
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What an evaluation found.
+class EvaluationResult:
+    """The scores of a held-out set.
 
     Attributes:
-        accuracy: part of the examples whose likeliest option is the right one; None without options.
+        accuracy: share of the examples whose most likely option is the right one; None without options.
         loss: negative log-likelihood of the right answers, mean over their tokens.
-        lines: of each example, its figures, ready for JSON.
+        lines: the figures of each example, ready for JSON.
     """
 
     accuracy: float | None
@@ -35,7 +35,7 @@ class Evaluation(ABC):
     """A held-out set.
 
     Attributes:
-        batch_size: queries a forward on each rank.
+        batch_size: queries of one forward on each rank.
         pad_token_id: any token; padding is masked.
     """
 
@@ -45,47 +45,49 @@ class Evaluation(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(number of examples, most options of one)."""
+        """(number of examples, largest number of options of an example)."""
 
     @abstractmethod
-    def readings(self) -> Sequence[Query]:
-        """What the model has to read."""
+    def all_queries(self) -> Sequence[Query]:
+        """The texts that the model has to read, the longest first."""
 
     @abstractmethod
-    def found(self, scores: Tensor) -> Evaluated:
-        """What the log-likelihoods say.
+    def result(self, scores: Tensor) -> EvaluationResult:
+        """The result that follows from log-likelihoods.
 
         Args:
-            scores: of ``option_scores``, of every option.
+            scores: of ``option_scores``, with every option: fp64, of ``shape``.
         """
 
     @property
     def num_cut(self) -> int:
-        """Answers that have lost their end."""
+        """Number of answers that have lost their end."""
         return 0
 
-    def evaluate(self, engine: Any) -> Evaluated:
-        """Score all examples, split over the ranks; every rank returns the same figures. Collective.
+    def evaluate(self, engine: Any) -> EvaluationResult:
+        """Score all examples, split over the ranks; every rank returns the same result. Collective.
 
-        The engine is left in the mode in which it was found.
+        The engine is in evaluation mode meanwhile, and then in the mode that it was in before.
         """
-        batches = rank_batches(self.readings(), self.batch_size, dist.get_rank(), dist.get_world_size())
+        batches = rank_batches(self.all_queries(), self.batch_size, dist.get_rank(), dist.get_world_size())
         was_training = engine.training
         engine.eval()
         scores = option_scores(engine, batches, self.shape, self.pad_token_id).to(engine.device)
         engine.train(was_training)
         dist.all_reduce(scores, dist.ReduceOp.MAX)
-        return self.found(scores.cpu())
+        return self.result(scores.cpu())
 
-    def evaluate_alone(self, model: Any, watched: Callable[[list[Any]], Iterable[Any]] = iter) -> Evaluated:
+    def evaluate_alone(
+        self, model: Any, watched: Callable[[list[Any]], Iterable[Any]] = iter
+    ) -> EvaluationResult:
         """Score all examples in one process.
 
         Args:
             model: in evaluation mode.
-            watched: shows how far the list of batches has come, such as ``rich.progress.track``.
+            watched: wraps the list of batches to show progress, such as ``rich.progress.track``.
         """
-        batches = rank_batches(self.readings(), self.batch_size, 0, 1)
-        return self.found(option_scores(model, watched(batches), self.shape, self.pad_token_id))
+        batches = rank_batches(self.all_queries(), self.batch_size, 0, 1)
+        return self.result(option_scores(model, watched(batches), self.shape, self.pad_token_id))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ class ChoiceEvaluation(Evaluation):
     Attributes:
         queries: of ``queries_for``.
         labels: the right option of each example.
-        num_options: most options of one example.
+        num_options: largest number of options of an example.
     """
 
     queries: Sequence[Query]
@@ -107,37 +109,37 @@ class ChoiceEvaluation(Evaluation):
         """See ``Evaluation``."""
         return len(self.labels), self.num_options
 
-    def readings(self) -> Sequence[Query]:
+    def all_queries(self) -> Sequence[Query]:
         """See ``Evaluation``."""
         return self.queries
 
-    def found(self, scores: Tensor) -> Evaluated:
+    def result(self, scores: Tensor) -> EvaluationResult:
         """See ``Evaluation``."""
-        likeliest = scores.argmax(dim=1).tolist()
+        most_likely = scores.argmax(dim=1).tolist()
         counts = self._option_counts()
-        return Evaluated(
+        return EvaluationResult(
             accuracy=accuracy(scores, self.labels),
             loss=answer_loss(scores, self.labels, self._num_right_tokens()),
             lines=[
                 {"label": label, "predicted": predicted, "log_likelihoods": row[:count]}
                 for label, predicted, row, count in zip(
-                    self.labels, likeliest, scores.tolist(), counts, strict=True
+                    self.labels, most_likely, scores.tolist(), counts, strict=True
                 )
             ],
         )
 
     def _option_counts(self) -> list[int]:
-        """Options of each example."""
+        """Number of options of each example."""
         counts = [0] * len(self.labels)
         for query in self.queries:
-            for example, option, _ in query.readings:
+            for example, option, _ in query.options:
                 counts[example] = max(counts[example], option + 1)
         return counts
 
     def _num_right_tokens(self) -> int:
-        """Tokens of the right options of all examples."""
-        readings = (reading for query in self.queries for reading in query.readings)
-        return sum(len(ids) for example, option, ids in readings if option == self.labels[example])
+        """Number of tokens of the right options of all examples."""
+        options = (option for query in self.queries for option in query.options)
+        return sum(len(ids) for example, option, ids in options if option == self.labels[example])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,18 +162,18 @@ class ResponseEvaluation(Evaluation):
         """See ``Evaluation``."""
         return sum(answer.is_cut for answer in self.answers)
 
-    def readings(self) -> Sequence[Query]:
+    def all_queries(self) -> Sequence[Query]:
         """Each answer as the only option of its example, the longest first."""
         queries = [
-            Query(input_ids=answer.input_ids, readings=[(number, 0, answer.target_ids)])
+            Query(input_ids=answer.input_ids, options=[(number, 0, answer.target_ids)])
             for number, answer in enumerate(self.answers)
         ]
         return sorted(queries, key=lambda query: -len(query.input_ids))
 
-    def found(self, scores: Tensor) -> Evaluated:
+    def result(self, scores: Tensor) -> EvaluationResult:
         """See ``Evaluation``."""
         num_tokens = [len(answer.target_ids) for answer in self.answers]
-        return Evaluated(
+        return EvaluationResult(
             accuracy=None,
             loss=answer_loss(scores, [0] * len(num_tokens), sum(num_tokens)),
             lines=[
@@ -181,16 +183,14 @@ class ResponseEvaluation(Evaluation):
         )
 
 
-def evaluation_of(
-    tokenizer: Any, examples: Sequence[Example], max_length: int, batch_size: int
-) -> Evaluation:
-    """Tokenize a held-out set: options for questions, losses for responses.
+def evaluation_of(tokenizer: Any, examples: Sequence[Any], max_length: int, batch_size: int) -> Evaluation:
+    """Tokenize a held-out set: questions with options, or prompts with responses.
 
     Args:
         tokenizer: of the model.
-        examples: at least one, all of a kind.
-        max_length: tokens of a text; longer prompts lose their begin, longer responses their end.
-        batch_size: queries a forward on each rank.
+        examples: at least one, all ``ChoiceExample`` or all ``ResponseExample``.
+        max_length: tokens of a text; longer prompts lose their beginning, longer responses their end.
+        batch_size: queries of one forward on each rank.
 
     Raises:
         ValueError: an example without room for its answer.

@@ -10,7 +10,7 @@ from typing import Any
 from lomo_ds.tasks.data import Row
 
 _SAVED = ("dataset_dict.json", "dataset_info.json")
-"""Files of which ``save_to_disk`` leaves one."""
+"""``save_to_disk`` writes one of these files."""
 
 _MAX_SHOWN = 300
 
@@ -23,23 +23,23 @@ def load_rows(
     Args:
         dataset: name on the hub, a folder of ``save_to_disk``, or a folder of data files.
         name: configuration, where there are several.
-        split: as ``datasets`` takes it; None where the folder holds but one.
+        split: in the syntax of ``datasets``; None where the folder has only one.
         revision: of the hub's repository.
 
     Raises:
-        ValueError: the package is not installed, or what it cannot load, in one line.
+        ValueError: the package is not installed, or cannot load this; in one line.
     """
     datasets = _package()
     try:
         loaded = _load(datasets, dataset, name, split, revision)
-    except Exception as error:  # the package raises whatever its readers and the network do
-        told = " ".join(str(error).split())[:_MAX_SHOWN]
-        raise ValueError(f"cannot load {shown_source(dataset, name, split)}: {told}") from None
+    except Exception as error:  # whatever its readers and the network raise
+        reason = " ".join(str(error).split())[:_MAX_SHOWN]
+        raise ValueError(f"cannot load {shown_source(dataset, name, split)}: {reason}") from None
     if isinstance(loaded, Mapping):
-        raise ValueError(f"{dataset} has the splits {', '.join(loaded)}: name one of them as split")
-    rows = [dict(row) for row in loaded]
+        raise ValueError(f"{dataset} has the splits {', '.join(loaded)}: set split to one of them")
+    rows: list[Row] = [dict(row) for row in loaded]
     if not rows:
-        raise ValueError(f"{shown_source(dataset, name, split)} holds no example")
+        raise ValueError(f"{shown_source(dataset, name, split)} has no examples")
     return rows
 
 

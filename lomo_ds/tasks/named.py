@@ -1,6 +1,7 @@
-"""Tasks that are known by name: SuperGLUE's choices and SST-2, and instructions with their responses.
+"""Tasks with a name: those of SuperGLUE with options, SST-2, and instructions with responses.
 
-SuperGLUE's own JSON lines name their labels and nest; the Hugging Face hub's rows number them and are flat.
+SuperGLUE's own JSON lines have names for labels, and nested entries; the rows of the Hugging Face hub have
+numbers for labels, and are flat.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ class NamedTask:
     """A task with its prompt and its answers.
 
     Attributes:
-        label: how people call it.
-        examples: the questions that a row of the data asks (MultiRC's ask many), or its prompt and response.
-        train, validation: names, or patterns that one file has to match, of its files below the folder that
-            the user names.
+        label: its usual name, for people.
+        examples: makes the questions of a row of the data (of MultiRC several), or its prompt and response.
+        train, validation: where its files may be in the folder that the user gives: names, or patterns that
+            exactly one file must match.
     """
 
     label: str
@@ -37,15 +38,19 @@ class NamedTask:
         """All questions of a file.
 
         Raises:
-            ValueError: a row that is not of this task; names the file and the example.
+            ValueError: a row that does not fit this task; the error names the file and the example.
         """
         return self.read_rows(read_rows(path), str(path))
 
     def read_rows(self, rows: Sequence[Row], where: str) -> list[Example]:
-        """All questions of rows that come from ``where``.
+        """All questions of rows.
+
+        Args:
+            rows: of the data.
+            where: where they come from; begins an error.
 
         Raises:
-            ValueError: a row that is not of this task; names the example.
+            ValueError: a row that does not fit this task; the error names the example.
         """
         questions: list[Example] = []
         for number, row in enumerate(rows, start=1):
@@ -56,27 +61,27 @@ class NamedTask:
         return questions
 
     def validation_file(self, folder: Path) -> Path:
-        """The file to score on.
+        """The file with the examples to score.
 
         Raises:
-            ValueError: there is none in ``folder``.
+            ValueError: ``folder`` has none.
         """
         return _first(folder, self.validation, self.label)
 
     def train_file(self, folder: Path) -> Path:
-        """The file to train on.
+        """The file with the training examples.
 
         Raises:
-            ValueError: there is none in ``folder``.
+            ValueError: ``folder`` has none.
         """
         return _first(folder, self.train, self.label)
 
 
 def named_task(name: str) -> NamedTask:
-    """The task of that name, in any case.
+    """The task of a name, in upper or lower case.
 
     Raises:
-        ValueError: there is none; names the closest.
+        ValueError: there is none; the error names the closest.
     """
     try:
         return TASKS[name.lower()]
@@ -91,7 +96,7 @@ def _first(folder: Path, names: Sequence[str], label: str) -> Path:
         files = list(folder.glob(name))
         if len(files) == 1:
             return files[0]
-    raise ValueError(f"data: {folder} holds none of {label}'s files: {', '.join(names)}")
+    raise ValueError(f"data: {folder} has none of the files of {label}: {', '.join(names)}")
 
 
 def _index(options: Sequence[Any], value: Any) -> int:
@@ -101,11 +106,11 @@ def _index(options: Sequence[Any], value: Any) -> int:
 
 
 def _named_index(names: Sequence[str], value: Any) -> int:
-    """Of a label's name, or of its number in the same order."""
+    """The index of a label, which is given by name or as that index."""
     return _index(range(len(names)) if isinstance(value, int) else names, value)
 
 
-# What each row asks ---------------------------------------------------------------------------------
+# The questions of a row ---------------------------------------------------------------------------------
 
 
 def _rte(row: Row) -> Iterator[ChoiceExample]:
@@ -164,7 +169,7 @@ def _copa(row: Row) -> Iterator[ChoiceExample]:
 
 
 def _continued(sentence: str) -> str:
-    """A sentence as the second half of one: "I" stays, other first letters become small."""
+    """A sentence as the second half of another: it begins with a small letter, except for "I"."""
     first, _, rest = sentence.partition(" ")
     return f"{first if first == 'I' else first[:1].lower() + first[1:]} {rest}".strip()
 

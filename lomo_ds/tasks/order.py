@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 
 def num_steps_per_epoch(num_examples: int, train_batch_size: int) -> int:
-    """Whole batches in one pass; the rest of a pass is left out.
+    """Number of whole batches in one pass over the examples; what remains of the pass is left out.
 
     Raises:
-        ValueError: not even one batch.
+        ValueError: fewer examples than one batch.
     """
     if num_examples < train_batch_size:
         raise ValueError(
@@ -22,7 +22,7 @@ def num_steps_per_epoch(num_examples: int, train_batch_size: int) -> int:
 def global_batches(
     num_examples: int, train_batch_size: int, num_steps: int, seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """The examples of each step, over all ranks: a fresh order each epoch, from ``seed`` and epoch alone.
+    """The examples of each step, over all ranks: a new order in each epoch, from ``seed`` and epoch alone.
 
     Yields:
         ``num_steps`` tuples of ``train_batch_size`` indices.
@@ -41,8 +41,8 @@ def micro_batches(
 ) -> list[tuple[int, ...]]:
     """One rank's share of a global batch, cut into micro batches.
 
-    Micro batch m of rank r follows the same micro batch of rank r - 1: together they are a prefix of the
-    batch, so that the examples seen up to micro batch m do not depend on how many ranks share them.
+    In the batch, micro batch m of rank r comes right after micro batch m of rank r - 1. The first m micro
+    batches of all ranks are therefore a prefix of the batch, on any number of ranks.
     """
     stride = micro_batch_size * world_size
     starts = range(rank * micro_batch_size, len(batch), stride)

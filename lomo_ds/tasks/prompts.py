@@ -12,12 +12,12 @@ from lomo_ds.tasks.data import Row
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceExample:
-    """One question with its possible answers.
+    """A question with its possible answers.
 
     Attributes:
         prompt: what the model reads.
         options: texts that may follow the prompt.
-        label: index of the right one.
+        label: index of the right option.
     """
 
     prompt: str
@@ -32,13 +32,13 @@ class ChoiceExample:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoicePrompt:
-    """Turns rows into questions with one fixed set of options (sentiment, entailment, yes or no).
+    """Turns rows into questions with the same options for each (sentiment, entailment, yes or no).
 
     Attributes:
-        template: text with ``{column}`` places.
+        template: text with ``{column}`` in it, which is replaced by that column.
         options: the answers, the same for every row.
-        label_column: where the right answer is.
-        label_names: its values, in the order of ``options``; None means that it holds indices.
+        label_column: column with the right answer.
+        label_names: values of that column, in the order of ``options``; None for indices.
     """
 
     template: str
@@ -65,7 +65,7 @@ class ChoicePrompt:
         if value not in names:
             raise ValueError(
                 f"task.label: example {number} has the label {value!r}; known: {', '.join(names)} "
-                "(set task.label_names where the file's labels are called otherwise)"
+                "(set task.label_names where the file has other labels)"
             )
         return names.index(value)
 
@@ -76,7 +76,7 @@ class ResponseExample:
 
     Attributes:
         prompt: what the model reads.
-        response: the text that should follow, and then the end of the text.
+        response: the text that should follow; there the text ends.
     """
 
     prompt: str
@@ -92,8 +92,8 @@ class ResponsePrompt:
     """Turns rows into prompts with a response each (instructions, dialogues, summaries).
 
     Attributes:
-        template: text with ``{column}`` places.
-        response_column: where the response is.
+        template: text with ``{column}`` in it, which is replaced by that column.
+        response_column: column with the response.
     """
 
     template: str
@@ -103,7 +103,7 @@ class ResponsePrompt:
         """All rows, in order.
 
         Raises:
-            ValueError: a column that a row lacks, or a response that is empty or no text.
+            ValueError: a column that a row lacks, or a response that is empty or not a string.
         """
         return [self._example(number, row) for number, row in enumerate(rows, start=1)]
 
@@ -113,7 +113,7 @@ class ResponsePrompt:
         response = row[self.response_column]
         if not isinstance(response, str) or not response:
             where = f"the column {self.response_column!r} of example {number}"
-            raise ValueError(f"task.response: {where} has to hold a text, not {shown(response)}")
+            raise ValueError(f"task.response: {where} has to be a text, not {shown(response)}")
         return ResponseExample(prompt=prompt, response=response)
 
 

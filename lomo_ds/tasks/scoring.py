@@ -1,4 +1,4 @@
-"""Scores: how likely the model finds answers, and how often the right option is the likeliest."""
+"""Scores: the likelihood of answers under the model, and how often the right option is the most likely."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Model = Callable[..., Any]
 
 
 def answer_logits(model: Model, batch: AnswerBatch) -> Tensor:
-    """Run the model; logits only where answers are predicted, fp32, shape (batch, kept, vocabulary).
+    """Run the model; returns fp32 logits where answers are predicted, of shape (batch, kept, vocabulary).
 
-    Cost: the vocabulary's logits for the kept positions instead of the whole sequence.
+    Cost: logits of the kept positions only, instead of the whole sequence.
     """
     outputs = model(
         input_ids=batch.input_ids,
@@ -36,7 +36,7 @@ def target_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: shape (batch, kept, vocabulary).
-        targets: shape (batch, kept); IGNORED positions count nothing.
+        targets: shape (batch, kept); IGNORED positions are left out.
 
     Returns:
         Shape (batch,), in the logits' dtype.
@@ -49,35 +49,35 @@ def target_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """One text to be read, and the options that can be scored from that one reading.
+    """A text for the model to read, and the options that one forward of it scores.
 
-    Options of one token each share the whole text, so that they cost one forward together.
+    Options of one token each share the whole text, so that together they cost one forward.
 
     Attributes:
         input_ids: what the model reads.
-        readings: (example, option, target ids) of each option.
+        options: (index of the example, index of the option, target ids) of each option.
     """
 
     input_ids: tuple[int, ...]
-    readings: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+    options: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
 
 
 def queries_for(tokenizer: Any, examples: Sequence[ChoiceExample], max_length: int) -> list[Query]:
-    """The readings that score every option of every example, the longest first."""
+    """The queries that score every option of every example, the longest first."""
     queries: dict[tuple[tuple[int, ...], int], Query] = {}
     for number, example in enumerate(examples):
         for option, text in enumerate(example.options):
             answer = encode_answer(tokenizer, example.prompt, text, max_length)
             key = (answer.input_ids, len(answer.target_ids))
             query = queries.setdefault(key, Query(input_ids=answer.input_ids))
-            query.readings.append((number, option, answer.target_ids))
+            query.options.append((number, option, answer.target_ids))
     return sorted(queries.values(), key=lambda query: -len(query.input_ids))
 
 
 def rank_batches(queries: Sequence[Query], batch_size: int, rank: int, world_size: int) -> list[list[Query]]:
-    """One rank's batches. Every rank gets as many, a short one is filled up with queries seen before.
+    """One rank's batches. Every rank gets the same number and sizes; repeated queries fill the gaps.
 
-    Neighbours in length are dealt to the ranks in turn, so that they run about as long.
+    Queries of similar length are given to the ranks in turn, so that all ranks take about the same time.
     """
     stride = batch_size * world_size
     batches = []
@@ -92,27 +92,27 @@ def rank_batches(queries: Sequence[Query], batch_size: int, rank: int, world_siz
 def option_scores(
     model: Model, batches: Iterable[Sequence[Query]], shape: tuple[int, int], pad_token_id: int
 ) -> Tensor:
-    """Log-likelihood of every option that this rank's batches read.
+    """Log-likelihood of every option in this rank's batches.
 
-    Under ZeRO-3 a collective of all ranks: each has to pass the same number of batches.
+    Under ZeRO-3 this is collective: each rank has to pass the same number of batches.
 
     Args:
         model: the engine, in evaluation mode.
         batches: of ``rank_batches``.
-        shape: (number of examples, most options of one).
+        shape: (number of examples, largest number of options of an example).
         pad_token_id: any token; padding is masked.
 
     Returns:
-        fp64 on the CPU, of ``shape``; minus infinity for what was not read here.
+        fp64 on the CPU, of ``shape``; minus infinity for options that are not in these batches.
     """
     scores = torch.full(shape, -torch.inf, dtype=torch.float64)
     for batch in batches:
-        answers = [EncodedAnswer(input_ids=q.input_ids, target_ids=q.readings[0][2]) for q in batch]
+        answers = [EncodedAnswer(input_ids=q.input_ids, target_ids=q.options[0][2]) for q in batch]
         tensors = collate(answers, pad_token_id)
         device = getattr(model, "device", "cpu")
         logits = answer_logits(model, tensors.to(device)).cpu()
         for row, query in enumerate(batch):
-            for example, option, target_ids in query.readings:
+            for example, option, target_ids in query.options:
                 targets = tensors.targets[row].clone()
                 targets[targets != IGNORED] = torch.tensor(target_ids)
                 scores[example, option] = target_log_likelihood(logits[row, None], targets[None])[0]
@@ -120,11 +120,22 @@ def option_scores(
 
 
 def accuracy(scores: Tensor, labels: Sequence[int]) -> float:
-    """Part of the examples whose likeliest option is the right one."""
+    """Share of the examples whose most likely option is the right one.
+
+    Args:
+        scores: shape (examples, options).
+        labels: index of each example's right option.
+    """
     return (scores.argmax(dim=1) == torch.tensor(labels)).double().mean().item()
 
 
 def answer_loss(scores: Tensor, labels: Sequence[int], num_tokens: int) -> float:
-    """Negative log-likelihood of the right options, mean over their ``num_tokens`` tokens; as in training."""
+    """Negative log-likelihood of the right options, as in training: the mean over their tokens.
+
+    Args:
+        scores: shape (examples, options).
+        labels: index of each example's right option.
+        num_tokens: of all right options together.
+    """
     rows = torch.arange(len(labels))
     return -scores[rows, torch.tensor(labels)].sum().item() / num_tokens

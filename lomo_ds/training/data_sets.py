@@ -1,4 +1,4 @@
-"""A run's examples in tokens: what is trained on, and what is scored."""
+"""A run's examples as tokens: those to train on, and those to score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, encode_right_answers, padding_id
 from lomo_ds.tasks.evaluation import Evaluation, evaluation_of
-from lomo_ds.tasks.prompts import Example, ResponseExample
+from lomo_ds.tasks.prompts import ResponseExample
 from lomo_ds.training.plan import RunPlan
 
 
@@ -19,8 +19,8 @@ class DataSets:
 
     Attributes:
         train: every training example with its right answer, in the file's order.
-        held_out: what is scored; None without held-out examples.
-        num_cut: answers of both sets that have lost their end.
+        held_out: the examples to score; None without any.
+        num_cut: how many answers of both sets have lost their end.
         pad_token_id: any token; padding is masked.
     """
 
@@ -47,7 +47,7 @@ def encode_data_sets(plan: RunPlan, tokenizer: Any) -> DataSets:
     )
 
 
-def _encoded(key: str, tokenizer: Any, examples: Sequence[Example], recipe: Recipe) -> list[EncodedAnswer]:
+def _encoded(key: str, tokenizer: Any, examples: Sequence[Any], recipe: Recipe) -> list[EncodedAnswer]:
     encode = encode_responses if isinstance(examples[0], ResponseExample) else encode_right_answers
     try:
         return encode(tokenizer, examples, recipe.max_sequence_length)

@@ -1,4 +1,4 @@
-"""From a recipe and its DeepSpeed JSON to the JSON as used: what the recipe says takes the JSON's place."""
+"""From a recipe and its DeepSpeed JSON to the JSON as used: the recipe's values replace the JSON's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lomo_ds.zero3.supported import refuse_unsupported
 
 _AUTO = "auto"
 _ADAPTERS = "*.lora_*"
-"""What peft calls the parameters of adapters."""
+"""Pattern of the names that peft gives to the parameters of adapters."""
 
 
 def read_ds_json(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
     Raises:
-        ValueError: it is not a JSON object, or asks for something that this engine refuses.
+        ValueError: it is not a JSON object, or has a setting that this engine refuses.
     """
     ds_json = read_json_object(path, "deepspeed")
     refuse_unsupported(ds_json)
@@ -29,15 +29,15 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
 
 
 def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """The JSON as the engine gets it, but for what depends on the number of steps.
+    """The JSON as the engine gets it, except for what depends on the number of steps.
 
     Args:
         ds_json: of ``read_ds_json``.
-        recipe: the place for batch, learning rate and schedule.
+        recipe: its batch, learning rate, weight decay and schedule replace those of the JSON.
         world_size: number of ranks.
 
     Raises:
-        ValueError: both set a schedule, or no learning rate is given.
+        ValueError: both set a schedule, or neither gives a learning rate.
     """
     filled = copy.deepcopy({key: value for key, value in ds_json.items() if value is not None})
     if isinstance(filled.get("optimizer"), dict) and filled["optimizer"].get("params") is None:
@@ -52,17 +52,19 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
     if recipe.lora is not None:
         _add_adapters(filled["optimizer"]["params"], recipe.lora)
     if filled["optimizer"]["params"].get("lr") is None:
-        raise ValueError('optimizer.lr: neither the recipe nor "optimizer.params.lr" of the JSON gives it')
+        raise ValueError(
+            'optimizer.lr is missing: give it in the recipe, or "optimizer.params.lr" in the JSON'
+        )
     filled.setdefault("steps_per_print", 10**9)
-    _take_over_scheduler(filled, recipe)
+    _set_scheduler(filled, recipe)
     return filled
 
 
 def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> None:
-    """Fill the "auto" values of DeepSpeed's scheduler, in place, and refuse any "auto" that remains.
+    """Replace the "auto" values of DeepSpeed's scheduler, in place, and refuse any "auto" that remains.
 
     Raises:
-        ValueError: an "auto" that nothing is known about.
+        ValueError: an "auto" for which the recipe has no value.
     """
     optimizer = ds_json["optimizer"]["params"]
     lr = optimizer["lr"]
@@ -84,7 +86,7 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
 
 
 def _fill(ds_json: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key to the recipe's value; without one an "auto" is taken out."""
+    """Set a dotted key to the recipe's value; where there is none, remove an "auto"."""
     *sections, last = dotted.split(".")
     place = ds_json
     for section in sections:
@@ -96,7 +98,7 @@ def _fill(ds_json: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _add_adapters(optimizer_params: dict[str, Any], lora: LoraRecipe) -> None:
-    """Give the adapters a parameter group, in place; a frozen base needs no rate of its own."""
+    """Add a parameter group for the adapters, in place; a frozen base needs no learning rate of its own."""
     group = {"params": [_ADAPTERS], "type": "AdamW", "lr": lora.lr, "weight_decay": lora.weight_decay}
     others = optimizer_params.get("param_groups", [])
     optimizer_params["param_groups"] = others if group in others else [group, *others]
@@ -104,23 +106,25 @@ def _add_adapters(optimizer_params: dict[str, Any], lora: LoraRecipe) -> None:
         optimizer_params.setdefault("lr", lora.lr)
 
 
-def _take_over_scheduler(ds_json: dict[str, Any], recipe: Recipe) -> None:
+def _set_scheduler(ds_json: dict[str, Any], recipe: Recipe) -> None:
     schedule = recipe.schedule
     if schedule.type is None:
         return
     if ds_json.get("scheduler"):
         raise ValueError(
             f'schedule.type {schedule.type} and "scheduler" of the DeepSpeed JSON both set the schedule: '
-            "leave one of them out"
+            "delete one of them"
         )
     if schedule.type not in SHAPES:
         ds_json["scheduler"] = {"type": schedule.type, "params": dict(schedule.params)}
     elif schedule.params:
-        raise ValueError(f"schedule.params belong to DeepSpeed's schedulers, not to {schedule.type}")
+        raise ValueError(
+            f"schedule.params are for DeepSpeed's schedulers, not for {schedule.type}: delete them"
+        )
 
 
 def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested sections."""
+    """Dotted key and value of every entry of nested sections."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""Being told to stop: the signals of a scheduler become a flag that the training loop looks at."""
+"""Stopping on request: the signals of a cluster's scheduler set a flag that the training loop checks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED = 75
-"""Exit code of a run that was told to stop and has saved itself (EX_TEMPFAIL: try again later)."""
+"""Exit code of a run that was told to stop and has been saved (EX_TEMPFAIL: try again later)."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Whether this process has been told to stop, by SIGTERM or by SIGUSR1, which Slurm sends before it ends
-    a job. The step that is running is finished first."""
+    """Whether this process has been told to stop, by SIGTERM or SIGUSR1, as Slurm does before it ends a job.
+
+    The current step is finished first.
+    """
 
     def __init__(self) -> None:
         self.requested = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over the signals for a while; before and after it they end the process as ever."""
+        """Let the signals set the flag inside the block; outside it they end the process as usual."""
         previous = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
         try:
             yield

@@ -21,16 +21,16 @@ from lomo_ds.training.metrics import Share, StepMetrics
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
-    """The training examples and how they are dealt out.
+    """The training examples and how they are split into batches.
 
     Attributes:
         answers: every example with its right answer.
-        train_batch_size: examples a step over all ranks.
-        micro_batch_size: examples a forward on each rank.
-        num_steps: of the run.
-        seed: of the order.
-        num_steps_done: steps that an earlier process has made.
+        train_batch_size: examples of a step, over all ranks.
+        micro_batch_size: examples of one forward on each rank.
+        num_steps: of the whole run.
+        seed: of the order of the examples.
         pad_token_id: any token; padding is masked.
+        num_steps_done: steps that earlier processes have made.
     """
 
     answers: Sequence[EncodedAnswer]
@@ -47,14 +47,14 @@ def train(engine: Any, data: TrainingSet, stop: StopFlag) -> Iterator[tuple[Step
 
     Args:
         engine: of ``lomo_ds.initialize``.
-        data: what to train on.
-        stop: this rank's.
+        data: the training set.
+        stop: the flag of this rank.
 
     Yields:
         After each step its metrics, and whether any rank has been told to stop; the same on every rank.
 
     Raises:
-        RuntimeError: a loss that is no number, on all ranks alike; nothing is gained by going on.
+        RuntimeError: a loss that is not a number, on all ranks; training could not recover.
     """
     batches = global_batches(len(data.answers), data.train_batch_size, data.num_steps, data.seed)
     for step, indices in enumerate(batches, start=1):
@@ -73,12 +73,12 @@ def _step(
     start_s = time.perf_counter()
     num_targets = sum(len(data.answers[index].target_ids) for index in indices)
     loss_sum, num_tokens = 0.0, 0
-    shares = micro_batches(indices, dist.get_rank(), dist.get_world_size(), data.micro_batch_size)
-    for share in shares:
-        batch = collate([data.answers[index] for index in share], data.pad_token_id)
+    parts = micro_batches(indices, dist.get_rank(), dist.get_world_size(), data.micro_batch_size)
+    for part in parts:
+        batch = collate([data.answers[index] for index in part], data.pad_token_id)
         num_tokens += int(batch.attention_mask.sum())
         loss = token_loss_sum(engine, batch.to(engine.device))
-        engine.backward(loss * (dist.get_world_size() * len(shares) / num_targets))
+        engine.backward(loss * (dist.get_world_size() * len(parts) / num_targets))
         lr = used_lr(engine)
         engine.step()
         loss_sum += loss.item()
@@ -98,20 +98,20 @@ def _step(
 
 
 def used_lr(engine: Any) -> float:
-    """The learning rate of the first parameter group with something to train in it.
+    """The learning rate of the first parameter group that has a trainable parameter.
 
-    DeepSpeed's own optimizers show groups without parameters; theirs is the first group's.
+    DeepSpeed's own optimizers show groups without parameters; for them it is that of the first group.
     """
-    groups, rates = engine.optimizer.param_groups, engine.get_lr()
+    groups, lrs = engine.optimizer.param_groups, engine.get_lr()
     trained = (any(param.requires_grad for param in group["params"]) for group in groups)
-    return next((lr for lr, is_trained in zip(rates, trained, strict=True) if is_trained), rates[0])
+    return next((lr for lr, is_trained in zip(lrs, trained, strict=True) if is_trained), lrs[0])
 
 
 def token_loss_sum(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
     """Negative log-likelihood of the answers, summed over their tokens; a scalar in fp32.
 
-    DeepSpeed averages over ranks and micro batches. Scaled by ranks * micro batches / answer tokens of the
-    global batch, the sums become the mean over that batch, however its tokens fall on the ranks.
+    DeepSpeed averages over ranks and micro batches. Times ranks * micro batches / answer tokens of the global
+    batch, the sums give the mean over that batch, however its tokens are spread over the ranks.
     """
     if getattr(model, "tiles_vocabulary", False):
         return _token_loss_sum_in_tiles(model, batch)
@@ -119,7 +119,7 @@ def token_loss_sum(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
 
 
 def _token_loss_sum_in_tiles(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
-    """The same from an engine that takes the head and its loss together and returns no logits."""
+    """The same from an engine that computes head and loss together and returns no logits."""
     return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

@@ -1,4 +1,4 @@
-"""How much memory a rank has needed so far."""
+"""The peak memory of a rank."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from deepspeed.accelerator import get_accelerator
 
 
 def peak_bytes() -> int:
-    """The most that this rank has held at once: of the accelerator's memory, or resident on a CPU rank."""
+    """Peak of this rank so far: allocated memory of the accelerator, or resident memory of a CPU rank."""
     if _is_cpu():
         return _peak_resident_bytes()
     return int(get_accelerator().max_memory_allocated())
 
 
 def peak_source() -> str:
-    """What ``peak_bytes`` counts, for readers of a summary."""
+    """What ``peak_bytes`` measures, in words for the summary."""
     if _is_cpu():
         return "peak resident memory of the process, libraries included (CPU ranks)"
     return f"most bytes allocated by torch on {get_accelerator().device_name()}"

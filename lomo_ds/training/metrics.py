@@ -1,4 +1,4 @@
-"""What a step reports, and the file it is written to."""
+"""The figures of a step, and the file that they are written to."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class StepMetrics:
     Attributes:
         step: from 1.
         loss: mean over the answer tokens of the global batch, before the step's update.
-        lr: the rate that the step used; the adapters' where they alone are trained.
+        lr: learning rate of the step; that of the adapters where only they are trained.
         grad_norm: L2 norm of the whole gradient, before clipping.
-        tokens_per_s: tokens read by all ranks (without padding) over the step's seconds.
-        peak_memory_bytes: the most that any rank has held so far; see ``memory.peak_source``.
+        tokens_per_s: tokens of all ranks, without padding, divided by the step's seconds.
+        peak_memory_bytes: largest peak of any rank so far; see ``memory.peak_source``.
     """
 
     step: int
@@ -36,12 +36,12 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one rank has to say of a step, or all of them together.
+    """One rank's part of a step's figures, or those of all ranks together.
 
     Attributes:
-        loss_sum: negative log-likelihood over the answer tokens.
-        num_tokens: tokens read, without padding.
-        peak_bytes: the most that a rank has held so far.
+        loss_sum: negative log-likelihood, summed over the answer tokens.
+        num_tokens: tokens of the inputs, without padding.
+        peak_bytes: peak memory so far.
         stop_requested: whether a rank has been told to stop.
     """
 
@@ -51,7 +51,7 @@ class Share:
     stop_requested: bool
 
     def of_all_ranks(self, device: Any) -> Share:
-        """Sums in fp64, the largest peak, and whether any rank is to stop. Collective: one small gather."""
+        """Sums in fp64, the largest peak, and whether any rank should stop. Collective: one small gather."""
         numbers = [self.loss_sum, self.num_tokens, self.peak_bytes, self.stop_requested]
         own = torch.tensor(numbers, dtype=torch.float64, device=device)
         everyones = [torch.empty_like(own) for _ in range(dist.get_world_size())]

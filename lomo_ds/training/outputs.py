@@ -1,4 +1,4 @@
-"""A run's output folder: what is in it, and how it is cleared for a new run."""
+"""A run's output folder: its files, and how it is cleared for a new run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lomo_ds.training.plan import RunPlan
 
 
 class OutputFolder:
-    """Names of the files that a run leaves. ``summary.json`` is written last: where it is, all is there.
+    """The files of a run. ``summary.json`` is written last: where it is, the others are complete.
 
     Args:
         path: the recipe's ``output``.
@@ -34,7 +34,7 @@ class OutputFolder:
         self.checkpoints = self.path / "checkpoints"
 
     def begin(self, plan: RunPlan) -> None:
-        """Make the folder, drop an earlier run's results and write the recipe and the JSON as used."""
+        """Create the folder, delete an earlier run's results and write the recipe and the JSON as used."""
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (self.metrics, self.predictions, self.plot, self.summary):
             file.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ class OutputFolder:
             stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary."""
+        """Write the summary, as the last file."""
         self._write_json(self.summary, summary)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a run will do, worked out from its recipe before anything is launched, allocated or written."""
+"""What a run will do, derived from its recipe before anything is launched, allocated or written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
 from lomo_ds.recipe import DatasetRecipe, Recipe, TaskRecipe
-from lomo_ds.tasks.data import read_rows
+from lomo_ds.tasks.data import Row, read_rows
 from lomo_ds.tasks.hub import load_rows, shown_source
-from lomo_ds.tasks.named import named_task
+from lomo_ds.tasks.named import NamedTask, named_task
 from lomo_ds.tasks.order import num_steps_per_epoch
 from lomo_ds.tasks.prompts import ChoicePrompt, Example, ResponsePrompt
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
@@ -28,7 +28,7 @@ class RunPlan:
         ds_json: the DeepSpeed JSON as used.
         num_steps: optimizer steps.
         train_examples: in the file's order.
-        held_out_examples: those that are evaluated; empty where the recipe names none.
+        held_out_examples: those to score; empty where the recipe names none.
     """
 
     recipe: Recipe
@@ -39,7 +39,7 @@ class RunPlan:
 
 
 def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
-    """Read the JSON and the data, and hold them against the recipe.
+    """Read the JSON and the data, and check them against the recipe.
 
     Args:
         recipe: of ``load_recipe``.
@@ -54,7 +54,7 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     optimizer_from_json(ds_json["optimizer"])  # for its checks
     train_examples, held_out_examples = _read_examples(recipe)
     per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
-    num_steps = recipe.steps or recipe.epochs * per_epoch
+    num_steps = recipe.steps or (recipe.epochs or 0) * per_epoch  # one of them is given
     fill_scheduler(ds_json, recipe, num_steps)
     refuse_unreadable(ds_json)
     return RunPlan(
@@ -66,8 +66,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     )
 
 
-def _read_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """(those to train on, those to evaluate), by the recipe's own prompt or by a named task's."""
+def _read_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
+    """(examples to train on, examples to score), with the recipe's own prompt or that of a named task."""
     if recipe.data.evaluation is None:
         return _examples("data.train", recipe.data.train, recipe), []
     return (
@@ -76,25 +76,34 @@ def _read_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     )
 
 
-def _examples(key: str, source: str | DatasetRecipe, recipe: Recipe) -> list[Example]:
+def _examples(key: str, source: str | DatasetRecipe, recipe: Recipe) -> Sequence[Example]:
     """All examples of one file, of a named task's folder, or of what ``datasets`` loads."""
-    named = named_task(recipe.task) if isinstance(recipe.task, str) else None
+    if isinstance(recipe.task, str):
+        return _examples_of_task(named_task(recipe.task), key, source)
+    rows = read_rows(source, recipe.data.format) if isinstance(source, str) else _load_rows(key, source)
+    return _prompt(recipe.task).examples(rows)
+
+
+def _examples_of_task(task: NamedTask, key: str, source: str | DatasetRecipe) -> Sequence[Example]:
     if isinstance(source, DatasetRecipe):
-        try:
-            rows = load_rows(**asdict(source))
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        where = shown_source(source.dataset, source.name, source.split)
-        return named.read_rows(rows, where) if named else _prompt(recipe.task).examples(rows)
-    if named:
-        file = named.train_file if key == "data.train" else named.validation_file
-        return named.read(file(Path(source)))
-    return _prompt(recipe.task).examples(read_rows(source, recipe.data.format))
+        return task.read_rows(
+            _load_rows(key, source), shown_source(source.dataset, source.name, source.split)
+        )
+    file = task.train_file if key == "data.train" else task.validation_file
+    return task.read(file(Path(source)))
+
+
+def _load_rows(key: str, source: DatasetRecipe) -> Sequence[Row]:
+    try:
+        return load_rows(**asdict(source))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _prompt(task: TaskRecipe) -> ChoicePrompt | ResponsePrompt:
     if task.response is not None:
         return ResponsePrompt(template=task.prompt, response_column=task.response)
+    assert task.options is not None, "a recipe has options or a response"
     return ChoicePrompt(
         template=task.prompt,
         options=task.options,

@@ -1,20 +1,20 @@
-"""The picture of a run: loss and memory over the steps."""
+"""The plot of a run: loss and memory over the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.training.metrics import StepMetrics
 from lomo_ds.training.plan import RunPlan
 
-_GIB = 1 << 30
 _LABELS = {"lomo": "LOMO", "adalomo": "AdaLomo"}
 """Optimizer of the JSON, in small letters -> how people call it."""
 
 
 def plot_title(plan: RunPlan, num_ranks: int) -> str:
-    """What was trained, how, and on how many ranks."""
+    """Model, method and number of ranks."""
     lora, optimizer = plan.recipe.lora, plan.ds_json["optimizer"]["type"]
     base = _LABELS.get(optimizer.lower(), optimizer)
     method = base if lora is None else f"{base} + LoRA" if lora.train_base else "LoRA"
@@ -35,7 +35,7 @@ def plot_loss_and_memory(history: Sequence[StepMetrics], title: str, path: Path)
     loss_axes.set_ylabel("loss (nats per answer token)")
     loss_axes.set_title(title)
     loss_axes.legend()
-    memory_axes.plot(steps, [m.peak_memory_bytes / _GIB for m in history], color="tab:red")
+    memory_axes.plot(steps, [m.peak_memory_bytes / GIB for m in history], color="tab:red")
     memory_axes.set_ylim(bottom=0)
     memory_axes.set_ylabel("peak so far (GiB per rank)")
     memory_axes.set_xlabel("step")

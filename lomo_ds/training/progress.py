@@ -1,4 +1,4 @@
-"""What rank 0 shows while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+"""What rank 0 shows during a run: a progress bar on a terminal, elsewhere a line from time to time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lomo_ds.byte_units import GIB
 from lomo_ds.training.metrics import StepMetrics
 
 _NUM_LINES = 16
-"""Lines that a run prints where there is no terminal."""
+"""About how many lines a run prints where there is no terminal."""
 
 
 def describe(metrics: StepMetrics) -> str:
-    """Loss, rate, norm, speed and memory of a step, in a line of fixed width."""
+    """Loss, learning rate, norm, speed and memory of a step, in a line of fixed width."""
     return (
         f"loss {metrics.loss:6.3f}  lr {metrics.lr:8.2e}  grad norm {metrics.grad_norm:8.2f}  "
-        f"{metrics.tokens_per_s:6.0f} tokens/s  {metrics.peak_memory_bytes / (1 << 30):5.2f} GiB"
+        f"{metrics.tokens_per_s:6.0f} tokens/s  {metrics.peak_memory_bytes / GIB:5.2f} GiB"
     )
 
 
@@ -54,12 +55,12 @@ class TrainingProgress:
         self._bar.stop()
 
     def show(self, metrics: StepMetrics) -> None:
-        """Bring the bar up to a step that is done."""
+        """Show the figures of a step that is done."""
         if not self._bar.disable:
             self._bar.update(self._task, completed=metrics.step, figures=describe(metrics))
         elif metrics.step in (1, self._num_steps) or metrics.step % self._every == 0:
             self._console.print(f"step {metrics.step:5d}/{self._num_steps}  {describe(metrics)}")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._console.print(text)

@@ -1,4 +1,4 @@
-"""Reading a recipe from YAML: overrides from the command line, paths, and whether its inputs are there."""
+"""Reading a recipe from YAML: overrides from the command line, paths, and a check that its inputs exist."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lomo_ds.config import from_mapping, shown
 from lomo_ds.recipe import DatasetRecipe, Recipe
 
 _MODEL_OR_DATA = ("model", "data.train.dataset", "data.evaluation.dataset")
-"""Keys whose value may be a name on the hub, too."""
+"""Keys whose value may also be a name on the hub."""
 
 PATH_KEYS = (*_MODEL_OR_DATA, "weights", "deepspeed", "data.train", "data.evaluation")
-"""Keys whose relative value is looked up beside the recipe (in the working directory for an override)."""
+"""Keys with a path, relative to the recipe's folder (of an override: to the working directory)."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """``parse_recipe``, and a check that the files and folders it names are there.
+    """``parse_recipe``, and a check that the files and folders that it names exist.
 
     Raises:
         ValueError: one line that names the key to change.
@@ -43,10 +43,10 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: one line that names the key to change.
     """
-    mapping = _beside(_read_yaml(Path(path)), Path(path).resolve().parent)
+    mapping = _with_absolute_paths(_read_yaml(Path(path)), Path(path).resolve().parent)
     for override in overrides:
         _apply_override(mapping, override)
-    return from_mapping(Recipe, _beside(mapping, Path.cwd()), str(path))
+    return from_mapping(Recipe, _with_absolute_paths(mapping, Path.cwd()), str(path))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -62,8 +62,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without anchors on lists and mappings, which can stand for more than fits into memory, or for
-    themselves."""
+    """YAML without aliases of lists and mappings, which could expand beyond all memory, or without end."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
@@ -74,10 +73,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse_yaml(text: str) -> Any:
-    """The value that a YAML text stands for.
+    """The value of a YAML text.
 
     Raises:
-        ValueError: it holds a number or a date that is none, or is nested too deeply.
+        ValueError: a broken number or date in it, or it is nested too deeply.
         yaml.YAMLError: it is not YAML.
     """
     try:
@@ -87,7 +86,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place; sections are made where they are missing."""
+    """Set one dotted key, in place; missing sections are created."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{shown(override)} is not an override: write key=value, e.g. optimizer.lr=0.01")
@@ -103,8 +102,8 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
     mapping[last] = value
 
 
-def _beside(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy in which the paths of ``PATH_KEYS`` are absolute, relative ones taken from ``folder``."""
+def _with_absolute_paths(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A copy in which the paths of ``PATH_KEYS`` are absolute; relative ones are relative to ``folder``."""
     copied = copy.deepcopy(mapping)
     for dotted in PATH_KEYS:
         *sections, key = dotted.split(".")
@@ -123,7 +122,7 @@ def _absolute(key: str, text: str, folder: Path) -> str:
         if not path.exists() and is_hub_name:
             return text
         return str(path.resolve())
-    except (OSError, RuntimeError, ValueError):  # too long, a home of nobody, a null byte
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a null byte
         raise ValueError(f"{key}: {shown(text)} is not a path") from None
 
 
@@ -144,7 +143,7 @@ def _require_inputs(recipe: Recipe, path: str | Path) -> None:
 
 
 def continues_output(recipe: Recipe) -> bool:
-    """Whether a run goes on with what is in its own output folder."""
+    """Whether a run continues what is in its own output folder."""
     if recipe.resume in (None, "auto"):
         return recipe.resume == "auto"
     return Path(recipe.resume).resolve().parent == (Path(recipe.output) / "checkpoints").resolve()
@@ -154,8 +153,7 @@ def require_free_output(recipe: Recipe) -> None:
     """Refuse to mix a run's results with what is already in its output folder.
 
     Raises:
-        ValueError: ``output`` is a file, or holds something and neither ``overwrite`` nor ``resume`` says
-            what to do with it.
+        ValueError: ``output`` is a file; or it is not empty, and neither ``overwrite`` nor ``resume`` is set.
     """
     output = Path(recipe.output)
     try:
@@ -168,4 +166,4 @@ def require_free_output(recipe: Recipe) -> None:
     if continues_output(recipe) and (output / "recipe.yaml").is_file():
         return
     if output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
-        raise ValueError(f"output: {output} is not empty; choose another or set overwrite: true")
+        raise ValueError(f"output: {output} is not empty; choose another output or set overwrite: true")

@@ -1,4 +1,4 @@
-"""Going on with a run: whether it is the same run, and what it had measured."""
+"""Resuming a run: is it the same run, and what had it measured?"""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _OF_THE_JSON = (
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:
-    """What has to be the same for a run to go on as if nothing had happened, by dotted key.
+    """The settings that must be the same for a run to continue as if it had never stopped, by dotted key.
 
-    Folders, the number of ranks and how examples are cut into micro batches may change.
+    Folders, the number of ranks and the size of micro batches may change.
     """
     recipe, ds_json = asdict(plan.recipe), plan.ds_json
     of_recipe = {key: recipe[key] for key in _OF_THE_RECIPE}
@@ -38,11 +38,11 @@ def identity(plan: RunPlan) -> dict[str, Any]:
 
 
 def require_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with another run.
+    """Refuse to continue another run.
 
     Args:
         saved: ``identity`` of the run that was saved.
-        own: of this one.
+        own: ``identity`` of this run.
         folder: of the checkpoint, for the message.
 
     Raises:
@@ -52,14 +52,14 @@ def require_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: P
         if saved.get(key) != own.get(key):
             raise ValueError(
                 f"resume: {folder} is of a run with {key} {saved.get(key)!r}, and now it is "
-                f"{own.get(key)!r}: set it back, or begin a new run in another output without resume"
+                f"{own.get(key)!r}: set it back, or start a new run in another output without resume"
             )
 
 
 def read_history(path: Path, last_step: int) -> list[StepMetrics]:
-    """The lines of a metrics file up to a step; a line that was cut short is left out.
+    """The lines of a metrics file up to a step, without a line that was cut short.
 
-    A job that was killed may have measured steps after its last checkpoint: they are made again.
+    A run that was killed may have recorded steps after its last checkpoint; they are repeated.
     """
     if not path.is_file():
         return []

@@ -1,10 +1,12 @@
-"""Learning-rate schedules that use every step: the first step already moves, the last one still does."""
+"""Learning-rate schedules without wasted steps: the first step already learns, and so does the last."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def _linear(progress: float) -> float:
@@ -20,59 +22,30 @@ def _constant(progress: float) -> float:
 
 
 SHAPES: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
-"""Name in the recipe -> factor on the peak rate, from progress after the warm-up in [0, 1)."""
+"""Name in the recipe -> factor on the peak learning rate, from progress after the warm-up in [0, 1)."""
 
 
 def num_warmup_steps(num_steps: int, warmup_ratio: float) -> int:
-    """Steps that the warm-up takes."""
+    """Number of warm-up steps of a run of ``num_steps`` steps."""
     return math.ceil(num_steps * warmup_ratio)
 
 
 def lr_factor(step: int, num_steps: int, num_warmup: int, shape: str) -> float:
-    """The learning rate of step ``step`` (from 0), as a part of its peak."""
+    """Learning rate of step ``step`` (from 0), relative to its peak."""
     if step < num_warmup:
         return (step + 1) / num_warmup
     return SHAPES[shape](min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
-class Schedule:
-    """Sets ``optimizer.param_groups[...]["lr"]``, in the form that DeepSpeed's engine steps and saves.
+def make_schedule(optimizer: Optimizer, num_steps: int, num_warmup: int, shape: str) -> LambdaLR:
+    """A scheduler that DeepSpeed's engine steps after each step that is not dropped.
 
-    DeepSpeed's WarmupLR and its kin run their first two steps at the minimal rate; this one does not.
+    DeepSpeed's own (WarmupLR, ...) run their first two steps at the lowest learning rate; this one does not.
 
     Args:
-        optimizer: its groups hold the peak rates.
+        optimizer: the learning rates of its groups are their peaks.
         num_steps: of the whole run.
         num_warmup: steps of linear warm-up.
         shape: key of ``SHAPES``.
     """
-
-    def __init__(self, optimizer: Any, num_steps: int, num_warmup: int, shape: str) -> None:
-        self._groups = optimizer.param_groups
-        self._peaks = [group["lr"] for group in self._groups]
-        self._arguments = (num_steps, num_warmup, shape)
-        self._step = 0
-        self._apply()
-
-    def step(self) -> None:
-        """Go to the next step's rate."""
-        self._step += 1
-        self._apply()
-
-    def get_last_lr(self) -> list[float]:
-        """The rates of the step to come."""
-        return [group["lr"] for group in self._groups]
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the schedule is."""
-        return {"step": self._step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where ``state_dict`` was taken."""
-        self._step = state["step"]
-        self._apply()
-
-    def _apply(self) -> None:
-        factor = lr_factor(self._step, *self._arguments)
-        for group, peak in zip(self._groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
+    return LambdaLR(optimizer, lambda step: lr_factor(step, num_steps, num_warmup, shape))

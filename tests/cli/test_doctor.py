@@ -1,4 +1,4 @@
-"""``lomo-ds doctor`` reports what stands, survives what does not, and says so in its exit code."""
+"""``lomo-ds doctor`` reports what is right and wrong, also in its exit code, and survives what is wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_doctor(*options: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_json_holds_every_section_and_nothing_else() -> None:
+def test_json_has_every_section_and_nothing_wrong() -> None:
     result = run_doctor("--json")
     findings = json.loads(result.stdout)
     assert {finding["section"] for finding in findings} == set(doctor.EXAMINATIONS)

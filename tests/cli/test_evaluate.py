@@ -1,4 +1,4 @@
-"""``lomo-ds evaluate``: one line for a mistake, and a score that plain transformers confirms."""
+"""``lomo-ds evaluate``: one line for a mistake, and the score of plain transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def log_likelihoods(model: torch.nn.Module, prompt: str, options: tuple[str, ...]) -> list[float]:
-    """Of each option, one token after the other."""
+    """Log-likelihood of each option, summed token by token."""
     tokenizer = tiny_tokenizer()
     begin = len(tokenizer(prompt).input_ids)
     scores = []
@@ -83,7 +83,7 @@ def test_the_loss_of_responses_is_that_of_plain_transformers(model: Path, tmp_pa
     ("change", "part"),
     [
         ({"--task": "rtx"}, "did you mean 'rte'"),
-        ({"--data": "nowhere"}, "holds none of COPA's files"),
+        ({"--data": "nowhere"}, "has none of the files of COPA"),
         ({"--json": "nowhere/result.json"}, "--json nowhere/result.json: there is no folder nowhere"),
         ({"--json": "/"}, "--json / is a folder: name a file"),
         ({"--batch-size": "0"}, "--batch-size has to be at least 1"),
@@ -96,5 +96,5 @@ def test_mistakes_are_one_line(
     write(tmp_path / "COPA" / "val.jsonl", ROWS["copa"][0])
     arguments = {"--task": "copa", "--data": str(tmp_path)} | change
     assert main([str(model), *(text for pair in arguments.items() for text in pair)]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and part in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and part in error

@@ -1,4 +1,4 @@
-"""The ``lomo-ds`` command finds its subcommands, stays light and refuses kindly."""
+"""The ``lomo-ds`` command finds its subcommands, imports nothing heavy and explains its refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lomo-ds {__version__}\n"
 
 
-def test_an_unknown_command_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_refused_with_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
 
@@ -49,14 +49,16 @@ def test_no_command_prints_the_help_as_an_error(capsys: pytest.CaptureFixture[st
     assert "usage: lomo-ds" in capsys.readouterr().err
 
 
-def test_the_command_gets_the_rest_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_subcommand_gets_the_other_arguments_and_its_exit_code_is_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given = []
     monkeypatch.setattr("lomo_ds.cli.doctor.main", lambda argv: given.append(argv) or 7)
     assert cli.main(["doctor", "--json"]) == 7
     assert given == [["--json"]]
 
 
-def test_tools_beside_this_python_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_of_this_environment_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/bin")
     cli.find_tools_of_this_environment()
     cli.find_tools_of_this_environment()

@@ -55,7 +55,7 @@ def recipe_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Calls of the launcher, which is not started; no trace of a launch in the environment."""
+    """Records the calls of the launcher and does not start it; the environment is not that of a rank."""
     calls: list = []
     monkeypatch.setattr(train, "_wait_for", lambda command, environment: calls.append(command) or 0)
     for name in ("RANK", "WORLD_SIZE"):
@@ -86,12 +86,12 @@ def test_mistakes_are_one_line_and_launch_nothing(
 ):
     monkeypatch.chdir(recipe_path.parent)
     assert main([str(recipe_path), override]) != 0
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and message in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not no_launch and not (recipe_path.parent / "out").exists()
 
 
-def test_ranks_and_overrides_reach_the_launcher(recipe_path: Path, no_launch: list):
+def test_number_of_ranks_and_overrides_are_passed_to_the_launcher(recipe_path: Path, no_launch: list):
     assert main([str(recipe_path), "seed=4", "--num-ranks", "4", "steps=9"]) == 0
     (command,) = no_launch
     assert command[command.index("--num_gpus") + 1] == "4"
@@ -147,7 +147,7 @@ def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
 
 
 def test_adapters_alone_are_trained_written_and_merged(recipe_path: Path):
-    """Reentrant checkpointing of a frozen base; the schedule's rates are the adapters' own."""
+    """Reentrant checkpointing of a frozen base; the learning rates are those of the adapters."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -172,7 +172,7 @@ def test_adapters_alone_are_trained_written_and_merged(recipe_path: Path):
 # Being told to stop, and ranks that die ---------------------------------------------------------------
 
 END_WITHIN_S = 90.0
-"""Promised are 60 after a signal or a rank's death; the rest is for a machine that does other things too."""
+"""60 are promised after a signal or a rank's death; the rest is for a machine that is busy otherwise."""
 LONG_RUN = ("steps=4000", "checkpoint.every=500", "evaluation.num_examples=1")
 
 
@@ -207,14 +207,14 @@ def wait_for_steps(recipe_path: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-def test_sigterm_saves_and_resume_goes_on(recipe_path: Path):
+def test_sigterm_saves_and_the_run_can_be_resumed(recipe_path: Path):
     out = recipe_path.parent / "out"
     with long_run(recipe_path) as run:
         wait_for_steps(recipe_path, 3)
         os.killpg(run.pid, signal.SIGTERM)
         text, _ = run.communicate(timeout=END_WITHIN_S)
     assert run.returncode == INTERRUPTED, text
-    assert "go on with resume=auto" in text
+    assert "continue with resume=auto" in text
     num_steps = (out / "metrics.jsonl").read_bytes().count(b"\n")
     checkpoint = out / "checkpoints" / f"global_step{num_steps}"
     assert (checkpoint / "huggingface" / "tokenizer.json").is_file()
@@ -229,7 +229,7 @@ def test_sigterm_saves_and_resume_goes_on(recipe_path: Path):
         next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
         text, _ = again.communicate(timeout=END_WITHIN_S)
     assert again.returncode not in (0, INTERRUPTED), text
-    assert f"going on after step {num_steps}" in text
+    assert f"resuming after step {num_steps}" in text
     assert not any(rank.is_running() for rank in ranks)
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > num_steps

@@ -1,4 +1,4 @@
-"""How many cases are tried, and what became of them."""
+"""How many cases are tried, and how they ended."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections import Counter
 from hypothesis import HealthCheck, settings
 
 FACTOR = int(os.environ.get("LOMO_DS_FUZZ_FACTOR", "1"))
-"""Times the default number of cases; beyond 1 they are drawn anew in each run."""
+"""Factor on the default number of cases; above 1 each run draws new cases."""
 
 TALLY: Counter[tuple[str, str]] = Counter()
-"""(what was fuzzed, what became of it) -> cases."""
+"""(what was fuzzed, how it ended) -> number of cases."""
 
 
 def cases(count: int) -> settings:
@@ -26,5 +26,5 @@ def cases(count: int) -> settings:
 
 
 def book(what: str, exit_code: int) -> None:
-    """Count a case by the exit code that it ended with."""
+    """Count a case, by its exit code."""
     TALLY[what, {0: "accepted", 2: "refused"}.get(exit_code, "failed")] += 1

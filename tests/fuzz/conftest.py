@@ -1,4 +1,4 @@
-"""Shows after the tests how many cases there were."""
+"""Prints the number of cases after the tests."""
 
 from __future__ import annotations
 

@@ -59,11 +59,11 @@ junk = st.one_of(
     st.lists(st.one_of(st.none(), st.integers(), st.text(max_size=5)), max_size=4),
     st.dictionaries(st.text(max_size=8), st.one_of(st.none(), st.booleans(), st.integers()), max_size=3),
 )
-"""Values that fit hardly anywhere."""
+"""Values that are wrong almost everywhere."""
 
 
 def places(document: Any, at: Path = ()) -> Iterator[Path]:
-    """Where a document's values are."""
+    """The places of a document's values."""
     items = document.items() if isinstance(document, dict) else enumerate(document)
     for key, value in items:
         yield (*at, key)
@@ -103,7 +103,7 @@ def _change(draw: st.DrawFn, container: Any, key: str | int) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes with a few of them flipped, cut off, doubled or put in between."""
+    """Bytes with a few of them flipped, cut off, inserted, doubled or removed."""
     result = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(result) - 1)))
@@ -122,6 +122,6 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def as_yaml(document: Any) -> str:
-    """The document in the part of YAML that looks like JSON."""
+    """The document as YAML in the style of JSON."""
     text = json.dumps(document)
     return text.replace("-Infinity", "-.inf").replace("Infinity", ".inf").replace("NaN", ".nan")

@@ -82,13 +82,13 @@ OFFLOADED = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory with everything that a recipe names; nothing is launched from it."""
+    """A working directory with every input of the recipes; nothing is launched in it."""
     path = tmp_path_factory.mktemp("recipes")
     (path / "model").mkdir()
     (path / "train.tsv").write_text("label\ttext\n" + "0\tdull\n1\tfine\n" * 4)
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
-    patch.setitem(sys.modules, "datasets", None)  # nothing is looked for on the hub
+    patch.setitem(sys.modules, "datasets", None)  # nothing is searched on the hub
     patch.setattr(train, "_wait_for", lambda command, environment: 0)
     patch.setenv("DS_ACCELERATOR", "cpu")
     for name in ("RANK", "WORLD_SIZE", "LOMO_DS_TRACEBACK"):
@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def attempt(folder: Path, what: str, recipe: bytes, ds_json: bytes, *overrides: str) -> None:
-    """Run the command up to the launch: no traceback, one line of error at most, nothing written."""
+    """Run the command up to the launch: no traceback, at most one line of error, nothing written."""
     (folder / "recipe.yaml").write_bytes(recipe)
     (folder / "zero.json").write_bytes(ds_json)
     before = sorted(folder.rglob("*"))
@@ -190,6 +190,6 @@ BOMB = "seed: [&a [x, x]" + "".join(f", &{b} [*{a}, *{a}]" for a, b in zip(NAMES
     ],
     ids=range(20),
 )
-def test_texts_that_overburden_a_parser(folder: Path, content: str) -> None:
+def test_texts_that_overload_a_parser(folder: Path, content: str) -> None:
     attempt(folder, "recipes, bytes", content.encode(), PLAIN_JSON)
     attempt(folder, "DeepSpeed JSON, bytes", as_yaml(EPOCHS).encode(), content.encode())

@@ -12,7 +12,7 @@ from tests.tiny import tiny_tokenizer
 
 
 class MergingTokenizer:
-    """Splits at spaces and then in pairs of letters, so that a prompt's last letter may join the answer."""
+    """Tokens of two letters each, so that a prompt's last letter and the answer's first may share a token."""
 
     bos_token_id = None
     eos_token_id = 99
@@ -32,7 +32,7 @@ def test_the_answer_is_what_follows_the_prompt():
     assert (answer.input_ids, answer.target_ids) == (tuple(whole[:-1]), tuple(whole[2:]))
 
 
-def test_a_token_across_the_border_belongs_to_the_answer():
+def test_a_token_of_both_prompt_and_answer_belongs_to_the_answer():
     tokenizer = MergingTokenizer()
     answer = encode_answer(tokenizer, "abc", "de", 100)
     whole = tokenizer("abcde")["input_ids"]
@@ -49,8 +49,8 @@ def test_long_prompts_lose_their_beginning():
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [("", "x"), ("x", "")])
-def test_prompt_and_answer_need_a_token_each(prompt: str, answer: str):
-    with pytest.raises(ValueError, match="need a token each"):
+def test_prompt_and_answer_need_at_least_one_token_each(prompt: str, answer: str):
+    with pytest.raises(ValueError, match="need at least one token each"):
         encode_answer(tiny_tokenizer(), prompt, answer, 10)
     with pytest.raises(ValueError, match="max_sequence_length 2"):
         encode_answer(tiny_tokenizer(), "ab", "cd", 2)
@@ -90,7 +90,7 @@ def test_padding_and_targets():
     assert batch.targets.tolist() == [[IGNORED, IGNORED, 9], [7, 8, IGNORED]]
 
 
-def test_batches_come_from_seed_and_epoch_alone():
+def test_batches_depend_only_on_seed_and_epoch():
     batches = list(global_batches(11, 3, num_steps=7, seed=5))
     assert batches == list(global_batches(11, 3, num_steps=7, seed=5))
     assert batches != list(global_batches(11, 3, num_steps=7, seed=6))
@@ -99,7 +99,7 @@ def test_batches_come_from_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 12), (1, 2), (2, 3), (3, 4), (3, 2), (4, 1)])
-def test_ranks_share_a_batch_without_loss_or_overlap(world_size: int, micro: int):
+def test_ranks_split_a_batch_without_gaps_or_overlap(world_size: int, micro: int):
     batch = tuple(range(100, 112))
     shares = [micro_batches(batch, rank, world_size, micro) for rank in range(world_size)]
     assert {len(share) for share in shares} == {12 // (world_size * micro)}

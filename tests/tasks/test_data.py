@@ -10,7 +10,7 @@ from lomo_ds.tasks.data import read_rows
 from lomo_ds.tasks.prompts import ChoicePrompt, ResponsePrompt
 
 
-def test_tsv_and_jsonl_hold_the_same_rows(tmp_path: Path):
+def test_tsv_and_jsonl_give_the_same_rows(tmp_path: Path):
     (tmp_path / "a.tsv").write_bytes('label\ttext\r\n1\t"quoted" é\r\n0\tb\n'.encode())
     (tmp_path / "a.jsonl").write_text(
         '{"label": "1", "text": "\\"quoted\\" é"}\n\n{"label": "0", "text": "b"}\n'
@@ -24,13 +24,13 @@ def test_tsv_and_jsonl_hold_the_same_rows(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("a.csv", "x", "data.format"),
-        ("a.tsv", "label\ttext\n", "no example"),
+        ("a.tsv", "label\ttext\n", "has no examples"),
         ("a.tsv", "label\ttext\n1\n", "line 2: 1 values for 2 columns"),
         ("a.jsonl", '{"a": 1}\n{', "line 2: not JSON"),
         ("a.jsonl", "[1]", "line 1: has to be an object"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: str, message: str):
+def test_malformed_files_are_refused(tmp_path: Path, name: str, content: str, message: str):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / name)
@@ -56,7 +56,7 @@ def test_a_row_becomes_a_question():
         ({"text": "x", "label": "2"}, "label '2'; known: 0, 1"),
     ],
 )
-def test_rows_that_do_not_fit_are_named(row: dict, message: str):
+def test_rows_that_do_not_fit_are_refused(row: dict, message: str):
     with pytest.raises(ValueError, match=message):
         prompt().examples([row])
 
@@ -72,10 +72,10 @@ def test_a_row_becomes_a_prompt_with_its_response():
     [
         ({"reply": "x"}, "task.prompt: example 1 has no column 'question'"),
         ({"question": "x"}, "task.response: example 1 has no column 'reply'; it has: question"),
-        ({"question": "x", "reply": ""}, "task.response: the column 'reply' of example 1 has to hold a text"),
-        ({"question": "x", "reply": None}, "has to hold a text, not None"),
+        ({"question": "x", "reply": ""}, "task.response: the column 'reply' of example 1 has to be a text"),
+        ({"question": "x", "reply": None}, "has to be a text, not None"),
     ],
 )
-def test_rows_without_a_response_are_named(row: dict, message: str):
+def test_rows_without_a_response_are_refused(row: dict, message: str):
     with pytest.raises(ValueError, match=message):
         ResponsePrompt(template="{question}", response_column="reply").examples([row])

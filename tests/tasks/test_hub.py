@@ -1,4 +1,4 @@
-"""Examples through the package ``datasets``: by a stand-in for it, and by itself where it is installed."""
+"""Examples through the package ``datasets``: through a fake, and the package itself where it is installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ON_THE_HUB: dict[str, list[dict[str, Any]]] = {
     "copa": [{"label": 1}],
     "sst2": [{"label": 1}],
 }
-"""What the hub's rows have in place of what SuperGLUE's files, in ``ROWS``, have; None for nothing."""
+"""Columns of the hub's rows that differ from those of SuperGLUE's files, in ``ROWS``; None removes one."""
 
 
 def hub_rows(name: str) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def hub_rows(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_hubs_rows_ask_what_the_files_ask(name: str, tmp_path: Path):
+def test_the_hubs_rows_make_the_questions_of_the_files(name: str, tmp_path: Path):
     task = named_task(name)
     assert task.read_rows(hub_rows(name), "x") == task.read(write(tmp_path / "a.jsonl", ROWS[name][0]))
 
@@ -55,8 +55,13 @@ def test_unlabelled_rows_are_refused(name: str, label: int):
         named_task(name).read_rows(rows, "super_glue, test")
 
 
-class StandIn(ModuleType):
-    """The two functions that are used, with what they were asked."""
+class FakeDatasets(ModuleType):
+    """The two functions that are used.
+
+    Attributes:
+        result: what they return; an exception is raised.
+        asked: their arguments.
+    """
 
     def __init__(self, result: Any) -> None:
         super().__init__("datasets")
@@ -74,31 +79,31 @@ class StandIn(ModuleType):
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    module = StandIn([{"a": 1}, {"a": 2}])
+def fake_datasets(monkeypatch: pytest.MonkeyPatch) -> FakeDatasets:
+    module = FakeDatasets([{"a": 1}, {"a": 2}])
     monkeypatch.setitem(sys.modules, "datasets", module)
     return module
 
 
-def test_name_split_and_revision_are_handed_on(stand_in: StandIn):
+def test_name_split_and_revision_are_passed(fake_datasets: FakeDatasets):
     assert load_rows("super_glue", "rte", "train[:2]", "main") == [{"a": 1}, {"a": 2}]
-    assert stand_in.asked == [(("super_glue", "rte"), {"split": "train[:2]", "revision": "main"})]
+    assert fake_datasets.asked == [(("super_glue", "rte"), {"split": "train[:2]", "revision": "main"})]
 
 
-def test_saved_folders_are_read_from_disk(stand_in: StandIn, tmp_path: Path):
+def test_saved_folders_are_read_from_disk(fake_datasets: FakeDatasets, tmp_path: Path):
     (tmp_path / "dataset_dict.json").touch()
-    stand_in.result = {"train": [{"a": 1}], "test": []}
+    fake_datasets.result = {"train": [{"a": 1}], "test": []}
     assert load_rows(str(tmp_path), split="train") == [{"a": 1}]
-    assert stand_in.asked == [str(tmp_path)]
+    assert fake_datasets.asked == [str(tmp_path)]
     for split, message in [("dev", "no split 'dev' .*has: train, test"), (None, "splits train, test")]:
         with pytest.raises(ValueError, match=message):
             load_rows(str(tmp_path), split=split)
-    with pytest.raises(ValueError, match="holds no example"):
+    with pytest.raises(ValueError, match="has no examples"):
         load_rows(str(tmp_path), split="test")
 
 
-def test_what_cannot_be_loaded_is_one_line(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch):
-    stand_in.result = ConnectionError("no\nnetwork " + "x" * 1000)
+def test_an_error_in_loading_is_one_line(fake_datasets: FakeDatasets, monkeypatch: pytest.MonkeyPatch):
+    fake_datasets.result = ConnectionError("no\nnetwork " + "x" * 1000)
     with pytest.raises(ValueError, match="^cannot load super_glue, rte, train: no network x") as raised:
         load_rows("super_glue", "rte", "train")
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400

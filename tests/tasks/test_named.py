@@ -1,4 +1,4 @@
-"""Named tasks: what each row of SuperGLUE's files becomes, and what is refused."""
+"""Named tasks: the questions of each row of SuperGLUE's files, and what is refused."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_each_row_asks_what_it_should(name: str, tmp_path: Path) -> None:
+def test_the_questions_of_each_row(name: str, tmp_path: Path) -> None:
     row, expected = ROWS[name]
     task = named_task(name.upper())
     questions = task.read(write(tmp_path / "a.jsonl", row))
@@ -73,7 +73,7 @@ def test_each_row_asks_what_it_should(name: str, tmp_path: Path) -> None:
     for text in texts:
         if text != "cause":
             assert text.strip(" .").lower() in shown.lower()
-    assert not questions[0].prompt.endswith(" "), "options begin with their own blank"
+    assert not questions[0].prompt.endswith(" "), "options begin with their own space"
 
 
 def test_copa_joins_cause_and_effect_differently(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_copa_joins_cause_and_effect_differently(tmp_path: Path) -> None:
 
 def test_files_are_found_below_the_folder_that_is_named(tmp_path: Path) -> None:
     task = named_task("rte")
-    with pytest.raises(ValueError, match="holds none of RTE's files: val.jsonl"):
+    with pytest.raises(ValueError, match="has none of the files of RTE: val.jsonl"):
         task.validation_file(tmp_path)
     expected = write(tmp_path / "superglue" / "RTE" / "val.jsonl", ROWS["rte"][0])
     assert task.validation_file(tmp_path) == expected
@@ -106,7 +106,7 @@ def test_files_are_found_below_the_folder_that_is_named(tmp_path: Path) -> None:
         ("sst2", {"label": 2}),
     ],
 )
-def test_rows_of_another_task_are_refused_by_file_and_number(
+def test_the_refusal_of_a_wrong_row_names_file_and_number(
     name: str, change: dict[str, Any], tmp_path: Path
 ) -> None:
     good = ROWS[name][0]
@@ -126,7 +126,7 @@ def test_instructions_have_a_prompt_and_a_response(column: str, tmp_path: Path) 
             task.read(write(path, wrong))
 
 
-def test_every_task_is_tried() -> None:
+def test_every_task_is_tested() -> None:
     assert set(TASKS) == {*ROWS, "instructions"}
 
 
@@ -135,12 +135,12 @@ def test_an_unknown_task_names_the_closest() -> None:
         named_task("bolq")
 
 
-def test_a_training_file_of_any_name_serves_where_it_is_the_only_one(tmp_path: Path) -> None:
+def test_a_training_file_may_have_another_name_where_it_is_the_only_one(tmp_path: Path) -> None:
     task, row = named_task("sst2"), {"sentence": "fine", "label": 1}
     part = write(tmp_path / "sst2" / "train_10k.jsonl", row)
     assert task.train_file(tmp_path) == part
     write(tmp_path / "sst2" / "train_1k.jsonl", row)
-    with pytest.raises(ValueError, match="holds none of SST-2's files"):
+    with pytest.raises(ValueError, match="has none of the files of SST-2"):
         task.train_file(tmp_path)
     whole = write(tmp_path / "sst2" / "train.jsonl", row)
     assert task.train_file(tmp_path) == whole

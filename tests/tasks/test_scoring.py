@@ -1,4 +1,4 @@
-"""Option scores against an oracle that reads one whole text at a time, on one rank and on several."""
+"""Option scores, compared with an oracle that reads one whole text at a time, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lomo_ds.tasks.encoding import encode_responses
-from lomo_ds.tasks.evaluation import ChoiceEvaluation, Evaluated, ResponseEvaluation
+from lomo_ds.tasks.evaluation import ChoiceEvaluation, EvaluationResult, ResponseEvaluation
 from lomo_ds.tasks.prompts import ChoiceExample, ResponseExample
 from lomo_ds.tasks.scoring import accuracy, option_scores, queries_for, rank_batches
 from tests.harness import run_ranks
@@ -53,7 +53,9 @@ def test_batched_scores_equal_the_oracle(kind: str):
 @pytest.mark.parametrize(
     ("world_size", "batch_size", "number"), [(1, 4, 9), (2, 3, 7), (3, 2, 13), (4, 5, 2)]
 )
-def test_ranks_run_as_many_forwards_and_miss_nothing(world_size: int, batch_size: int, number: int):
+def test_all_ranks_run_the_same_number_of_forwards_and_leave_nothing_out(
+    world_size: int, batch_size: int, number: int
+):
     queries = queries_for(tiny_tokenizer(), examples("one token", number), 100)
     shares = [rank_batches(queries, batch_size, rank, world_size) for rank in range(world_size)]
     assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
@@ -62,7 +64,7 @@ def test_ranks_run_as_many_forwards_and_miss_nothing(world_size: int, batch_size
     assert read == {query.input_ids for query in queries}
 
 
-def test_accuracy_counts_the_likeliest_option():
+def test_accuracy_counts_the_most_likely_option():
     scores = torch.tensor([[-1.0, -2.0], [-3.0, -2.0], [-1.0, -5.0]], dtype=torch.float64)
     assert accuracy(scores, [0, 1, 1]) == pytest.approx(2 / 3)
 
@@ -80,7 +82,7 @@ def zero3_engine():
     return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)[0]
 
 
-def evaluate_on_ranks(kind: str) -> tuple[Evaluated, bool]:
+def evaluate_on_ranks(kind: str) -> tuple[EvaluationResult, bool]:
     engine, items = zero3_engine(), examples(kind)
     evaluation = ChoiceEvaluation(
         queries=queries_for(tiny_tokenizer(), items, 100),
@@ -101,7 +103,7 @@ def test_ranks_agree_on_the_oracles_accuracy_and_loss(world_size: int):
     num_tokens = [
         len(tokenizer(whole)["input_ids"]) - len(tokenizer(start)["input_ids"]) for start, whole in texts
     ]
-    assert len(set(num_tokens)) > 1, "else a mean over examples would do, too"
+    assert len(set(num_tokens)) > 1, "else a mean over examples would pass, too"
     for result, still_training in run_ranks(world_size, evaluate_on_ranks, "several"):
         assert result.accuracy == pytest.approx(accuracy(scores, labels))
         assert result.loss == pytest.approx(-right / sum(num_tokens), rel=1e-5)
@@ -119,7 +121,7 @@ def responses(number: int = 7) -> list[ResponseExample]:
     ]
 
 
-def evaluate_responses_on_ranks(max_length: int) -> Evaluated:
+def evaluate_responses_on_ranks(max_length: int) -> EvaluationResult:
     answers = encode_responses(tiny_tokenizer(), responses(), max_length)
     return ResponseEvaluation(answers=answers, batch_size=2, pad_token_id=1).evaluate(zero3_engine())
 

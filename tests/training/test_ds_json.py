@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON as used: what the recipe says takes its place."""
+"""The DeepSpeed JSON as used: the recipe's values replace the JSON's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recipe(**changes) -> Recipe:
     return from_mapping(Recipe, {**MINIMAL, "optimizer": {"lr": 0.5}, **changes}, "test")
 
 
-def test_missing_and_auto_are_filled():
+def test_missing_and_auto_values_are_filled_in():
     autos = {
         "train_batch_size": "auto",
         "optimizer": {"type": "Lomo", "params": {"lr": "auto", "weight_decay": "auto", "apply": "auto"}},
@@ -34,26 +34,26 @@ def test_missing_and_auto_are_filled():
     assert fill_ds_json(ZERO3, recipe(), 1)["optimizer"] == {"type": "Lomo", "params": {"lr": 0.5}}
 
 
-def test_the_json_keeps_what_the_recipe_leaves_open():
+def test_the_json_keeps_what_the_recipe_does_not_set():
     optimizer = {"type": "Lomo", "params": {"lr": 0.25, "weight_decay": 0.1}}
     filled = fill_ds_json(ZERO3 | {"optimizer": optimizer}, recipe(optimizer={}), 2)
     assert filled["optimizer"] == optimizer
 
 
-def test_what_the_recipe_says_takes_the_jsons_place():
+def test_the_recipe_replaces_values_of_the_json():
     ds_json = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Lomo", "params": {"lr": 0.1}}}
     filled = fill_ds_json(ZERO3 | ds_json, recipe(), 2)
     assert filled["train_micro_batch_size_per_gpu"] == 2 and filled["train_batch_size"] == 4
     assert filled["optimizer"]["params"]["lr"] == 0.5
-    assert ds_json["optimizer"]["params"]["lr"] == 0.1, "the user's own mapping stays"
+    assert ds_json["optimizer"]["params"]["lr"] == 0.1, "the user's own mapping has changed"
 
 
 @pytest.mark.parametrize(
     ("ds_json", "changes", "message"),
     [
-        ({}, {"optimizer": {}}, "optimizer.lr: neither"),
+        ({}, {"optimizer": {}}, "optimizer.lr is missing"),
         ({"scheduler": {"type": "WarmupLR"}}, {"schedule": {"type": "linear"}}, "both set the schedule"),
-        ({}, {"schedule": {"type": "linear", "params": {"a": 1}}}, "schedule.params belong to DeepSpeed"),
+        ({}, {"schedule": {"type": "linear", "params": {"a": 1}}}, "schedule.params are for DeepSpeed"),
         ({}, {"batch": {"train_batch_size": 5}}, "does not divide over 2 ranks"),
     ],
 )
@@ -62,7 +62,7 @@ def test_contradictions_are_refused(ds_json: dict, changes: dict, message: str):
         fill_ds_json(ZERO3 | ds_json, recipe(**changes), 2)
 
 
-def test_deepspeeds_scheduler_is_filled():
+def test_auto_in_deepspeeds_scheduler_is_filled_in():
     params = {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_max_lr": "auto"}
     schedule = {"type": "WarmupDecayLR", "warmup_ratio": 0.25, "params": params}
     filled = fill_ds_json(ZERO3, recipe(schedule=schedule), 2)
@@ -84,10 +84,10 @@ def test_adapters_come_before_the_jsons_own_groups():
     assert "param_groups" not in fill_ds_json(ZERO3, recipe(), 2)["optimizer"]["params"]
 
 
-def test_a_frozen_base_needs_no_rate():
+def test_a_frozen_base_needs_no_learning_rate():
     filled = fill_ds_json(ZERO3, recipe(optimizer={}, lora={"lr": 0.25, "train_base": False}), 2)
     assert filled["optimizer"]["params"] == {"lr": 0.25, "param_groups": [ADAPTERS | {"lr": 0.25}]}
-    with pytest.raises(ValueError, match="optimizer.lr: neither"):
+    with pytest.raises(ValueError, match="optimizer.lr is missing"):
         fill_ds_json(ZERO3, recipe(optimizer={}, lora={}), 2)
 
 
@@ -109,7 +109,7 @@ def test_an_auto_that_remains_is_refused():
     ("text", "message"),
     [("{", "not JSON"), ("[]", "JSON object"), (json.dumps({"zero_optimization": {"stage": 2}}), "stage")],
 )
-def test_files_that_do_not_serve(tmp_path: Path, text: str, message: str):
+def test_unusable_files_are_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_ds_json(tmp_path / "ds.json")

@@ -15,7 +15,7 @@ import yaml
 from lomo_ds.tasks.order import global_batches
 from tests.tiny import SENTENCES, tiny_tokenizer, write_tiny_folder
 
-NUM_STEPS, RATE, BATCH, MAX_LENGTH = 3, 0.2, 8, 30
+NUM_STEPS, LR, BATCH, MAX_LENGTH = 3, 0.2, 8, 30
 ROWS = [
     {"question": f"{SENTENCES[n % 6]} {n}", "reply": f" {SENTENCES[(n * n + 1) % 6]}{'!' * (n % 5)}"}
     for n in range(20)
@@ -39,7 +39,7 @@ def write_recipe(folder: Path, **changes: object) -> Path:
         "max_sequence_length": MAX_LENGTH,
         "batch": {"train_batch_size": BATCH, "micro_batch_size": 2},
         "steps": NUM_STEPS,
-        "optimizer": {"lr": RATE},
+        "optimizer": {"lr": LR},
         "deepspeed": "zero.json",
         "output": str(folder / "out"),
         **changes,
@@ -57,7 +57,7 @@ def launch(recipe: Path) -> subprocess.CompletedProcess:
 
 
 def labelled(row: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, labels) as a user of transformers makes them; what is too long loses its end."""
+    """(ids, labels) as a user of transformers makes them; a text that is too long loses its end."""
     tokenizer = tiny_tokenizer()
     prompt = f"{row['question']}:"
     ids = torch.tensor([tokenizer(prompt + row["reply"] + tokenizer.eos_token).input_ids[: MAX_LENGTH + 1]])
@@ -90,7 +90,7 @@ def test_losses_are_those_of_plain_transformers(tmp_path: Path):
         expected.append(mean_loss(model, [ROWS[index] for index in indices], train=True))
         with torch.no_grad():
             for param in model.parameters():
-                param -= RATE * param.grad
+                param -= LR * param.grad
                 param.grad = None
     expected.append(mean_loss(model, ROWS[:7], train=False))
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
@@ -108,7 +108,7 @@ def test_losses_are_those_of_plain_transformers(tmp_path: Path):
 
 def test_prompts_that_leave_no_room_end_the_run_before_it_begins(tmp_path: Path):
     done = launch(write_recipe(tmp_path, max_sequence_length=10))
-    told = done.stderr.partition("error: ")[2]  # another process may have left its line unended before it
-    assert done.returncode != 0 and "error: " not in told, done.stderr
-    assert told.startswith("data.train: max_sequence_length 10 leaves no room"), done.stderr
+    message = done.stderr.partition("error: ")[2]  # another process's last line may lack its end
+    assert done.returncode != 0 and "error: " not in message, done.stderr
+    assert message.startswith("data.train: max_sequence_length 10 leaves no room"), done.stderr
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import yaml
 
 from lomo_ds.training.plan import RunPlan, plan_run
 from lomo_ds.training.recipe_file import load_recipe
-from tests.tasks.test_hub import StandIn
+from tests.tasks.test_hub import FakeDatasets
 from tests.tasks.test_named import ROWS, write
 
 RTE = ROWS["rte"][0]
@@ -20,7 +20,7 @@ ON_THE_HUB = {"dataset": "super_glue", "name": "rte", "split": "train"}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(sys.modules, "datasets", StandIn([RTE | {"label": n % 2} for n in range(6)]))
+    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets([RTE | {"label": n % 2} for n in range(6)]))
     named = ("entailment", "not_entailment")
     write(tmp_path / "RTE" / "train.jsonl", *(RTE | {"label": named[n % 2]} for n in range(6)))
     write(tmp_path / "RTE" / "val.jsonl", *(RTE | {"label": named[n % 2]} for n in range(6)))
@@ -52,7 +52,7 @@ def test_a_named_task_is_the_same_from_hub_and_files(folder: Path):
     assert asked == [("super_glue", "rte", "train"), ("super_glue", "rte", "validation")]
 
 
-def test_a_prompt_of_ones_own_takes_the_hubs_columns(folder: Path):
+def test_the_recipes_own_prompt_takes_the_hubs_columns(folder: Path):
     task = {"prompt": "{premise} So {hypothesis}", "options": [" yes", " no"]}
     first, second, *_ = plan(folder, task=task).train_examples
     assert first.prompt == "It rains. So It is wet." and (first.label, second.label) == (0, 1)
@@ -62,7 +62,7 @@ def test_a_prompt_of_ones_own_takes_the_hubs_columns(folder: Path):
     ("data", "message"),
     [
         ({"train": ON_THE_HUB | {"spilt": "train"}}, "train: unknown key 'spilt'; did you mean 'split'"),
-        ({"train": {"split": "train"}}, "data.train.*dataset: Field required"),
+        ({"train": {"split": "train"}}, "data.train.dataset is missing"),
         (
             {"train": ON_THE_HUB | {"dataset": "/nowhere"}},
             r"data\.train\.dataset: there is no folder /nowhere",
@@ -71,7 +71,7 @@ def test_a_prompt_of_ones_own_takes_the_hubs_columns(folder: Path):
             {"train": ".", "evaluation": ON_THE_HUB | {"dataset": "./x"}},
             "data.evaluation.dataset: there is no",
         ),
-        ({"train": ON_THE_HUB, "format": "tsv"}, "format belongs to files"),
+        ({"train": ON_THE_HUB, "format": "tsv"}, "format is for files"),
     ],
 )
 def test_mistakes_in_the_section_are_named(folder: Path, data: dict, message: str):
@@ -79,7 +79,7 @@ def test_mistakes_in_the_section_are_named(folder: Path, data: dict, message: st
         plan(folder, data=data)
 
 
-def test_a_folder_counts_from_the_recipe(folder: Path):
+def test_a_folder_is_relative_to_the_recipe(folder: Path):
     (folder / "saved").mkdir()
     (folder / "saved" / "dataset_info.json").touch()
     plan(folder, data={"train": {"dataset": "saved"}})
@@ -87,7 +87,7 @@ def test_a_folder_counts_from_the_recipe(folder: Path):
 
 
 @pytest.mark.parametrize("key", ["train", "evaluation"])
-def test_what_cannot_be_loaded_names_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str):
+def test_an_error_in_loading_names_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=rf"^data\.{key}: needs the package datasets"):
         plan(folder, data={"train": ".", key: ON_THE_HUB})

@@ -1,4 +1,4 @@
-"""The title of a run's picture."""
+"""The title of a run's plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twelve steps straight against six, a kill -9 at a random moment, and the rest."""
+"""Twelve steps in one run, compared with six, a kill -9 at a random moment, and the rest."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def kill_after_half(recipe: Path, output: Path, dice: random.Random) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
-def test_a_killed_run_ends_as_if_nothing_had_happened(optimizer: str, tmp_path: Path) -> None:
+def test_a_killed_run_ends_like_one_that_was_not_killed(optimizer: str, tmp_path: Path) -> None:
     recipe = write_inputs(tmp_path / "inputs", optimizer)
     run_to_end(recipe, tmp_path / "straight")
     kill_after_half(recipe, tmp_path / "out", random.Random(optimizer))
     text = run_to_end(recipe, tmp_path / "out")
-    assert "going on after step" in text
+    assert "resuming after step" in text
     assert same_run(tmp_path / "out", tmp_path / "straight")
     finished = run_to_end(recipe, tmp_path / "out")
     assert "is finished" in finished
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path) -> None:
-    """In its own output, where later steps are made again, or in another, where metrics begin with it."""
+def test_a_run_resumes_from_a_given_checkpoint(tmp_path: Path) -> None:
+    """In its own output, where later steps are repeated, or in another, where the metrics begin there."""
     recipe = write_inputs(tmp_path / "inputs")
     output, other = tmp_path / "out", tmp_path / "other"
     run_to_end(recipe, output, ["checkpoint.keep_last=6"])
@@ -55,7 +55,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["Lomo", "AdaLomo"])
-def test_a_run_goes_on_with_more_ranks(optimizer: str, tmp_path: Path) -> None:
+def test_a_run_resumes_on_more_ranks(optimizer: str, tmp_path: Path) -> None:
     """fp32: three ranks add the same numbers up in another order than two.
 
     A sum over the batch's 12 examples in another order differs by at most about 12 * 2^-24 = 7e-7 of it;
@@ -75,7 +75,7 @@ def test_a_run_goes_on_with_more_ranks(optimizer: str, tmp_path: Path) -> None:
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5 * tensor.abs().max().item())
 
 
-def test_metrics_of_lost_steps_and_cut_lines_are_left_out(tmp_path: Path) -> None:
+def test_lost_steps_and_lines_that_were_cut_short_are_left_out_of_the_metrics(tmp_path: Path) -> None:
     line = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 1.0, "peak_memory_bytes": 1}
     lines = [json.dumps({"step": step, **line}) for step in (1, 2, 3)]
     path = tmp_path / "metrics.jsonl"
@@ -84,7 +84,7 @@ def test_metrics_of_lost_steps_and_cut_lines_are_left_out(tmp_path: Path) -> Non
     assert read_history(tmp_path / "none", 2) == []
 
 
-def test_another_run_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
+def test_the_refusal_of_another_run_names_the_key_that_differs(tmp_path: Path) -> None:
     same = {"optimizer.lr": 0.1, "seed": 0}
     require_same_run(same, dict(same), tmp_path)
     with pytest.raises(ValueError, match=r"with optimizer.lr 0.1, and now it is 0.2"):

@@ -1,0 +1,55 @@
+"""The recipe's tokenizer and model, and the engine that trains the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import lomo_ds
+from lomo_ds.integrations.peft import add_adapters
+from lomo_ds.model_io.load import load_pretrained, model_folder
+from lomo_ds.model_io.remote_code import plain_refusals
+from lomo_ds.recipe import Recipe
+from lomo_ds.training.plan import RunPlan
+from lomo_ds.training.schedule import SHAPES, make_schedule, num_warmup_steps
+from lomo_ds.zero3.collective_errors import failing_together
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The model's tokenizer. Collective: a rank that fails lets the others fail, too."""
+    from transformers import AutoTokenizer
+
+    folder = model_folder(recipe.model)
+    with failing_together(), plain_refusals(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+
+
+def load_model(plan: RunPlan) -> Any:
+    """The recipe's model, cut by ZeRO-3, with what the recipe adds to it. Collective."""
+    recipe = plan.recipe
+    model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code, recipe.weights)
+    if recipe.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    if recipe.lora is not None:
+        model = add_adapters(model, recipe.lora, recipe.seed)
+    return model
+
+
+def schedule_maker(plan: RunPlan) -> Callable[[Optimizer], LambdaLR] | None:
+    """The ``lr_scheduler`` for ``lomo_ds.initialize``; None unless the recipe names one of ``SHAPES``."""
+    shape = plan.recipe.schedule.type
+    if shape is None or shape not in SHAPES:
+        return None
+    num_warmup = num_warmup_steps(plan.num_steps, plan.recipe.schedule.warmup_ratio)
+    return partial(make_schedule, num_steps=plan.num_steps, num_warmup=num_warmup, shape=shape)
+
+
+def make_engine(plan: RunPlan) -> Any:
+    """The engine, with the model and the schedule of a plan. Collective."""
+    model = load_model(plan)
+    engine, *_ = lomo_ds.initialize(model=model, config=plan.ds_json, lr_scheduler=schedule_maker(plan))
+    return engine
