@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "byte_units",
         "optimizers",
+        "rules",
         "zero3",
     },
     "cli": {

@@ -49,9 +49,9 @@ WORDS = (
     Word(
         "stand, what stands",
         "be allocated, be live, be there, be written",
-        word("stands?|stood|standing"),
+        word("(?:stands?|stood|standing)(?! for)"),
         ("what stands at the peak", "FAKE_STAND_INS = 1", "it stood there", "a stand-in"),
-        ("understand", "the standard error", "outstanding requests", "standalone", "long standards"),
+        ("understand", "the standard error", "outstanding requests", "standalone", "x stands for y"),
     ),
     Word(
         "go on (a run)",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from lomo_ds.training.model import load_model, schedule_maker
 from lomo_ds.training.plan import RunPlan
 from lomo_ds.training.recipe_file import load_recipe
 from lomo_ds.training.run import run
+from lomo_ds.zero3.step import backward_and_step
 
 
 def adamw_engine(plan: RunPlan) -> Any:
@@ -39,6 +41,7 @@ def adamw_engine(plan: RunPlan) -> Any:
     engine.optimizer.choice = "ZeRO-3 with torch.optim.AdamW"
     engine.optimizer.gradient_host_bytes = 0
     engine.wait_for_checkpoint = lambda: None
+    engine.train_batch = partial(backward_and_step, engine)
     return engine
 
 

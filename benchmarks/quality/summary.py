@@ -29,9 +29,9 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
         results: ``run``, ``cells`` and ``zero_shot`` of ``run.py``.
 
     Returns:
-        ``tasks``: task -> ``zero_shot`` (accuracy or None), ``chance_error`` (standard error of an accuracy
-        at the most common label's share), ``methods`` (of each with a cell, see ``_method``), ``verdict``
-        (LOMO and AdamW, see ``_verdict``). ``missing``: unfinished cells, in words.
+        ``tasks``: task -> ``zero_shot`` (accuracy or None), ``chance_error`` (standard error of the accuracy
+        of always giving the most common label), ``methods`` (of each with a cell, see ``_method``),
+        ``verdict`` (LOMO and AdamW, see ``_verdict``). ``missing``: unfinished cells, in words.
         ``times``: ``cell_s`` and ``cpu_s`` of the cells where they are known, each with ``most`` and ``sum``.
     """
     run = results["run"]

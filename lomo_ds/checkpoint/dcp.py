@@ -88,6 +88,7 @@ class PieceLoadPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
+        assert self.metadata is not None, "set_up_planner comes first"
         for key, piece in self.state_dict.items():
             stored = self.metadata.state_dict_metadata[key]
             items += create_read_items_for_chunk_list(key, stored, [_chunk(piece)])

@@ -139,8 +139,7 @@ class EngineState:
             global_steps=self.global_steps,
             global_samples=self._engine.global_samples,
             skipped_steps=self._engine.skipped_steps,
-            loss_scaler=self._optimizer.scaler_state(),
-            last_norm=self._optimizer.last_norm,
+            **self._optimizer.step_state(),
             groups=tuple(_numbers(group) for group in self._optimizer.param_groups),
         )
 
@@ -182,8 +181,8 @@ class EngineState:
 
     def set_optimizer_progress(self, progress: Progress) -> None:
         """Set what the optimizer remembers from step to step, and the numbers of its parameter groups."""
-        self._optimizer.set_scaler_state(progress.loss_scaler)
-        self._optimizer.last_norm = progress.last_norm
+        state = {"loss_scaler": progress.loss_scaler, "last_norm": progress.last_norm}
+        self._optimizer.load_step_state(state)
         groups = self._optimizer.param_groups
         if len(progress.groups) != len(groups):
             return

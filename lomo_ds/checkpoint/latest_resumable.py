@@ -55,9 +55,9 @@ def latest_resumable(root: CheckpointRoot) -> str | None:
     Each broken one with more steps is named in a warning.
     """
     with failing_together():
-        found = [root.tags()] if _prepare(root) else []
-    dist.broadcast_object_list(tags := found or [None], src=0)
-    for tag in tags[0]:
+        found = [root.tags() if _prepare(root) else []]
+    dist.broadcast_object_list(found, src=0)
+    for tag in found[0]:
         damage = damage_of(root.folder(tag))
         if damage is None:
             return tag

@@ -262,15 +262,20 @@ class PackedTensor:
 
     def _blocks(self, start: int, stop: int, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first element, block), each unpacked into its place in ``out`` where it fits there."""
-        direct = out is not None and out.dtype == torch.bfloat16 and out.device.type == "cpu"
-        direct = direct and out.is_contiguous()
+        direct = out if out is not None and _can_unpack_into(out) else None
         planes = torch.empty(packed_bytes(min(self.numel, BLOCK_NUMEL)), dtype=torch.uint8)
         spare = torch.empty(min(self.numel, BLOCK_NUMEL), dtype=torch.bfloat16)
         with self.file.path.open("rb", buffering=0) as stream:
             for number, first, end in self._unpacker.blocks(start, stop):
                 own = planes[: packed_bytes(end - first)]
                 self.file.read(stream, self.name, packed_bytes(first), own)
-                inside = direct and start <= first and end <= stop
-                block = out[first - start : end - start] if inside else spare[: end - first]
+                if direct is not None and start <= first and end <= stop:
+                    block = direct[first - start : end - start]
+                else:
+                    block = spare[: end - first]
                 self._unpacker.unpack(number, own, block)
                 yield first, block
+
+
+def _can_unpack_into(out: Tensor) -> bool:
+    return out.dtype == torch.bfloat16 and out.device.type == "cpu" and out.is_contiguous()

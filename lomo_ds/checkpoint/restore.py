@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def _match(state: EngineState, description: Description, options: LoadOptions) -
     params = state.params()
     own, saved = state.records(params), description.params
     both = [name for name in own if name in saved]
-    misfits = {}
+    misfits: dict[str, Iterable[str | None]] = {}
     if options.strict:
         left_out = {name for name in own if own[name].rule is None and description.frozen_excluded}
         misfits["missing"] = own.keys() - saved.keys() - left_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -37,7 +38,8 @@ class RandomState:
     def take(cls) -> RandomState:
         """The states as they are now. Waits for the device."""
         _, python, python_gauss = random.getstate()
-        _, words, position, has_gauss, gauss = numpy.random.get_state()
+        of_numpy: Any = numpy.random.get_state()
+        _, words, position, has_gauss, gauss = of_numpy
         return cls(
             torch=_encode(torch.get_rng_state()),
             accelerator=_encode(get_accelerator().get_rng_state()) if _has_device() else None,
@@ -68,7 +70,8 @@ class RandomState:
         random.setstate((3, self.python, self.python_gauss))
         numpy.random.set_state(self._numpy_state())
 
-    def _numpy_state(self) -> tuple[str, numpy.ndarray, int, int, float]:
+    def _numpy_state(self) -> tuple[str, Any, int, int, float]:
+        """As ``numpy.random.set_state`` wants it."""
         words = numpy.array(self.numpy, dtype=numpy.uint32)
         has_gauss = self.numpy_gauss is not None
         return "MT19937", words, self.numpy_position, int(has_gauss), self.numpy_gauss or 0.0

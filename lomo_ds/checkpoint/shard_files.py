@@ -163,7 +163,8 @@ def _packed_in(file: TensorFile) -> dict[str, PackedTensor]:
 def _flat_start(source: _PlainTensor | PackedTensor, offsets: list[int] | None) -> int:
     """The first element that a file holds of a tensor: cut ones are 1-D, others whole."""
     file, name, shape = source.file, source.name, source.record.shape
-    valid = offsets is not None and len(offsets) == len(shape) and all(type(o) is int for o in offsets)
-    if not valid or (len(shape) != 1 and any(offsets)):
+    given = [] if offsets is None else offsets
+    valid = len(given) == len(shape) and all(type(offset) is int for offset in given)
+    if offsets is None or not valid or (len(shape) != 1 and any(given)):
         raise ValueError(f"{file.path}: does not say where {name!r} begins")
     return offsets[0] if len(shape) == 1 else 0

@@ -145,7 +145,7 @@ def _adapters_by_weight(
     found: dict[str, list[AdapterRecord]] = {}
     for record in description.adapters:
         layer = record.weight.removesuffix(_BASE)
-        if layer not in description.adapted_layers or layer == record.weight:
+        if layer not in (description.adapted_layers or ()) or layer == record.weight:
             raise ValueError(
                 f"{record.weight} is tied to another parameter: an adapter cannot be merged into it"
             )

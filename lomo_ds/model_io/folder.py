@@ -56,7 +56,7 @@ def read_folder(path: Path) -> ModelFolder:
     Raises:
         ValueError: no safetensors file, or one that the index names is missing, broken or elsewhere.
     """
-    files = {}
+    files: dict[str, TensorFile] = {}
     for name in _file_names(path):
         try:
             file = read_tensor_file(path / name)

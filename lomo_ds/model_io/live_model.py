@@ -50,8 +50,8 @@ def live_tensors(model: Module) -> dict[str, LiveTensor]:
     """
     layers = adapted_layers(model)
     everything = named_params(model) | persistent_buffers(model)
-    named = {plain_name(name, layers): tensor for name, tensor in everything.items()}
-    named.pop(None, None)  # the adapters themselves
+    plain = ((plain_name(name, layers), tensor) for name, tensor in everything.items())
+    named = {name: tensor for name, tensor in plain if name is not None}  # without the adapters themselves
     adapters = {f"{name}.weight": adapters_of(layer) for name, layer in layers.items()}
     for name in adapters:
         if name not in named:

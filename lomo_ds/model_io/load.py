@@ -154,8 +154,11 @@ def _rotary_buffers_kept_exact() -> AbstractContextManager:
 class WeightSource(Protocol):
     """Files with weights: a ``ModelFolder`` or a ``UniversalFolder``."""
 
-    path: Path
-    files: dict[str, Any]
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> Mapping[str, Any]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -23,6 +24,7 @@ from lomo_ds.planner.memory_roles import Role
 from lomo_ds.planner.traffic import Traffic, answers
 from lomo_ds.planner.weights import fake_folder
 from lomo_ds.zero3._internals import full_numel, permanent_buffers, stored_shard
+from lomo_ds.zero3.step import backward_and_step
 
 _UNBOUNDED_BYTES = 1 << 60
 NUM_STEPS = 2
@@ -242,28 +244,29 @@ def claim_checkpoints(model: torch.nn.Module, ledger: Ledger) -> None:
 
 
 def run_step(engine: Any, job: Job, ledger: Ledger, step: str, traffic: Traffic | None = None) -> None:
-    """One step of a user's loop, in three phases, each of them once for every micro-batch that runs.
+    """One step of the engine, in three phases, each of them once for every micro-batch that runs.
 
     Args:
         engine, job, ledger: of the run.
         step: its name, which begins those of the phases.
         traffic: counts each micro-batch as often as ``micro_batch_weights`` says.
     """
-    shape = (job.micro_batch, job.seq_len)
     counts = micro_batch_weights(job.num_micro_batches)
-    for at, count in enumerate(counts, start=1):
-        if len(counts) < job.num_micro_batches:
-            engine.set_gradient_accumulation_boundary(at == len(counts))
-        if traffic is not None:
-            traffic.times = count
-        with ledger.phase(f"{step}: forward"):
-            ids = torch.zeros(shape, dtype=torch.long, device=engine.device)
-            loss = engine(input_ids=ids, labels=ids).loss
-        with ledger.phase(f"{step}: backward"):
-            engine.backward(loss)
-        del loss, ids
-        with ledger.phase(f"{step}: update"):
-            engine.step()
+    closures = [
+        partial(_forward, engine, job, traffic, count, is_last=at == len(counts))
+        for at, count in enumerate(counts, start=1)
+    ]
+    backward_and_step(engine, closures, phase=lambda name: ledger.phase(f"{step}: {name}"))
+
+
+def _forward(engine: Any, job: Job, traffic: Traffic | None, count: int, is_last: bool) -> torch.Tensor:
+    """The loss of a micro-batch that counts for ``count`` of the step's."""
+    if job.num_micro_batches > MAX_MICRO_BATCHES:
+        engine.set_gradient_accumulation_boundary(is_last)
+    if traffic is not None:
+        traffic.times = count
+    ids = torch.zeros((job.micro_batch, job.seq_len), dtype=torch.long, device=engine.device)
+    return engine(input_ids=ids, labels=ids).loss
 
 
 def micro_batch_weights(num_micro_batches: int) -> list[int]:

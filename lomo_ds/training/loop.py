@@ -1,4 +1,4 @@
-"""The training loop: DeepSpeed's forward, backward and step on the examples of each global batch."""
+"""The training loop: one step of the engine on the examples of each global batch."""
 
 from __future__ import annotations
 
@@ -69,21 +69,19 @@ def train(engine: Any, data: TrainingSet, stop: StopFlag) -> Iterator[tuple[Step
 def _step(
     engine: Any, data: TrainingSet, indices: tuple[int, ...], stop: StopFlag
 ) -> tuple[StepMetrics, bool]:
-    """One global batch: every micro batch of this rank, then the optimizer's step."""
+    """One global batch: every micro-batch of this rank, then the optimizer's step."""
     start_s = time.perf_counter()
     num_targets = sum(len(data.answers[index].target_ids) for index in indices)
-    loss_sum, num_tokens = 0.0, 0
     parts = micro_batches(indices, dist.get_rank(), dist.get_world_size(), data.micro_batch_size)
-    for part in parts:
-        batch = collate([data.answers[index] for index in part], data.pad_token_id)
-        num_tokens += int(batch.attention_mask.sum())
-        loss = token_loss_sum(engine, batch.to(engine.device))
-        engine.backward(loss * (dist.get_world_size() * len(parts) / num_targets))
-        lr = used_lr(engine)
-        engine.step()
-        loss_sum += loss.item()
+    factor = dist.get_world_size() * len(parts) / num_targets
+    closures = [_MicroBatch(engine, data, part, factor) for part in parts]
+    lr = used_lr(engine)
+    engine.train_batch(closures)
     own = Share(
-        loss_sum=loss_sum, num_tokens=num_tokens, peak_bytes=peak_bytes(), stop_requested=stop.requested
+        loss_sum=sum(closure.loss_sum.item() for closure in closures),
+        num_tokens=sum(closure.num_tokens for closure in closures),
+        peak_bytes=peak_bytes(),
+        stop_requested=stop.requested,
     )
     share = own.of_all_ranks(engine.device)
     metrics = StepMetrics(
@@ -95,6 +93,32 @@ def _step(
         peak_memory_bytes=share.peak_bytes,
     )
     return metrics, share.stop_requested
+
+
+class _MicroBatch:
+    """The loss of one micro-batch of this rank, as ``engine.train_batch`` asks for it.
+
+    Args:
+        engine: computes it.
+        data: the training set.
+        indices: of the examples.
+        factor: on the sum over the answers' tokens, to make the mean over the global batch of it.
+
+    Attributes:
+        loss_sum: that sum, as it was computed last; 0-dim, without a graph.
+        num_tokens: in the micro-batch, without padding.
+    """
+
+    def __init__(self, engine: Any, data: TrainingSet, indices: Sequence[int], factor: float) -> None:
+        self._engine, self._data, self._indices, self._factor = engine, data, indices, factor
+        self.num_tokens = 0
+
+    def __call__(self) -> Tensor:
+        batch = collate([self._data.answers[index] for index in self._indices], self._data.pad_token_id)
+        self.num_tokens = int(batch.attention_mask.sum())
+        loss_sum = token_loss_sum(self._engine, batch.to(self._engine.device))
+        self.loss_sum = loss_sum.detach()
+        return loss_sum * self._factor
 
 
 def used_lr(engine: Any) -> float:

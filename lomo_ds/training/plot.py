@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lomo_ds.byte_units import GIB
+from lomo_ds.rules.table import RULES
 from lomo_ds.training.metrics import StepMetrics
 from lomo_ds.training.plan import RunPlan
 
-_LABELS = {"lomo": "LOMO", "adalomo": "AdaLomo"}
+_TITLES = {name.lower(): row.title for name, row in RULES.items()}
 """Optimizer of the JSON, in small letters -> how people call it."""
 
 
 def plot_title(plan: RunPlan, num_ranks: int) -> str:
     """Model, method and number of ranks."""
     lora, optimizer = plan.recipe.lora, plan.ds_json["optimizer"]["type"]
-    base = _LABELS.get(optimizer.lower(), optimizer)
+    base = _TITLES.get(optimizer.lower(), optimizer)
     method = base if lora is None else f"{base} + LoRA" if lora.train_base else "LoRA"
     return f"{Path(plan.recipe.model).name}, {method}, {num_ranks} ranks"
 

@@ -51,7 +51,7 @@ class LomoEngine(EngineBase):
         if config.enabled:
             TiledVocabulary(self.module, self.optimizer, config)
 
-    def train_batch(self, closures: Sequence[LossClosure], phase: Phase = no_phase) -> list[Tensor]:
+    def train_batch(self, closures: Sequence[LossClosure], phase: Phase = no_phase) -> Tensor:
         """Make one step from forward, backward and ``step``; see ``StepEngine``. Collective.
 
         Raises:

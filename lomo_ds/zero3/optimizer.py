@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -227,13 +227,14 @@ class LomoZeroOptimizer(Stage3Base):
 
     # What is saved -----------------------------------------------------------------------------
 
-    @property
-    def last_norm(self) -> float | None:
-        return self.clip.last_norm
+    def step_state(self) -> dict[str, Any]:
+        """What the next step depends on apart from tensors: ``loss_scaler`` and ``last_norm``."""
+        return {"loss_scaler": self.scaler_state(), "last_norm": self.clip.last_norm}
 
-    @last_norm.setter
-    def last_norm(self, norm: float | None) -> None:
-        self.clip.last_norm = norm
+    def load_step_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``step_state``."""
+        self.set_scaler_state(state["loss_scaler"])
+        self.clip.last_norm = state["last_norm"]
 
     @property
     def gradient_host_bytes(self) -> int:

@@ -34,7 +34,7 @@ class StepEngine(Protocol):
 
     owns_forwards: ClassVar[bool]
 
-    def train_batch(self, closures: Sequence[LossClosure], phase: Phase = no_phase) -> list[Tensor]:
+    def train_batch(self, closures: Sequence[LossClosure], phase: Phase = no_phase) -> Tensor:
         """Make one step. Collective.
 
         Args:
@@ -42,21 +42,22 @@ class StepEngine(Protocol):
             phase: surrounds its parts.
 
         Returns:
-            The loss of each micro-batch on this rank, without a graph.
+            The mean of the micro-batches' losses on this rank: 0-dim, without a graph.
         """
         ...
 
 
-def backward_and_step(engine: Any, closures: Sequence[LossClosure], phase: Phase = no_phase) -> list[Tensor]:
+def backward_and_step(engine: Any, closures: Sequence[LossClosure], phase: Phase = no_phase) -> Tensor:
     """``train_batch`` of an engine with DeepSpeed's ``backward`` and ``step``. Collective."""
-    losses = []
+    total: Tensor | None = None
     for closure in closures:
         with phase("forward"):
             loss = closure()
         with phase("backward"):
             engine.backward(loss)
-        losses.append(loss.detach())
+        total = loss.detach() if total is None else total + loss.detach()
         del loss
         with phase("update"):
             engine.step()
-    return losses
+    assert total is not None, "a step has at least one micro-batch"
+    return total / len(closures)

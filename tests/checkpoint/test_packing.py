@@ -46,7 +46,7 @@ def test_every_bit_pattern_comes_back() -> None:
         assert packed is not None and same_bits(unpacked(packed, part.numel()), part)
 
 
-def test_listed_elements_stand_where_they_were() -> None:
+def test_listed_elements_keep_their_places() -> None:
     weights = torch.full((BLOCK_NUMEL + 1000,), 1.0).bfloat16()
     special = torch.tensor([0, 1, 500, BLOCK_NUMEL - 1, BLOCK_NUMEL, BLOCK_NUMEL + 999])
     weights[special] = torch.tensor([0.0, -0.0, 1e-30, -1e-38, 1e-39, 2.0**-20]).bfloat16()
