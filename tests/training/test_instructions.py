@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from lomo_ds.tasks.order import global_batches
+from tests.faults.job import run_to_end
 from tests.tiny import SENTENCES, tiny_tokenizer, write_tiny_folder
 
 NUM_STEPS, LR, BATCH, MAX_LENGTH = 3, 0.2, 8, 30
@@ -82,8 +83,7 @@ def mean_loss(model: torch.nn.Module, rows: list[dict[str, str]], train: bool) -
 def test_losses_are_those_of_plain_transformers(tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
-    done = launch(write_recipe(tmp_path))
-    assert done.returncode == 0, done.stderr
+    output = run_to_end(write_recipe(tmp_path), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     expected = [mean_loss(model, ROWS[:7], train=False)]
     for indices in global_batches(len(ROWS), BATCH, NUM_STEPS, seed=0):
@@ -100,15 +100,16 @@ def test_losses_are_those_of_plain_transformers(tmp_path: Path):
     assert summary["accuracy_before"] is None and summary["accuracy_after"] is None
     num_cut = [len(f"{row['question']}:{row['reply']}") + 1 > MAX_LENGTH + 1 for row in [*ROWS, *ROWS[:7]]]
     assert summary["num_cut_answers"] == sum(num_cut) > 0
-    assert f"{sum(num_cut)} answers lose their end to max_sequence_length" in done.stdout
-    assert f"loss on 7 held-out examples: {expected[0]:.3f} before" in done.stdout
+    assert f"{sum(num_cut)} answers lose their end to max_sequence_length" in output
+    assert f"loss on 7 held-out examples: {expected[0]:.3f} before" in output
     first = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
     assert first["num_tokens"] == int((labelled(ROWS[0])[1] != -100).sum())
 
 
 def test_prompts_that_leave_no_room_end_the_run_before_it_begins(tmp_path: Path):
     done = launch(write_recipe(tmp_path, max_sequence_length=10))
+    assert done.returncode == 2, done.stderr
     message = done.stderr.partition("error: ")[2]  # another process's last line may lack its end
-    assert done.returncode != 0 and "error: " not in message, done.stderr
+    assert "error: " not in message, "more than one rank complains"
     assert message.startswith("data.train: max_sequence_length 10 leaves no room"), done.stderr
     assert not (tmp_path / "out").exists()
