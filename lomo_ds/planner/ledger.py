@@ -51,7 +51,7 @@ class Block:
 
 @dataclass
 class Peak:
-    """The moment at which a place held most bytes.
+    """The moment of a place's peak.
 
     Attributes:
         num_bytes: of all live storages.
