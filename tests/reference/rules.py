@@ -52,7 +52,8 @@ class Prediction:
 
     def distance(self, name: str, actual: Tensor) -> float:
         """How far off a trained parameter is, in tolerances: at most 1 where it is right."""
-        return float((actual.double() - self.after[name].double()).norm()) / self.tolerance[name]
+        off = float((actual.double() - self.after[name].double()).norm())
+        return off / self.tolerance[name] if off else 0.0
 
 
 def mean_gradient(model: nn.Module, micro_batches: Sequence[Sequence[Tensor]], loss_scale: float) -> Gradient:
@@ -215,8 +216,9 @@ class Predictor:
         for name, whole in after.items():
             up, down, *others = ((trial[name] - whole).abs() for trial in trials)
             carried = max(float(off.norm()) for off in (torch.maximum(up, down), *others))
-            unit = torch.finfo(before[name].dtype).eps / 2 + FP32_OPERATIONS * FP32_UNIT
-            tolerance[name] = carried + unit * float(whole.norm())
+            size = float(whole.norm())
+            computed = FP32_OPERATIONS * FP32_UNIT * max(size, float(start[name].norm()))
+            tolerance[name] = carried + computed + torch.finfo(before[name].dtype).eps / 2 * size
         off = torch.stack([error.norm() for error in gradient.error.values()]).norm()
         return Prediction(
             before=start,
