@@ -159,10 +159,13 @@ class Reference:
         make: builds it from (params, lr=...).
         lrs: by clipping, "off" included: learning rates that move every parameter by many tolerances, in
             bf16 too.
+        least_distance: how many tolerances off a parameter has to be that is left as it was, in the step
+            that moves it most.
     """
 
     make: Callable[..., torch.optim.Optimizer]
     lrs: dict[str, float]
+    least_distance: float = 10.0
 
 
 REFERENCES = {
