@@ -160,12 +160,14 @@ class Reference:
         lrs: by clipping, "off" included: learning rates that move every parameter by many tolerances, in
             bf16 too.
         least_distance: how many tolerances off a parameter has to be that is left as it was, in the step
-            that moves it most.
+            that moves it most; more than 1, so that it is found.
+        least_distance_of_a_step: how many a matrix has to be in each step.
     """
 
     make: Callable[..., torch.optim.Optimizer]
     lrs: dict[str, float]
     least_distance: float = 10.0
+    least_distance_of_a_step: float = 3.0
 
 
 REFERENCES = {
