@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 import torch
 from torch.nn import Module
 from torch.optim.optimizer import ParamsT
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lomo_ds.config import did_you_mean, from_mapping, shown
 from lomo_ds.rules.clipping import Clipping
@@ -28,6 +29,9 @@ Apply = Literal["auto", "immediate", "deferred", "two_pass"]
 
 _RULE_SETTINGS = {name: settings_of(row.rule) for name, row in RULES.items()}
 _ALL_SETTINGS = tuple(dict.fromkeys(key for own in _RULE_SETTINGS.values() for key in own))
+NOT_YET_USED = WeakTensorKeyDictionary()
+"""Parameter -> name of the optimizer of ours that was built for it and that no engine has received."""
+
 _RENAMED = {"park_to": 'offload_gradients: {"device": "nvme", "nvme_path": FOLDER}'}
 
 
@@ -191,6 +195,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         _require_bounds(group["lr"], group["weight_decay"])
         rule_of(group)
+        for param in group["params"]:
+            NOT_YET_USED[param] = type(self).__name__
 
     def step(self, closure: Callable[[], float] | None = None) -> NoReturn:
         """Refuse: there is no gradient to step with.
