@@ -279,11 +279,16 @@ def optimizer_from_json(
 def _groups(model: Module, params: Iterable | None, config: OptimizerConfig) -> ParamsT:
     if not config.param_groups:
         return model.parameters() if params is None else params
-    if params is not None:
-        raise ValueError('"param_groups" in the JSON and model_parameters= say the same twice: use one')
+    trained = {id(param) for param in model.parameters() if param.requires_grad}
+    if params is not None and {id(p) for p in params if getattr(p, "requires_grad", True)} != trained:
+        raise ValueError(
+            'model_parameters= has to be all that is trained of the model where the JSON has "param_groups": '
+            "leave it out, or delete the groups"
+        )
     groups = split_by_patterns(model, [(group.params, group.settings()) for group in config.param_groups])
     for group, chosen in zip(config.param_groups, groups[1:], strict=True):
         if group.frozen:
             for param in chosen["params"]:
                 param.requires_grad_(False)
     return groups
+
