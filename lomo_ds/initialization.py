@@ -67,7 +67,8 @@ def initialize(
         mpu: refused unless None, like ``mesh_param``: data parallelism only.
         dist_init_required: as in DeepSpeed.
         collate_fn: for the dataloader.
-        config: DeepSpeed JSON, a path, a dict or an ``HfDeepSpeedConfig``. ``config_params`` is its older name.
+        config: DeepSpeed JSON, a path, a dict or an ``HfDeepSpeedConfig``; ``config_params`` is its older
+            name.
 
     Returns:
         (engine, optimizer, dataloader, lr_scheduler); the last two None where not asked for.

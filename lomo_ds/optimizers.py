@@ -291,4 +291,3 @@ def _groups(model: Module, params: Iterable | None, config: OptimizerConfig) -> 
             for param in chosen["params"]:
                 param.requires_grad_(False)
     return groups
-

@@ -45,8 +45,8 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
 def main() -> None:
     """Run the script of this process's command line.
 
-    DeepSpeed's launcher puts ``--local_rank=N`` before the arguments of what it starts; the script gets it as its
-    first argument, as it would from that launcher.
+    DeepSpeed's launcher puts ``--local_rank=N`` before the arguments of what it starts; the script gets it as
+    its first argument, as it would from that launcher.
     """
     given = sys.argv[1:]
     from_launcher = [word for word in given[:1] if word.startswith("--local_rank=")]

@@ -1,7 +1,7 @@
 """``lomo-ds run``: run an unchanged script in which the DeepSpeed JSON chooses the method.
 
-Called by a user, this starts DeepSpeed's launcher on all accelerators of this machine or on CPU ranks; called by a
-launcher (with RANK and WORLD_SIZE set), it is a rank.
+Called by a user, this starts DeepSpeed's launcher on all accelerators of this machine or on CPU ranks;
+called by a launcher (with RANK and WORLD_SIZE set), it is a rank.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds run``; None takes them from the command line.
 
     Returns:
-        The launcher's exit code; as a rank 0, or what the script raises; 2 where there is no such script or the
-        number of ranks is wrong.
+        The launcher's exit code; 0 as a rank; 2 where there is no such script or the number of ranks is
+        wrong. As a rank it raises what the script raises.
     """
     arguments = _parser().parse_args(argv)
     find_tools_of_this_environment()

@@ -1,6 +1,6 @@
 """Other libraries, each optional: what they need to work with this engine.
 
-``enable()`` lets ``deepspeed.initialize`` choose this engine by its JSON, for Accelerate, transformers' Trainer and
+``enable()`` lets ``deepspeed.initialize`` choose this engine by its JSON, for Accelerate, transformers and
 scripts that call DeepSpeed themselves; see ``lomo_ds.integrations.deepspeed``.
 """
 

@@ -1,7 +1,7 @@
 """``deepspeed.initialize`` that builds our engine where its JSON or its optimizer is one of ours.
 
-Accelerate, transformers' Trainer and scripts call ``deepspeed.initialize`` themselves. Within ``enable`` the JSON
-that they pass chooses the method; calls that name another optimizer, or none, stay DeepSpeed's.
+Accelerate, transformers' Trainer and scripts call ``deepspeed.initialize`` themselves. Within ``enable`` the
+JSON that they pass chooses the method; calls that name another optimizer, or none, stay DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Enabled:
 def enable() -> Enabled:
     """Let ``deepspeed.initialize`` build our engine for the optimizers of lomo_ds, from now on.
 
-    A call goes to ``lomo_ds.initialize`` where its JSON names an optimizer of ``OWN_OPTIMIZERS``, in upper or lower
-    case, or its ``optimizer`` is one of ours. Modules that have imported the function by name already get the new
-    one as well.
+    A call goes to ``lomo_ds.initialize`` where its JSON names an optimizer of ``OWN_OPTIMIZERS``, in upper or
+    lower case, or its ``optimizer`` is one of ours. Modules that have imported the function by name already
+    get the new one as well. A call that would train by another optimizer a model for which one of ours was
+    built, and given to no engine, raises a ValueError.
 
     ```python
     lomo_ds.integrations.enable()            # for the rest of the program
@@ -97,7 +98,7 @@ def _replace_everywhere(old: Callable, new: Callable) -> None:
 
 
 def _named_optimizer(given: Mapping[str, Any]) -> str:
-    """The optimizer that a call's JSON names; "" where it names none or cannot be read, as DeepSpeed will say."""
+    """The optimizer that a call's JSON names; "" where there is none, or no JSON that can be read."""
     in_args = getattr(given.get("args"), "deepspeed_config", None)
     places = (given.get("config"), given.get("config_params"), in_args)
     config = next((place for place in places if place is not None), None)

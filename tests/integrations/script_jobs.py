@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of unchanged scripts: run one, or the engine's own loop on the same batches."""
+"""What the ranks do in the tests of unchanged scripts: run one, or the engine's own loop on its batches."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ class Run:
     lrs: list[float] = field(default_factory=list)
     params: dict[str, Tensor] = field(default_factory=dict)
 
+    def add_step(self, engine: Any, loss: Tensor) -> None:
+        """Note what the engine says after a step; ``loss`` is this rank's. Collective."""
+        self.losses.append(mean_over_ranks(loss))
+        self.grad_norms.append(engine.get_global_grad_norm())
+        self.lrs.append(engine.get_lr()[0])
+
+    def end(self, engine: Any) -> Run:
+        """Note the weights and end the engine. Collective."""
+        self.params = whole_params(engine.module)
+        engine.destroy()
+        return self
+
 
 def run(name: str, *arguments: str) -> None:
     """Run a script as ``lomo_ds.run`` does on a rank, and forget what Accelerate keeps of it."""
@@ -49,34 +61,131 @@ def script_ids(num_rows: int) -> Tensor:
     return torch.randint(2, 299, (num_rows, 9), generator=torch.Generator().manual_seed(1))
 
 
-def rank_micro_batches(ids: Tensor, rank: int, world_size: int) -> list[Tensor]:
-    """This rank's part, as Accelerate deals batches of two to the ranks in turn."""
-    return list(ids.split(2))[rank::world_size]
-
-
 def own_loop(ds_json: dict[str, Any], num_rows: int, model: Any = None, **arguments: Any) -> Run:
     """The loop that this project's documentation shows, on the script's batches."""
     import lomo_ds
 
     engine, *_ = lomo_ds.initialize(model=model or tiny_llama(), config=ds_json, **arguments)
-    num_micro_batches = engine.gradient_accumulation_steps()
-    result, total = Run(), torch.zeros(())
-    batches = rank_micro_batches(script_ids(num_rows), engine.global_rank, engine.world_size)
-    for number, batch in enumerate(batches, start=1):
-        loss = engine(input_ids=batch, labels=batch).loss
-        total = total + engine.backward(loss).detach()
-        engine.step()
-        if number % num_micro_batches == 0:
-            result.losses.append(mean_over_ranks(total))
-            result.grad_norms.append(engine.get_global_grad_norm())
-            result.lrs.append(engine.get_lr()[0])
-            total = torch.zeros(())
-    result.params = whole_params(engine.module)
-    engine.destroy()
-    return result
+    result = Run()
+    for ids in script_ids(num_rows).split(2 * engine.gradient_accumulation_steps() * engine.world_size):
+        total = torch.zeros(())
+        for batch in rank_micro_batches(ids, engine):
+            loss = engine(input_ids=batch, labels=batch).loss
+            total += engine.backward(loss).detach()
+            engine.step()
+        result.add_step(engine, total)
+    return result.end(engine)
+
+
+def trainer_loop(ds_json: dict[str, Any]) -> Run:
+    """What trainer.py trains: a mean over the tokens of the whole step, prompts left out."""
+    import lomo_ds
+
+    engine, *_ = lomo_ds.initialize(model=tiny_llama(), config=ds_json, lr_scheduler=linear_schedule)
+    result = Run()
+    ids = script_ids(36)[:32]
+    labels = torch.where(torch.arange(9) <= torch.arange(32).unsqueeze(1) % 4, -100, ids)
+    for step_ids, step_labels in zip(ids.split(8), labels.split(8), strict=True):
+        num_tokens = (step_labels[:, 1:] != -100).sum()
+        total = torch.zeros(())
+        micro_batches = [rank_micro_batches(rows, engine) for rows in (step_ids, step_labels)]
+        for batch, wanted in zip(*micro_batches, strict=True):
+            loss = engine(input_ids=batch, labels=wanted, num_items_in_batch=num_tokens).loss
+            total += engine.backward(loss * engine.world_size, scale_wrt_gas=False).detach()
+            engine.step()
+        result.add_step(engine, total)
+    return result.end(engine)
+
+
+def rank_micro_batches(rows: Tensor, engine: Any) -> list[Tensor]:
+    """This rank's part of a step, as Accelerate deals batches of two to the ranks in turn."""
+    return list(rows.split(2))[engine.global_rank :: engine.world_size]
 
 
 def mean_over_ranks(value: Tensor) -> float:
     gathered = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(gathered, value)
     return torch.stack(gathered).mean().item()
+
+
+def trainer_of(folder: str, ds_json: dict[str, Any], model: Any = None, **arguments: Any) -> Any:
+    """A Trainer of two steps without any file."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in script_ids(8)]
+    settings = TrainingArguments(
+        output_dir=folder,
+        deepspeed={"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}} | ds_json,
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    return Trainer(model or tiny_llama(), settings, train_dataset=rows, eval_dataset=rows, **arguments)
+
+
+def trainer_with_own_optimizer(folder: str) -> None:
+    """transformers drops ``optimizers=`` under DeepSpeed, and would train with AdamW."""
+    import lomo_ds
+    from lomo_ds.integrations import enable
+
+    model = tiny_llama()
+    optimizer = lomo_ds.Lomo(model.parameters(), lr=0.1)
+    try:
+        with enable():
+            trainer_of(folder, {}, model, optimizers=(optimizer, None)).train()
+    finally:
+        reset_accelerate()
+
+
+def trainer_with_adams_keys(folder: str) -> None:
+    """transformers fills "auto" with Adam's betas, which our rules do not have."""
+    from lomo_ds.integrations import enable
+
+    params = {"lr": "auto", "betas": "auto"}
+    try:
+        with enable():
+            trainer_of(folder, {"optimizer": {"type": "Lomo", "params": params}}).train()
+    finally:
+        reset_accelerate()
+
+
+def policy_and_critic() -> tuple[str, str]:
+    """Two engines in one process: the JSON of the second names DeepSpeed's own AdamW."""
+    import deepspeed
+    from deepspeed import DeepSpeedEngine
+
+    from lomo_ds.integrations import enable
+    from lomo_ds.zero3.engine import LomoEngine
+
+    common = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+    with enable():
+        policy, *_ = deepspeed.initialize(
+            model=tiny_llama(), config=common | {"optimizer": {"type": "lomo", "params": {"lr": 0.1}}}
+        )
+        critic, *_ = deepspeed.initialize(
+            model=tiny_llama(),
+            config=common | {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}}},
+        )
+    kinds = type(policy), type(critic)
+    policy.destroy()
+    critic.destroy()
+    assert kinds == (LomoEngine, DeepSpeedEngine)
+    return kinds[0].__name__, kinds[1].__name__
+
+
+def peft_loop(ds_json: dict[str, Any], num_rows: int, **arguments: Any) -> Run:
+    """``own_loop`` with the adapters of trainer_peft.py."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return own_loop(ds_json, num_rows, get_peft_model(tiny_llama(), lora), **arguments)
+
+
+def linear_schedule(optimizer: Any) -> Any:
+    """transformers' default, with the warm-up and the steps of trainer.py."""
+    from transformers import get_linear_schedule_with_warmup
+
+    return get_linear_schedule_with_warmup(optimizer, num_warmup_steps=1, num_training_steps=4)

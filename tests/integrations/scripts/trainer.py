@@ -26,7 +26,10 @@ DS_JSON = {
 }
 folder, *resume = sys.argv[1:]
 ids = torch.randint(2, 299, (36, 9), generator=torch.Generator().manual_seed(1))
-examples = [{"input_ids": row, "labels": row} for row in ids]
+labels = ids.clone()
+for row in range(len(ids)):
+    labels[row, : 1 + row % 4] = -100  # a prompt
+examples = [{"input_ids": row, "labels": answer} for row, answer in zip(ids, labels, strict=True)]
 arguments = TrainingArguments(
     output_dir=folder,
     deepspeed=DS_JSON,

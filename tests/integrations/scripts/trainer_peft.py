@@ -1,4 +1,4 @@
-"""A script as users have it: LoRA adapters by peft, trained by transformers' Trainer with a DeepSpeed JSON."""
+"""A script as users have it: peft's adapters, trained by transformers' Trainer with a DeepSpeed JSON."""
 
 import json
 import sys

@@ -1,0 +1,146 @@
+"""Scripts that do not know of lomo_ds: what they train is what the engine's own loop trains, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.integrations import script_jobs as jobs
+from tests.tiny import tiny_llama
+
+pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+
+HIDDEN = 20
+TRAINER = {
+    "optimizer": {"type": "Lomo", "params": {"lr": 0.1, "weight_decay": 0.01}},
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 0.5,
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": HIDDEN * HIDDEN,
+        "stage3_prefetch_bucket_size": int(0.9 * HIDDEN * HIDDEN),
+        "stage3_param_persistence_threshold": 10 * HIDDEN,
+    },
+}
+"""trainer.py's JSON with each "auto" written out."""
+
+ADAPTERS = {"params": ["*.lora_*"], "type": "AdamW", "lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
+PEFT = {
+    "optimizer": {"type": "Lomo", "params": {"lr": 0.1, "param_groups": [ADAPTERS]}},
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 0.5,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 50},
+}
+WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 3}
+ACCELERATE = {
+    "optimizer": {"type": "AdaLomo", "params": {"lr": 0.01, "weight_decay": 0.1}},
+    "scheduler": {"type": "WarmupLR", "params": WARMUP},
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "zero_optimization": {"stage": 3},
+}
+
+
+def run_and_resume(name: str, tmp_path: Path) -> tuple[list[dict], list[dict]]:
+    """Run a script, and again from its checkpoint after two steps; returns both logs of steps."""
+    folder, again = tmp_path / "once", tmp_path / "resumed"
+    run_ranks(2, jobs.run, name, str(folder))
+    run_ranks(2, jobs.run, name, str(again), str(folder / "checkpoint-2"))
+    return read_log(folder), read_log(again)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """What was logged of training steps."""
+    return [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+
+
+def assert_logged(log: list[dict], loop: jobs.Run) -> None:
+    assert [entry["loss"] for entry in log] == loop.losses
+    assert [entry["grad_norm"] for entry in log] == loop.grad_norms
+    assert [entry["learning_rate"] for entry in log] == loop.lrs
+    assert min(loop.grad_norms) > 0
+
+
+def saved_model(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
+
+
+def assert_same(params: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert params.keys() == expected.keys()
+    assert [name for name in params if not torch.equal(params[name], expected[name])] == []
+
+
+def test_trainer(tmp_path: Path) -> None:
+    """ "auto" values, accumulation, clipping, evaluation between steps, checkpoints and a saved model."""
+    log, log_resumed = run_and_resume("trainer", tmp_path)
+    loop = run_ranks(2, jobs.trainer_loop, TRAINER)[0]
+    assert_logged(log, loop)
+    assert_same(saved_model(tmp_path / "once"), loop.params)
+    assert log_resumed == log
+    assert_same(saved_model(tmp_path / "resumed"), loop.params)
+
+
+def test_trainer_with_adapters(tmp_path: Path) -> None:
+    log, log_resumed = run_and_resume("trainer_peft", tmp_path)
+    loop = run_ranks(2, jobs.peft_loop, PEFT, 16)[0]
+    assert_logged(log, loop)
+    assert log_resumed == log
+    for folder in ("once", "resumed"):
+        adapted = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / folder / "model")
+        assert_same(dict(adapted.named_parameters()), loop.params)
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    log, log_resumed = run_and_resume("accelerate_loop", tmp_path)
+    loop = run_ranks(2, jobs.own_loop, ACCELERATE, 32)[0]
+    means = [(first["loss"] + second["loss"]) / 2 for first, second in zip(log[::2], log[1::2], strict=True)]
+    assert means == pytest.approx(loop.losses, rel=1e-7)
+    assert_logged([entry | {"loss": loss} for entry, loss in zip(log[1::2], loop.losses, strict=True)], loop)
+    assert_same(saved_model(tmp_path / "once"), loop.params)
+    assert [entry["loss"] for entry in log_resumed] == [entry["loss"] for entry in log[4:]]
+    assert log_resumed[1::2] == log[5::2]
+    assert_same(saved_model(tmp_path / "resumed"), loop.params)
+
+
+def test_an_optimizer_that_trainer_drops_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r'the Lomo that .* AdamW would train it.*"optimizer": \{"type": "Lomo"'
+    ):
+        run_ranks(2, jobs.trainer_with_own_optimizer, str(tmp_path))
+
+
+def test_a_key_that_transformers_fills_and_no_rule_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown key 'betas'"):
+        run_ranks(2, jobs.trainer_with_adams_keys, str(tmp_path))
+
+
+def test_engines_of_both_in_one_process() -> None:
+    assert run_ranks(2, jobs.policy_and_critic) == [("LomoEngine", "DeepSpeedEngine")] * 2
+
+
+def launch(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"DS_ACCELERATOR": "cpu"} | settings
+    return subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_command_starts_two_ranks(tmp_path: Path) -> None:
+    script = str(jobs.SCRIPTS / "accelerate_loop.py")
+    done = launch(["lomo_ds.cli.main", "run", "--num-ranks", "2", script, str(tmp_path / "command")])
+    assert done.returncode == 0, done.stderr
+    loop = run_ranks(2, jobs.own_loop, ACCELERATE, 32)[0]
+    assert_same(saved_model(tmp_path / "command"), loop.params)
