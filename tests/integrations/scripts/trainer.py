@@ -1,4 +1,4 @@
-"""A script as users have it: transformers' Trainer with a DeepSpeed JSON. It does not know of lomo_ds."""
+"""A script as users have it: transformers' Trainer with a DeepSpeed JSON, unaware of lomo_ds."""
 
 import json
 import sys
