@@ -34,7 +34,7 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     if not Path(script).is_file():
         raise FileNotFoundError(f"{script}: there is no such script")
     sys.argv[:] = [script, *arguments]
-    if not sys.flags.safe_path:
+    if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
         sys.path[0] = os.path.dirname(os.path.realpath(script))
     from lomo_ds.integrations import enable
 

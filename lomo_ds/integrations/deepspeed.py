@@ -76,6 +76,7 @@ def _routing(original: Callable) -> Callable:
         named = _named_optimizer(given)
         if _is_ours(optimizer := given.get("optimizer")):
             return initialize(*args, **kwargs)
+        _refuse_lomo_optim(optimizer)
         if named or optimizer is not None:
             _refuse_to_ignore(given.get("model"), named if optimizer is None else _name_of(optimizer))
         return (initialize if named.lower() in _OWN_TYPES else original)(*args, **kwargs)
@@ -116,6 +117,17 @@ def _is_ours(optimizer: Any) -> bool:
     optimizer = optimizer.func if isinstance(optimizer, functools.partial) else optimizer
     is_class = isinstance(optimizer, type) and issubclass(optimizer, ShardedOptimizer)
     return is_class or isinstance(optimizer, ShardedOptimizer)
+
+
+def _refuse_lomo_optim(optimizer: Any) -> None:
+    """Refuse lomo-optim's optimizers, which hang their own hooks on the parameters."""
+    if type(optimizer).__module__.partition(".")[0] == "lomo_optim":
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"deepspeed.initialize: {name} of the package lomo-optim has no step that an engine could make: name "
+            f'it in the JSON, "optimizer": {{"type": "{name}", "params": {{"lr": "auto"}}}}. '
+            f'TrainingArguments may keep optim="{name.lower()}"'
+        )
 
 
 def _name_of(optimizer: Any) -> str:

@@ -108,21 +108,26 @@ def mean_over_ranks(value: Tensor) -> float:
     return torch.stack(gathered).mean().item()
 
 
-def trainer_of(folder: str, ds_json: dict[str, Any], model: Any = None, **arguments: Any) -> Any:
-    """A Trainer of two steps without any file."""
+def trainer_of(
+    folder: str, ds_json: dict[str, Any], model: Any = None, optimizers: Any = (None, None), **settings: Any
+) -> Any:
+    """A Trainer of two steps."""
     from transformers import Trainer, TrainingArguments
 
     rows = [{"input_ids": row, "labels": row} for row in script_ids(8)]
-    settings = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         deepspeed={"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}} | ds_json,
         per_device_train_batch_size=2,
         num_train_epochs=1,
-        save_strategy="no",
+        learning_rate=0.1,
         report_to="none",
         use_cpu=True,
+        **{"save_strategy": "no"} | settings,
     )
-    return Trainer(model or tiny_llama(), settings, train_dataset=rows, eval_dataset=rows, **arguments)
+    return Trainer(
+        model or tiny_llama(), arguments, train_dataset=rows, eval_dataset=rows, optimizers=optimizers
+    )
 
 
 def trainer_with_own_optimizer(folder: str) -> None:
@@ -139,15 +144,17 @@ def trainer_with_own_optimizer(folder: str) -> None:
         reset_accelerate()
 
 
-def trainer_with_adams_keys(folder: str) -> None:
-    """transformers fills "auto" with Adam's betas, which our rules do not have."""
+def train_with_trainer(folder: str, ds_json: dict[str, Any], **settings: Any) -> dict[str, Tensor]:
+    """Train for two steps; returns the weights."""
     from lomo_ds.integrations import enable
 
-    params = {"lr": "auto", "betas": "auto"}
     try:
         with enable():
-            trainer_of(folder, {"optimizer": {"type": "Lomo", "params": params}}).train()
+            trainer = trainer_of(folder, ds_json, **settings)
+            trainer.train()
+        return whole_params(trainer.model)
     finally:
+        del trainer
         reset_accelerate()
 
 

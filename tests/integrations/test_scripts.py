@@ -123,7 +123,37 @@ def test_an_optimizer_that_trainer_drops_is_refused(tmp_path: Path) -> None:
 
 def test_a_key_that_transformers_fills_and_no_rule_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown key 'betas'"):
-        run_ranks(2, jobs.trainer_with_adams_keys, str(tmp_path))
+        run_ranks(2, jobs.train_with_trainer, str(tmp_path), lomo(betas="auto"))
+
+
+def lomo(**params: Any) -> dict[str, Any]:
+    """A JSON with a learning rate that transformers fills."""
+    return {
+        "optimizer": {"type": "Lomo", "params": {"lr": "auto", **params}},
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """The best is the one with the highest loss here, so that it is not the last."""
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "eval_strategy": "steps"}
+    often = {"eval_steps": 1, "save_steps": 1, "save_strategy": "steps"}
+    params = run_ranks(2, jobs.train_with_trainer, str(tmp_path), lomo(), **best, **often)[0]
+    (tmp_path / "checkpoint-1").rename(tmp_path / "model")
+    assert_same(saved_model(tmp_path), params)
+
+
+def test_the_trainers_own_lomo_is_understood_or_refused(tmp_path: Path) -> None:
+    """``optim="lomo"`` hands the learning rate to backward; without a JSON's optimizer it is lomo-optim's."""
+    by_json, by_both = (
+        run_ranks(2, jobs.train_with_trainer, str(tmp_path), lomo(), optim=optim)[0]
+        for optim in ("adamw_torch", "lomo")
+    )
+    assert_same(by_both, by_json)
+    pytest.importorskip("lomo_optim")
+    ds_json = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match=r'Lomo of the package lomo-optim .*"type": "Lomo"'):
+        run_ranks(2, jobs.train_with_trainer, str(tmp_path), ds_json, optim="lomo")
 
 
 def test_engines_of_both_in_one_process() -> None:
