@@ -124,8 +124,8 @@ def _refuse_lomo_optim(optimizer: Any) -> None:
     if type(optimizer).__module__.partition(".")[0] == "lomo_optim":
         name = type(optimizer).__name__
         raise ValueError(
-            f"deepspeed.initialize: {name} of the package lomo-optim has no step that an engine could make: name "
-            f'it in the JSON, "optimizer": {{"type": "{name}", "params": {{"lr": "auto"}}}}. '
+            f"deepspeed.initialize: {name} of the package lomo-optim has no step that an engine could make: "
+            f'name it in the JSON, "optimizer": {{"type": "{name}", "params": {{"lr": "auto"}}}}. '
             f'TrainingArguments may keep optim="{name.lower()}"'
         )
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.harness import run_ranks
 from tests.integrations import script_jobs as jobs
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, write_tiny_folder
 
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -51,11 +51,11 @@ ACCELERATE = {
 }
 
 
-def run_and_resume(name: str, tmp_path: Path) -> tuple[list[dict], list[dict]]:
+def run_and_resume(name: str, tmp_path: Path, *arguments: str) -> tuple[list[dict], list[dict]]:
     """Run a script, and again from its checkpoint after two steps; returns both logs of steps."""
     folder, again = tmp_path / "once", tmp_path / "resumed"
-    run_ranks(2, jobs.run, name, str(folder))
-    run_ranks(2, jobs.run, name, str(again), str(folder / "checkpoint-2"))
+    run_ranks(2, jobs.run, name, str(folder), *arguments)
+    run_ranks(2, jobs.run, name, str(again), *arguments, str(folder / "checkpoint-2"))
     return read_log(folder), read_log(again)
 
 
@@ -83,8 +83,9 @@ def assert_same(params: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def test_trainer(tmp_path: Path) -> None:
-    """ "auto" values, accumulation, clipping, evaluation between steps, checkpoints and a saved model."""
-    log, log_resumed = run_and_resume("trainer", tmp_path)
+    """A model loaded into shards, "auto" values, accumulation, evaluation, checkpoints, a saved model."""
+    write_tiny_folder(tmp_path / "start")
+    log, log_resumed = run_and_resume("trainer", tmp_path, str(tmp_path / "start"))
     loop = run_ranks(2, jobs.trainer_loop, TRAINER)[0]
     assert_logged(log, loop)
     assert_same(saved_model(tmp_path / "once"), loop.params)

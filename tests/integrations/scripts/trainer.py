@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
-
-from tests.tiny import tiny_llama
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 DS_JSON = {
     "optimizer": {"type": "Lomo", "params": {"lr": "auto", "weight_decay": "auto"}},
@@ -24,7 +22,7 @@ DS_JSON = {
         "stage3_gather_16bit_weights_on_model_save": True,
     },
 }
-folder, *resume = sys.argv[1:]
+folder, model_folder, *resume = sys.argv[1:]
 ids = torch.randint(2, 299, (36, 9), generator=torch.Generator().manual_seed(1))
 labels = ids.clone()
 for row in range(len(ids)):
@@ -48,7 +46,8 @@ arguments = TrainingArguments(
     report_to="none",
     use_cpu=True,
 )
-trainer = Trainer(tiny_llama(), arguments, train_dataset=examples[:32], eval_dataset=examples[32:])
+model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+trainer = Trainer(model, arguments, train_dataset=examples[:32], eval_dataset=examples[32:])
 trainer.train(resume_from_checkpoint=resume[0] if resume else None)
 trainer.save_model(f"{folder}/model")
 if trainer.is_world_process_zero():
