@@ -158,6 +158,35 @@ def train_with_trainer(folder: str, ds_json: dict[str, Any], **settings: Any) ->
         reset_accelerate()
 
 
+def accelerate_with_an_object(num_rows: int) -> dict[str, Tensor]:
+    """Accelerate's loop with an optimizer of ours built in Python; returns the weights."""
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+
+    import lomo_ds
+    from lomo_ds.integrations import enable
+
+    ds_json = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 3},
+    }
+    PartialState(cpu=True)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_json))
+    model = tiny_llama()
+    optimizer = lomo_ds.Lomo(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(script_ids(num_rows), batch_size=2)
+    with enable():
+        engine, optimizer, batches = accelerator.prepare(model, optimizer, loader)
+    for batch in batches:
+        accelerator.backward(engine(input_ids=batch, labels=batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    params = whole_params(engine.module)
+    engine.destroy()
+    reset_accelerate()
+    return params
+
+
 def policy_and_critic() -> tuple[str, str]:
     """Two engines in one process: the JSON of the second names DeepSpeed's own AdamW."""
     import deepspeed

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lomo_ds.cli import main as cli
 from tests.harness import run_ranks
 from tests.integrations import script_jobs as jobs
 from tests.tiny import tiny_llama, write_tiny_folder
@@ -155,6 +156,23 @@ def test_the_trainers_own_lomo_is_understood_or_refused(tmp_path: Path) -> None:
     ds_json = {"zero_optimization": {"stage": 3}}
     with pytest.raises(ValueError, match=r'Lomo of the package lomo-optim .*"type": "Lomo"'):
         run_ranks(2, jobs.train_with_trainer, str(tmp_path), ds_json, optim="lomo")
+
+
+def test_a_model_that_is_not_gathered_is_exported_from_the_checkpoint(tmp_path: Path) -> None:
+    """Trainer then writes a checkpoint in place of the model, and the same one again."""
+    ds_json = lomo() | {"zero_optimization": {"stage": 3}}
+    params = run_ranks(
+        2, jobs.train_with_trainer, str(tmp_path), ds_json, save_strategy="steps", save_steps=2
+    )[0]
+    assert cli.main(["export", str(tmp_path / "checkpoint-2"), str(tmp_path / "model")]) == 0
+    assert_same(saved_model(tmp_path), params)
+
+
+def test_accelerate_with_an_optimizer_built_in_python() -> None:
+    params = run_ranks(2, jobs.accelerate_with_an_object, 16)[0]
+    ds_json = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}
+    loop = run_ranks(2, jobs.own_loop, ds_json | lomo(lr=0.1), 16)[0]
+    assert_same(params, loop.params)
 
 
 def test_engines_of_both_in_one_process() -> None:
