@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_within_a_launch_it_is_the_rank(commands: list, script: str, monkeypatch
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("sys.argv", ["lomo-ds"])
-    monkeypatch.setattr("sys.path", ["first", "second"])
+    monkeypatch.setattr("sys.path", ["", *sys.path])
     with pytest.raises(SystemExit, match=r"arguments: \['-x'\]"):
         main([script, "-x"])
     assert commands == []
