@@ -46,14 +46,13 @@ def test_a_script_sees_what_python_shows_it(script: Path, name: str) -> None:
     assert plain.stderr.split()[-1] == "False" and ours.stderr.split()[-1] == "True"
 
 
-def test_the_launchers_argument_is_the_scripts_first(script: Path) -> None:
+def test_the_launchers_argument_is_the_scripts_first_and_its_exit_code_is_returned(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODE", "5")
     done = run(script, "-m", "lomo_ds.run", "--local_rank=1", "code/script.py", "a")
     assert json.loads(done.stdout)[2] == ["code/script.py", "--local_rank=1", "a"]
-
-
-def test_the_scripts_exit_code_is_returned(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CODE", "5")
-    assert run(script, "-m", "lomo_ds.run", "code/script.py").returncode == 5
+    assert done.returncode == 5
 
 
 @pytest.mark.parametrize(

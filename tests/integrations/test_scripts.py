@@ -35,6 +35,14 @@ TRAINER = {
 }
 """trainer.py's JSON with each "auto" written out."""
 
+WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 3}
+PLAIN = {
+    "optimizer": {"type": "LOMO", "params": {"lr": 0.01, "rounding": "kahan"}},
+    "scheduler": {"type": "WarmupLR", "params": WARMUP},
+    "train_micro_batch_size_per_gpu": 2,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+}
 ADAPTERS = {"params": ["*.lora_*"], "type": "AdamW", "lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
 PEFT = {
     "optimizer": {"type": "Lomo", "params": {"lr": 0.1, "param_groups": [ADAPTERS]}},
@@ -42,7 +50,6 @@ PEFT = {
     "gradient_clipping": 0.5,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 50},
 }
-WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 3}
 ACCELERATE = {
     "optimizer": {"type": "AdaLomo", "params": {"lr": 0.01, "weight_decay": 0.1}},
     "scheduler": {"type": "WarmupLR", "params": WARMUP},
@@ -81,6 +88,18 @@ def saved_model(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same(params: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert params.keys() == expected.keys()
     assert [name for name in params if not torch.equal(params[name], expected[name])] == []
+
+
+def test_plain_deepspeed(tmp_path: Path) -> None:
+    """The JSON is in a file, and ``initialize`` is imported by name."""
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(PLAIN))
+    words = [f"--deepspeed_config={path}", "--deepspeed"]
+    run_ranks(2, jobs.run, "plain_deepspeed", str(tmp_path), *words)
+    loop = run_ranks(2, jobs.own_loop, PLAIN, 16)[0]
+    assert_logged(read_log(tmp_path), loop)
+    saved = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert_same({name: saved[name] for name in loop.params}, loop.params)
 
 
 def test_trainer(tmp_path: Path) -> None:
