@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import lomo_ds
+from lomo_ds.initialization import _make_optimizer
 from lomo_ds.integrations import deepspeed as integration
 from lomo_ds.integrations import enable
 from lomo_ds.rules.table import OWN_OPTIMIZERS
@@ -125,6 +126,13 @@ def test_an_optimizer_of_ours_that_would_be_ignored_is_refused(built: list[str])
     assert built == []
     assert deepspeed.initialize(model=model, config={}) == "deepspeed", "inference trains nothing"
     assert deepspeed.initialize(model=nn.Linear(1, 1), config=ADAM) == "deepspeed", "another model"
+
+
+def test_an_optimizer_that_an_engine_has_received_is_not_ignored(built: list[str]) -> None:
+    """Another engine may train the same model later."""
+    model = nn.Linear(1, 1)
+    _make_optimizer(lomo_ds.Lomo(model.parameters(), lr=0.1), {}, model, None)
+    assert deepspeed.initialize(model=model, config=ADAM) == "deepspeed"
 
 
 def test_names_that_modules_have_imported_are_replaced_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
