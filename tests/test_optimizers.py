@@ -61,7 +61,7 @@ def test_an_unknown_key_of_a_group_in_the_json_is_named() -> None:
 
 
 def test_groups_of_the_json_are_for_all_that_is_trained() -> None:
-    """Accelerate and Trainer always pass ``model_parameters=``; it may say the same as the groups, no less."""
+    """Accelerate and Trainer always pass ``model_parameters=``; it may say the same as the groups."""
     build = optimizer_from_json(
         {"type": "Lomo", "params": {"lr": 1, "param_groups": [{"params": ["*bias"], "lr": 2}]}}
     )
