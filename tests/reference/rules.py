@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
+from tests.reference.normalized import WholeRule, WholeSinkGD
 from tests.reference.sgd import FP32_OPERATIONS, FP32_UNIT
 
 NUM_TRIALS = 6
@@ -52,7 +54,8 @@ class Prediction:
 
     def distance(self, name: str, actual: Tensor) -> float:
         """How far off a trained parameter is, in tolerances: at most 1 where it is right."""
-        return float((actual.double() - self.after[name].double()).norm()) / self.tolerance[name]
+        off = float((actual.double() - self.after[name].double()).norm())
+        return off / self.tolerance[name] if off else 0.0
 
 
 def mean_gradient(model: nn.Module, micro_batches: Sequence[Sequence[Tensor]], loss_scale: float) -> Gradient:
@@ -158,10 +161,15 @@ class Reference:
         make: builds it from (params, lr=...).
         lrs: by clipping, "off" included: learning rates that move every parameter by many tolerances, in
             bf16 too.
+        least_distance: how many tolerances off a parameter has to be that is left as it was, in the step
+            that moves it most; more than 1, so that it is found.
+        least_distance_of_a_step: how many a matrix has to be in each step.
     """
 
     make: Callable[..., torch.optim.Optimizer]
     lrs: dict[str, float]
+    least_distance: float = 10.0
+    least_distance_of_a_step: float = 3.0
 
 
 REFERENCES = {
@@ -172,6 +180,10 @@ REFERENCES = {
     "AdaLomo": Reference(
         make=_adafactor,
         lrs={"off": 0.4, "global": 0.4, "value": 0.4, "per_parameter": 0.4, "lagged": 0.4},
+    ),
+    "SinkGD": Reference(
+        make=partial(WholeRule, WholeSinkGD),
+        lrs={"off": 0.08, "global": 0.08, "value": 0.08, "per_parameter": 0.08, "lagged": 0.08},
     ),
 }
 """For each optimizer of the table of rules."""
@@ -215,8 +227,9 @@ class Predictor:
         for name, whole in after.items():
             up, down, *others = ((trial[name] - whole).abs() for trial in trials)
             carried = max(float(off.norm()) for off in (torch.maximum(up, down), *others))
-            unit = torch.finfo(before[name].dtype).eps / 2 + FP32_OPERATIONS * FP32_UNIT
-            tolerance[name] = carried + unit * float(whole.norm())
+            size = float(whole.norm())
+            computed = FP32_OPERATIONS * FP32_UNIT * max(size, float(start[name].norm()))
+            tolerance[name] = carried + computed + torch.finfo(before[name].dtype).eps / 2 * size
         off = torch.stack([error.norm() for error in gradient.error.values()]).norm()
         return Prediction(
             before=start,

@@ -35,10 +35,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = 2.0**6
 NUM_STEPS = 3
 LOSS_FACTOR = 4.0
-LEAST_DISTANCE = 10.0
-LEAST_DISTANCE_OF_A_STEP = 3.0
-"""How many tolerances off a parameter has to be that is left as it was, in the step that moves it most; and
-a matrix in each step."""
 
 
 class Cell(NamedTuple):
@@ -135,6 +131,7 @@ def assert_same(run: Run, cell: Cell, world_size: int) -> None:
     predictor = predictor_of(cell)
     scale = LOSS_SCALE if cell.dtype == "fp16" else 1.0
     unmoved: dict[str, list[float]] = defaultdict(list)
+    reference = REFERENCES[cell.optimizer]
     for step, (before, after) in enumerate(pairwise(run.history)):
         numbers = range(step * cell.micro_batches, (step + 1) * cell.micro_batches)
         parts = [[rank_batch(number, rank, world_size) for rank in range(world_size)] for number in numbers]
@@ -145,9 +142,10 @@ def assert_same(run: Run, cell: Cell, world_size: int) -> None:
         for name in expected.tolerance:
             unmoved[name].append(expected.distance(name, expected.before[name]))
     for name, distances in unmoved.items():
-        assert max(distances) >= LEAST_DISTANCE, f"{name} unmoved would be {distances} tolerances off"
+        least, of_a_step = reference.least_distance, reference.least_distance_of_a_step
+        assert max(distances) >= least, f"{name} unmoved would be {distances} tolerances off"
         is_matrix = run.history[0][name].dim() > 1
-        assert not is_matrix or min(distances) >= LEAST_DISTANCE_OF_A_STEP, (name, distances)
+        assert not is_matrix or min(distances) >= of_a_step, (name, distances)
 
 
 def assert_step(after: dict[str, torch.Tensor], expected: Prediction, what: str) -> None:
@@ -329,6 +327,6 @@ def test_each_clipping_clips(one_thread: None, optimizer: str) -> None:
         expected, wrong = last_steps[one], last_steps[other].after
         off = max(expected.distance(name, wrong[name]) for name in expected.tolerance)
         if not is_scale_free:
-            assert off >= LEAST_DISTANCE, (one, other)
+            assert off >= REFERENCES[optimizer].least_distance, (one, other)
         elif "value" not in (one, other):
             assert off <= 1.0, (one, other)
