@@ -80,6 +80,17 @@ class Matrices:
         else:
             by_column[:, block.columns].index_add_(0, self._matrix_of(block), values)
 
+    def by_row(self, by_matrix: Tensor, block: Block) -> Tensor:
+        """A number for each matrix as one for each row of the block: shape (1 or the block's rows, 1)."""
+        return (by_matrix if self.num_matrices == 1 else by_matrix[self._matrix_of(block)])[:, None]
+
+    def add_rows_(self, by_matrix: Tensor, values: Tensor, block: Block) -> None:
+        """Add a number for each row of the block to its matrix's."""
+        if self.num_matrices == 1:
+            by_matrix += values.sum()
+        else:
+            by_matrix.index_add_(0, self._matrix_of(block), values)
+
     def _matrix_of(self, block: Block) -> Tensor:
         """The matrix of each row of the block."""
         return torch.arange(block.rows.start, block.rows.stop, device=self._device) // self.num_rows

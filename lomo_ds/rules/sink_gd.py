@@ -64,7 +64,7 @@ class SinkGDRule:
         return {}
 
     def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
-        if len(shard.spec.shape) < 2:
+        if shard.spec.role == "vector":
             step_by_sign_(shard, settings)
             return
         sinkhorn = _Sinkhorn(shard, settings)
