@@ -9,6 +9,7 @@ from lomo_ds.rules.adalomo import AdaLomoRule
 from lomo_ds.rules.adamw import AdamWRule
 from lomo_ds.rules.lomo import LomoRule
 from lomo_ds.rules.rule import Rule
+from lomo_ds.rules.sign_sgd import SignSGDRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Row:
 RULES: dict[str, Row] = {
     "Lomo": Row(rule=LomoRule, title="LOMO", lr=0.03),
     "AdaLomo": Row(rule=AdaLomoRule, title="AdaLomo", lr=1e-3),
+    "SignSGD": Row(rule=SignSGDRule, title="SignSGD", lr=1e-4),
     "AdamW": Row(rule=AdamWRule, title="AdamW", lr=1e-3, groups_only=True),
 }
 """``"optimizer.type"`` of the JSON, and ``type`` of a parameter group -> the rule."""

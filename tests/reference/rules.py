@@ -151,6 +151,18 @@ def _adafactor(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return Adafactor(params, lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
 
 
+class _SignSGD(torch.optim.Optimizer):
+    """p <- p - lr * sign(g), without weight decay."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data = torch.where(param.grad > 0, param.data - group["lr"], param.data + group["lr"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """Another program's optimizer that does on whole tensors what a rule does on shards.
@@ -178,6 +190,13 @@ REFERENCES = {
     "AdaLomo": Reference(
         make=_adafactor,
         lrs={"off": 0.4, "global": 0.4, "value": 0.4, "per_parameter": 0.4, "lagged": 0.4},
+    ),
+    "SignSGD": Reference(
+        make=_SignSGD,
+        lrs={"off": 0.1, "global": 0.1, "value": 0.1, "per_parameter": 0.1, "lagged": 0.1},
+        # where rounding can turn a gradient's sign, the element may be off by twice its step
+        least_distance=3.0,
+        least_distance_of_a_step=1.5,
     ),
 }
 """For each optimizer of the table of rules."""
