@@ -26,6 +26,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """A number in [0, 1)."""
 
+PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+"""A number in (0, 1]."""
+
 _MAX_PROBLEMS, _MAX_SHOWN = 5, 100
 """Mistakes that an error lists, and characters that it shows of a value."""
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 
-from lomo_ds.config import did_you_mean, from_mapping, shown
+from lomo_ds.config import NonNegative, did_you_mean, from_mapping, shown
 from lomo_ds.rules.clipping import Clipping
 from lomo_ds.rules.param_groups import split_by_patterns
 from lomo_ds.rules.rounding import Rounding
@@ -64,8 +64,8 @@ class BaseGroupConfig:
     """
 
     params: list[str]
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: NonNegative | None = None
+    weight_decay: NonNegative | None = None
     frozen: bool = False
     type: Literal[tuple(RULES)] | None = None  # type: ignore[valid-type]
 
@@ -109,8 +109,8 @@ class OptimizerConfig:
         param_groups: groups by name patterns.
     """
 
-    lr: float
-    weight_decay: float = 0.0
+    lr: NonNegative
+    weight_decay: NonNegative = 0.0
     apply: Apply = "auto"
     clipping: Clipping = "global"
     rounding: Rounding = "nearest"
@@ -119,7 +119,6 @@ class OptimizerConfig:
     param_groups: tuple[GroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_bounds(self.lr, self.weight_decay)
         if self.offload_gradients is not None and self.apply in ("immediate", "two_pass"):
             raise ValueError(
                 f'offload_gradients is given, but "apply": "{self.apply}" offloads nothing: set apply to '

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from lomo_ds.config import AtLeastOne, Fraction, NonNegative, Positive, from_mapping
+from lomo_ds.config import AtLeastOne, Fraction, NonNegative, Positive, PositiveShare, from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Outer:
     lr: NonNegative | None = None
     eps: Positive = 1.0
     ratio: Fraction = 0.0
+    share: PositiveShare = 1.0
     flag: bool = False
     names: Annotated[tuple[str, ...], Field(min_length=1)] = ("a",)
     one: Inner | str = "x"
@@ -49,6 +50,9 @@ class Outer:
         ({"ratio": 1}, "ratio has to be below 1, not 1"),
         ({"ratio": -0.5}, "ratio has to be at least 0, not -0.5"),
         ({"ratio": float("nan")}, "ratio has to be a finite number, not nan"),
+        ({"share": 0}, "share has to be above 0, not 0"),
+        ({"share": 1.5}, "share has to be at most 1, not 1.5"),
+        ({"share": float("nan")}, "share has to be a finite number, not nan"),
         ({"flag": "perhaps"}, "flag has to be true or false, not 'perhaps'"),
         ({"names": []}, "names has to be a list of at least 1, not []"),
         ({"names": "a"}, "names has to be a list, not 'a'"),

@@ -18,11 +18,18 @@ def test_step_outside_the_engine_refuses_with_an_explanation() -> None:
         lomo_ds.Lomo(one_param(), lr=0.1).step()
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -0.1}, {"lr": float("nan")}, {"lr": 0.1, "weight_decay": -1.0}])
-def test_bounds_hold_for_defaults_and_groups(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="at least 0"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr": -0.1}, "lr has to be at least 0, not -0.1"),
+        ({"lr": float("nan")}, "lr has to be a finite number, not nan"),
+        ({"lr": 0.1, "weight_decay": -1.0}, "weight_decay has to be at least 0, not -1.0"),
+    ],
+)
+def test_bounds_hold_for_defaults_and_groups(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         lomo_ds.Lomo(one_param(), **wrong)
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match="has to be a finite number of at least 0"):
         lomo_ds.Lomo([{"params": one_param(), **wrong}], lr=0.1)
 
 
@@ -40,7 +47,11 @@ def test_the_json_builds_it_whatever_the_case_of_its_name() -> None:
         ([{"params": ["*"]}, {"params": ["*bias"]}], "matches only parameters that an earlier group took"),
         ([{"params": ["*bias"], "type": "Adam"}], "type"),
         ([{"params": ["*bias"], "betas": [0.9, 0.99]}], "Lomo has no betas"),
-        ([{"params": ["*bias"], "lr": -1.0}], "lr has to be"),
+        ([{"params": ["*bias"], "lr": -1.0}], "param_groups.0.lr has to be at least 0, not -1.0"),
+        (
+            [{"params": ["*"], "weight_decay": float("inf")}],
+            "weight_decay has to be a finite number, not inf",
+        ),
     ],
 )
 def test_groups_that_cannot_be_are_refused(groups: list[dict], message: str) -> None:

@@ -124,7 +124,7 @@ class Checkpointer:
             load_module_strict: refuse a checkpoint without exactly the model's parameters.
             load_optimizer_states: also rules' states, step counts, loss scale and random generators; without
                 them the rules start over.
-            load_lr_scheduler_states: also the schedule.
+            load_lr_scheduler_states: also the schedule, which has to be of the kind that was saved.
             load_module_only: the weights and nothing else; they may be of another dtype.
             custom_load_fn: refused unless None.
             verify: check every file against its checksum; False where that has just been done.

@@ -83,6 +83,11 @@ class EngineState:
         """How low-precision weights are written back."""
         return self._optimizer.optimizer.rounding
 
+    @property
+    def scheduler_name(self) -> str:
+        """Class of the learning rate's schedule."""
+        return type(self._engine.lr_scheduler).__name__
+
     def scheduler_state(self) -> dict[str, Any] | None:
         """Of the learning rate's schedule, where there is one."""
         scheduler = self._engine.lr_scheduler

@@ -21,7 +21,7 @@ from lomo_ds.checkpoint.latest_resumable import damage_of
 from lomo_ds.checkpoint.rng_state import RandomState, reseed
 from lomo_ds.checkpoint.save import CLIENT_FILE, plain_errors, random_file
 from lomo_ds.checkpoint.shard_files import ShardFiles, buffer_key
-from lomo_ds.config import from_mapping
+from lomo_ds.config import from_mapping, shown
 from lomo_ds.model_io.json_file import read_json
 from lomo_ds.model_io.misfits import WRONG_SHAPE, refuse_misfits, wrong_shape
 from lomo_ds.zero3.collective_errors import failing_together
@@ -43,6 +43,11 @@ class LoadOptions:
     def with_optimizer(self) -> bool:
         """Whether rules' states, counts and random generators are restored."""
         return self.optimizer and not self.module_only
+
+    @property
+    def with_lr_scheduler(self) -> bool:
+        """Whether the learning rate's schedule is restored."""
+        return self.lr_scheduler and not self.module_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ def restore(state: EngineState, folder: Path, options: LoadOptions) -> dict[str,
     if options.with_optimizer:
         state.set_num_updates({name: record.num_updates for name, record in description.params.items()})
         state.set_optimizer_progress(description.progress)
-    if options.lr_scheduler and not options.module_only:
+    if options.with_lr_scheduler:
         state.set_scheduler_state(contents.client["lr_scheduler"])
     if options.with_optimizer:
         _restore_randomness(contents.random_state, description)
@@ -89,10 +94,13 @@ def restore(state: EngineState, folder: Path, options: LoadOptions) -> dict[str,
 def _read(state: EngineState, folder: Path, options: LoadOptions) -> _Contents:
     description = read_description(folder)
     params = _match(state, description, options)
+    client = _read_client(folder)
+    if options.with_lr_scheduler:
+        _require_same_schedule(state, client["lr_scheduler"])
     return _Contents(
         description=description,
         params=params,
-        client=_read_client(folder),
+        client=client,
         random_state=_read_random_state(folder, description),
         reader=_find_tensors(folder, _pieces(state, params, description, options)),
     )
@@ -141,6 +149,24 @@ def _require_same_rounding(state: EngineState, description: Description) -> None
             f'"optimizer.params.rounding" is {state.rounding!r}, and the checkpoint was saved with '
             f"{description.rounding!r}: set it to that, or load with load_optimizer_states=False"
         )
+
+
+def _require_same_schedule(state: EngineState, saved: Any) -> None:
+    """Check that the engine's schedule can load the state that was saved, where both are there.
+
+    Raises:
+        ValueError: it has other keys, as the state of another kind of schedule has.
+    """
+    own = state.scheduler_state()
+    if saved is None or own is None or isinstance(saved, Mapping) and saved.keys() == own.keys():
+        return
+    there = ", ".join(sorted(map(str, saved))) if isinstance(saved, Mapping) else shown(saved)
+    here = ", ".join(sorted(own))
+    raise ValueError(
+        "the checkpoint was saved with another kind of learning-rate schedule: its state has "
+        f"{there}, and the state of this engine's {state.scheduler_name} has {here}: use the schedule that "
+        "it was saved with, or load with load_lr_scheduler_states=False"
+    )
 
 
 def _pieces(

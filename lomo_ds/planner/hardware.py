@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from lomo_ds.config import did_you_mean, from_mapping
+from lomo_ds.config import NonNegative, Positive, PositiveShare, did_you_mean, from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +25,13 @@ class Hardware:
     """
 
     name: str
-    dense_bf16_flops: float
-    link_bytes_s: float
-    node_link_bytes_s: float
-    host_link_bytes_s: float
-    flops_share: float = 0.5
-    link_share: float = 0.7
-    collective_latency_s: float = 50e-6
-
-    def __post_init__(self) -> None:
-        for field in ("dense_bf16_flops", "link_bytes_s", "node_link_bytes_s", "host_link_bytes_s"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"{field} has to be a number above 0, not {getattr(self, field)}")
-        if not 0 <= self.collective_latency_s < math.inf:
-            raise ValueError(f"collective_latency_s has to be at least 0, not {self.collective_latency_s}")
-        for field in ("flops_share", "link_share"):
-            if not 0 < getattr(self, field) <= 1:
-                raise ValueError(f"{field} has to be in (0, 1], not {getattr(self, field)}")
+    dense_bf16_flops: Positive
+    link_bytes_s: Positive
+    node_link_bytes_s: Positive
+    host_link_bytes_s: Positive
+    flops_share: PositiveShare = 0.5
+    link_share: PositiveShare = 0.7
+    collective_latency_s: NonNegative = 50e-6
 
 
 _PCIE3_X16, _PCIE4_X16, _PCIE5_X16 = 15.75e9, 31.5e9, 63e9

@@ -1,11 +1,10 @@
 """Momentum in 8 bits, and steps along it with rows or columns of equal norm.
 
 An element is a float of 4 bits of exponent and 3 of mantissa (torch.float8_e4m3fn, kept as int8, which every
-file format knows), times a power of two for each row. That power brings the row's root mean square into
-[1, 2). Values up to 448 are kept, below 2^-6 in steps of 2^-9, above it in steps of one part in 8 to 16. Each is
-rounded up or down at random, which keeps its mean: rounding to nearest would never forget what shrinks by less
-than half a step.
-The draws come from the element's place (``noise``): they are the same for every number of ranks.
+file format knows), times a power of two for each row, which brings the row's root mean square into [1, 2).
+Values up to 448 are kept, below 2^-6 in steps of 2^-9, above it in steps of one part in 8 to 16. Each is
+rounded up or down at random, which keeps its mean: rounding to nearest would never forget what shrinks by
+less than half a step. The draws come from the element's place (``noise``), for any number of ranks the same.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def momentum_state(spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
 def step_by_momentum(
     shard: Shard, settings: StepSettings, momentum: float, by_column: bool, gain: float
 ) -> ShardUpdate:
-    """p <- p * (1 - lr * weight_decay) - lr * gain * N(M), where N brings rows or columns to a mean square of 1.
+    """p <- p * (1 - lr * weight_decay) - lr * gain * N(M), with M the momentum of the gradient G.
 
-    M <- momentum * M + (1 - momentum) * G; the step takes M before it is rounded to 8 bits. Asks once: for
-    the sums of squares of all rows, and where columns are normalised for theirs.
+    N brings rows or columns to a mean square of 1. M <- momentum * M + (1 - momentum) * G; the step takes M
+    before it is rounded to 8 bits. Asks once: for the sums of squares of all rows, by column for theirs, too.
 
     Args:
         shard: of a parameter of two or more dimensions, with ``momentum_state``.

@@ -12,6 +12,7 @@ from lomo_ds.rules.lomo import LomoRule
 from lomo_ds.rules.rmnp import RMNPRule
 from lomo_ds.rules.rule import Rule
 from lomo_ds.rules.scale import ScaleRule
+from lomo_ds.rules.sign_sgd import SignSGDRule
 from lomo_ds.rules.sink_gd import SinkGDRule
 
 
@@ -35,6 +36,7 @@ class Row:
 RULES: dict[str, Row] = {
     "Lomo": Row(rule=LomoRule, title="LOMO", lr=0.03),
     "AdaLomo": Row(rule=AdaLomoRule, title="AdaLomo", lr=1e-3),
+    "SignSGD": Row(rule=SignSGDRule, title="SignSGD", lr=1e-4),
     "SinkGD": Row(rule=SinkGDRule, title="SinkGD", lr=1e-4),
     "Scale": Row(rule=ScaleRule, title="SCALE", lr=1e-4),
     "ApolloMini": Row(rule=ApolloMiniRule, title="APOLLO-Mini", lr=3e-4),

@@ -27,10 +27,10 @@ class DropoutModel(TinyModel):
         return torch.nn.functional.dropout(super().forward(batch, **kwargs) * torch.ones(16), 0.5).mean()
 
 
-def start(ds_json: dict[str, Any], seed: int = 0) -> Any:
+def start(ds_json: dict[str, Any], seed: int = 0, **arguments: Any) -> Any:
     torch.manual_seed(seed)
     dtype = next((dtype for name, dtype in DTYPES.items() if name in ds_json), torch.float32)
-    engine = jobs.initialize(ds_json, model=DropoutModel(dtype=dtype))[0]
+    engine = jobs.initialize(ds_json, model=DropoutModel(dtype=dtype), **arguments)[0]
     torch.manual_seed(1000 * seed + engine.global_rank)
     return engine
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,48 @@ def test_a_checkpoint_of_other_settings_is_refused(other: dict[str, Any], part: 
     for said, changed, _ in run_ranks(2, loaded, other, tmp_path):
         assert said.startswith("ValueError") and part in said
         assert not changed
+
+
+def scheduled(ds_json: dict[str, Any], kind: str) -> Any:
+    """An engine whose schedule is the JSON's WarmupLR, or a recipe's cosine."""
+    if kind == "WarmupLR":
+        return jobs.start(ds_json)
+    from lomo_ds.training.schedule import make_schedule
+
+    schedule = partial(make_schedule, num_steps=8, num_warmup=2, shape=kind)
+    return jobs.start({key: ds_json[key] for key in ds_json if key != "scheduler"}, lr_scheduler=schedule)
+
+
+def saved_with_schedule(kind: str, folder: Path) -> None:
+    engine = scheduled(jobs.json_of(), kind)
+    jobs.train(engine, 0, 2)
+    engine.save_checkpoint(folder)
+
+
+def loaded_with_schedule(kind: str, folder: Path) -> tuple[str, bool, dict[str, Any]]:
+    """What loading says, whether it changed anything, and the outcome of loading without the schedule."""
+    engine = scheduled(jobs.json_of(), kind)
+    jobs.train(engine, 40, 41)
+    before = jobs.outcome(engine), engine.lr_scheduler.state_dict()
+    said = message_of(engine.load_checkpoint, folder)
+    after = jobs.outcome(engine), engine.lr_scheduler.state_dict()
+    engine.load_checkpoint(folder, load_lr_scheduler_states=False)
+    assert engine.lr_scheduler.state_dict() == before[1]
+    return said, not same_tree(before, after), jobs.outcome(engine)
+
+
+@pytest.mark.parametrize(("there", "here"), [("cosine", "WarmupLR"), ("WarmupLR", "cosine")])
+def test_another_kind_of_schedule_is_refused(there: str, here: str, tmp_path: Path):
+    run_ranks(2, saved_with_schedule, there, tmp_path)
+    results = run_ranks(2, loaded_with_schedule, here, tmp_path)
+    keys = {"cosine": "_.*last_epoch, lr_lambdas", "WarmupLR": "last_batch_iteration"}
+    name = {"cosine": "LambdaLR", "WarmupLR": "WarmupLR"}[here]
+    pattern = f"its state has {keys[there]}, and the state of this engine's {name} has {keys[here]}: use "
+    for said, changed, after in results:
+        assert said.startswith("ValueError") and re.search(pattern, said)
+        assert "load_lr_scheduler_states=False" in said and said == results[0][0]
+        assert not changed
+        assert after["steps"] == 2
 
 
 def test_a_broken_file_is_named_and_nothing_changes(tmp_path: Path):

@@ -118,6 +118,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ("link_bytes_s", "-1.0e+9"),
         ("dense_bf16_flops", ".nan"),
         ("link_share", "-0.5"),
+        ("flops_share", "1.5"),
         ("collective_latency_s", "-1"),
     ],
 )

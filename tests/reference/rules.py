@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from tests.reference.normalized import WholeRule, WholeSinkGD
+from tests.reference.normalized import WholeApolloMini, WholeRMNP, WholeRule, WholeScale, WholeSinkGD
 from tests.reference.sgd import FP32_OPERATIONS, FP32_UNIT
 
 NUM_TRIALS = 6
@@ -153,6 +153,18 @@ def _adafactor(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return Adafactor(params, lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
 
 
+class _SignSGD(torch.optim.Optimizer):
+    """p <- p - lr * sign(g), without weight decay."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data = torch.where(param.grad > 0, param.data - group["lr"], param.data + group["lr"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """Another program's optimizer that does on whole tensors what a rule does on shards.
@@ -181,9 +193,28 @@ REFERENCES = {
         make=_adafactor,
         lrs={"off": 0.4, "global": 0.4, "value": 0.4, "per_parameter": 0.4, "lagged": 0.4},
     ),
+    "SignSGD": Reference(
+        make=_SignSGD,
+        lrs={"off": 0.1, "global": 0.1, "value": 0.1, "per_parameter": 0.1, "lagged": 0.1},
+        # where rounding can turn a gradient's sign, the element may be off by twice its step
+        least_distance=3.0,
+        least_distance_of_a_step=1.5,
+    ),
     "SinkGD": Reference(
         make=partial(WholeRule, WholeSinkGD),
         lrs={"off": 0.08, "global": 0.08, "value": 0.08, "per_parameter": 0.08, "lagged": 0.08},
+    ),
+    "Scale": Reference(
+        make=partial(WholeRule, WholeScale),
+        lrs={"off": 0.08, "global": 0.08, "value": 0.08, "per_parameter": 0.08, "lagged": 0.08},
+    ),
+    "ApolloMini": Reference(
+        make=partial(WholeRule, WholeApolloMini),
+        lrs={"off": 0.05, "global": 0.05, "value": 0.05, "per_parameter": 0.05, "lagged": 0.05},
+    ),
+    "RMNP": Reference(
+        make=partial(WholeRule, WholeRMNP),
+        lrs={"off": 0.2, "global": 0.2, "value": 0.2, "per_parameter": 0.2, "lagged": 0.2},
     ),
 }
 """For each optimizer of the table of rules."""

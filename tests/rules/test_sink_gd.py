@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lomo_ds.rules.kept_state import kept_bytes
-from lomo_ds.rules.param_spec import ParamSpec
+from lomo_ds.rules.param_spec import ParamSpec, role_of
 from lomo_ds.rules.rule import StepSettings
 from lomo_ds.rules.sink_gd import SinkGDRule
 from tests.reference.normalized import WholeSinkGD
@@ -47,7 +47,7 @@ def test_is_free_of_the_gradients_scale(shape: tuple[int, ...], sweeps: int) -> 
     rule = SinkGDRule(sweeps=sweeps)
     for role in ("embedding", "head", "matrix", "vector"):
         assert rule.is_scale_free(role)
-    assert_free_of_scale(rule, shape, "matrix", num_operations(sweeps))
+    assert_free_of_scale(rule, shape, role_of(shape), num_operations(sweeps))
 
 
 @pytest.mark.parametrize("sweeps", SWEEPS)

@@ -14,7 +14,7 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from lomo_ds.byte_units import shown_bytes
-from lomo_ds.config import from_mapping
+from lomo_ds.config import AtLeastOne, from_mapping
 
 KEY = '"optimizer.params.offload_gradients.nvme_path"'
 NUM_SLOTS = 4
@@ -27,17 +27,14 @@ _SECTOR_BYTES = 4096
 class AioConfig:
     """The ``"aio"`` section of the DeepSpeed JSON, with DeepSpeed's meaning and defaults."""
 
-    block_size: int = 1 << 20
-    queue_depth: int = 8
-    intra_op_parallelism: int = 1
+    block_size: AtLeastOne = 1 << 20
+    queue_depth: AtLeastOne = 8
+    intra_op_parallelism: AtLeastOne = 1
     single_submit: bool = False
     overlap_events: bool = True
     use_gds: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "queue_depth", "intra_op_parallelism"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} has to be at least 1, not {getattr(self, name)}")
         if self.block_size % _SECTOR_BYTES:
             raise ValueError(f"block_size has to be a multiple of {_SECTOR_BYTES}, not {self.block_size}")
         if self.use_gds:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from lomo_ds.config import AtLeastOne
 from lomo_ds.zero3.vocabulary.row_tiles import RowTiles
 
 KEY = '"tiled_vocabulary"'
@@ -30,11 +31,7 @@ class TiledVocabularyConfig:
     """
 
     enabled: bool = False
-    tile_numel: int = 1 << 25
-
-    def __post_init__(self) -> None:
-        if self.tile_numel < 1:
-            raise ValueError(f"tile_numel has to be at least 1, not {self.tile_numel}")
+    tile_numel: AtLeastOne = 1 << 25
 
 
 class Table:
