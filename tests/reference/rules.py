@@ -210,11 +210,14 @@ REFERENCES = {
     ),
     "ApolloMini": Reference(
         make=partial(WholeRule, WholeApolloMini),
-        lrs={"off": 0.05, "global": 0.05, "value": 0.05, "per_parameter": 0.05, "lagged": 0.05},
+        lrs={"off": 0.1, "global": 0.1, "value": 0.1, "per_parameter": 0.1, "lagged": 0.1},
+        # Adam's first step of a vector is the gradient's sign
+        least_distance=3.0,
+        least_distance_of_a_step=1.5,
     ),
     "RMNP": Reference(
         make=partial(WholeRule, WholeRMNP),
-        lrs={"off": 0.2, "global": 0.2, "value": 0.2, "per_parameter": 0.2, "lagged": 0.2},
+        lrs={"off": 0.3, "global": 0.3, "value": 0.3, "per_parameter": 0.3, "lagged": 0.3},
     ),
 }
 """For each optimizer of the table of rules."""
