@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,10 @@ def run(
 
 
 def assert_free_of_scale(rule: Rule, shape: tuple[int, ...], role: Role, num_operations: int) -> None:
-    """Powers of two change no bit; other factors round each element of the gradient once more."""
+    """Powers of two change no bit; other factors round each element of the gradient once more.
+
+    No element of a step exceeds the learning rate times the root of the number of elements.
+    """
     expected = run(rule, grads(shape), role=role)
     for factor in (2.0**10, 2.0**-10):
         assert torch.equal(run(rule, grads(shape), role=role, factor=factor), expected)
@@ -80,7 +85,8 @@ def assert_free_of_scale(rule: Rule, shape: tuple[int, ...], role: Role, num_ope
     largest = (expected - start(shape)).abs().max()
     for factor in (1000.0, 1e-3):
         other = run(rule, grads(shape), role=role, factor=factor)
-        tolerance = NUM_STEPS * FP32_UNIT * (num_operations * LR * 40 + expected.abs().max())
+        of_step = num_operations * LR * math.prod(shape) ** 0.5
+        tolerance = NUM_STEPS * FP32_UNIT * (of_step + expected.abs().max())
         assert (other - expected).abs().max() <= tolerance
         assert largest >= 100 * tolerance
 
