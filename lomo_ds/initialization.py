@@ -12,10 +12,12 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from torch.nn import Parameter
 from torch.utils.data import Dataset
 
 from lomo_ds.config import from_mapping
-from lomo_ds.optimizers import OPTIMIZERS, ShardedOptimizer, optimizer_from_json
+from lomo_ds.optimizers import OPTIMIZERS, ShardedOptimizer, optimizer_from_json, rule_of
+from lomo_ds.rules.rule import Rule
 from lomo_ds.versions import require_supported_versions
 
 require_supported_versions()
@@ -33,6 +35,7 @@ from lomo_ds.zero3.apply.nvme_settings import NvmeSettings  # noqa: E402
 from lomo_ds.zero3.collective_errors import failing_together  # noqa: E402
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
 from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
+from lomo_ds.zero3.param_specs import param_roles  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import KEY as TILING_KEY  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig, refuse_other_heads  # noqa: E402
@@ -87,7 +90,7 @@ def initialize(
     check_ranks(ds_json, ranks := dist.get_world_size())
     with init_context_suspended():
         engine = LomoEngine(
-            choice=_choose(optimizer, ds_config := DeepSpeedConfig(ds_json), ranks, nvme),
+            choice=_choose(model, optimizer, ds_config := DeepSpeedConfig(ds_json), ranks, nvme),
             args=args,
             model=model,
             optimizer=optimizer,
@@ -181,15 +184,22 @@ def _make_optimizer(
 
 
 def _choose(
-    optimizer: ShardedOptimizer, ds_config: DeepSpeedConfig, ranks: int, nvme: NvmeSettings | None
+    model: torch.nn.Module,
+    optimizer: ShardedOptimizer,
+    ds_config: DeepSpeedConfig,
+    ranks: int,
+    nvme: NvmeSettings | None,
 ) -> Choice:
-    """Choose the policy from sizes alone, the same on every rank. Collective."""
-    demands = Demands(
-        max_grad_norm=ds_config.gradient_clipping if optimizer.clipping == "global" else 0.0,
+    """Choose the policy from rules and sizes alone, the same on every rank. Collective."""
+    rules = _trained_rules(optimizer)
+    params = list(rules)
+    demands = Demands.of(
+        ((rules[param], role) for param, role in param_roles(model, params).items()),
+        gradient_clipping=ds_config.gradient_clipping,
+        clipping=optimizer.clipping,
         num_micro_batches=ds_config.gradient_accumulation_steps,
         fp16=ds_config.float16_config.enabled,
     )
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     itemsize = accumulation_dtype(ds_config).itemsize
     shard_bytes = [-(-full_numel(param) // ranks) * itemsize for param in params]
     offloaded_bytes = nvme.staging_bytes(shard_bytes) if nvme else sum(shard_bytes)
@@ -203,6 +213,16 @@ def _choose(
     with failing_together():
         nvme.require_room(nvme.file_bytes(shard_bytes), _num_local_ranks(ranks))
     return replace(choice, nvme=nvme, reason=f"{choice.reason}, the gradients in {str(nvme.folder)!r}")
+
+
+def _trained_rules(optimizer: ShardedOptimizer) -> dict[Parameter, Rule]:
+    """The rule of each trained parameter."""
+    return {
+        param: rule_of(group)
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param.requires_grad
+    }
 
 
 def _num_local_ranks(ranks: int) -> int:

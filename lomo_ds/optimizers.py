@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from lomo_ds.config import NonNegative, did_you_mean, from_mapping, shown
 from lomo_ds.rules.clipping import Clipping
 from lomo_ds.rules.param_groups import split_by_patterns
-from lomo_ds.rules.rounding import Rounding
+from lomo_ds.rules.rounding import ROUNDING_BY_DEFAULT, Rounding
 from lomo_ds.rules.rule import Rule
 from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES, settings_of
 
@@ -103,7 +103,7 @@ class OptimizerConfig:
         weight_decay: what the rule makes of it is said there.
         apply: when a reduced gradient shard is applied.
         clipping: what ``gradient_clipping`` bounds.
-        rounding: how low-precision weights are written back.
+        rounding: how low-precision weights are written back; "auto" for ``ROUNDING_BY_DEFAULT``.
         seed: of stochastic rounding.
         offload_gradients: where gradients wait that are applied at the step boundary.
         param_groups: groups by name patterns.
@@ -113,7 +113,7 @@ class OptimizerConfig:
     weight_decay: NonNegative = 0.0
     apply: Apply = "auto"
     clipping: Clipping = "global"
-    rounding: Rounding = "nearest"
+    rounding: Rounding | Literal["auto"] = "auto"
     seed: int = 0
     offload_gradients: OffloadGradientsConfig | None = None
     param_groups: tuple[GroupConfig, ...] = ()
@@ -171,7 +171,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: pass groups in torch's form, as params; patterns are the JSON's")
         self.apply: Apply = config.apply
         self.clipping: Clipping = config.clipping
-        self.rounding: Rounding = config.rounding
+        self.rounding: Rounding = ROUNDING_BY_DEFAULT if config.rounding == "auto" else config.rounding
         self.seed = config.seed
         self.offload_gradients = config.offload_gradients
         own = {key: getattr(config, key) for key in _RULE_SETTINGS[name]}

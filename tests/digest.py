@@ -68,7 +68,10 @@ class Cell:
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": self.micro_batches,
             "gradient_clipping": self.max_grad_norm,
-            "optimizer": {"type": self.optimizer, "params": {"lr": lr, "apply": self.apply, **self.params}},
+            "optimizer": {
+                "type": self.optimizer,
+                "params": {"lr": lr, "apply": self.apply, "rounding": "nearest", **self.params},
+            },
             "zero_optimization": zero | self.zero,
             "tiled_vocabulary": {"enabled": self.tiled, "tile_numel": 700},
             **sections,

@@ -138,7 +138,7 @@ def deepspeed_config(contestant: Contestant, workload: Workload, path: Path = SH
     config["gradient_clipping"] = contestant.gradient_clipping
     config["steps_per_print"] = 10**9
     if contestant.program == "lomo_ds":
-        params = {"lr": contestant.lr, "apply": contestant.apply}
+        params = {"lr": contestant.lr, "apply": contestant.apply, "rounding": "nearest"}
         config["optimizer"] = {"type": contestant.optimizer, "params": params}
     else:
         config.pop("optimizer", None)

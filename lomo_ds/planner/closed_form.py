@@ -19,7 +19,7 @@ from lomo_ds.optimizers import rule_of
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.planner.model_shape import ModelShape
 from lomo_ds.planner.rule_state import rule_state_bytes
-from lomo_ds.rules.rounding import chunk_numel
+from lomo_ds.rules.rounding import ROUNDING_BY_DEFAULT, chunk_numel
 from lomo_ds.rules.rule import Rule
 from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
 
@@ -144,7 +144,8 @@ class _Terms:
         per_param = {"SGD": 4 + _ITEM, "AdamW": 12 + _ITEM}.get(self._job.optimizer)
         if per_param is not None:
             return per_param * self._shard_numel
-        rounding = self._params.get("rounding", "nearest")
+        rounding = self._params.get("rounding", "auto")
+        rounding = ROUNDING_BY_DEFAULT if rounding == "auto" else rounding
         return rule_state_bytes(self._shape, self._rule, rounding, self._job.num_gpus)
 
     @functools.cached_property
@@ -237,9 +238,10 @@ class _Terms:
     def _defers(self) -> bool:
         """Whether the engine offloads shards until the step; otherwise backward applies them, in fp32."""
         job, apply = self._job, self._params.get("apply", "auto")
-        clips = self._params.get("clipping", "global") == "global"
-        demands = Demands(
-            max_grad_norm=float(job.ds_json.get("gradient_clipping", _MAX_GRAD_NORM)) if clips else 0.0,
+        demands = Demands.of(
+            ((self._rule, role) for _, role in self._shape.params()),
+            gradient_clipping=float(job.ds_json.get("gradient_clipping", _MAX_GRAD_NORM)),
+            clipping=self._params.get("clipping", "global"),
             num_micro_batches=job.num_micro_batches,
             fp16=_enabled(job.ds_json, "fp16"),
         )

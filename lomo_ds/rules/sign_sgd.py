@@ -19,8 +19,8 @@ class SignSGDRule:
 
     Cost: fp32 temporaries of a few MiB (``rounding.chunk_numel``); no communication, no host sync.
 
-    Reference: signSGD (arXiv 1802.04434), algorithm 1, of the gradient's mean over the ranks; decoupled weight
-        decay (arXiv 1711.05101).
+    Reference: signSGD (arXiv 1802.04434), algorithm 1, of the gradient's mean over the ranks; decoupled
+        weight decay (arXiv 1711.05101).
     """
 
     needs_sums: ClassVar[bool] = False

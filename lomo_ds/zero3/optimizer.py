@@ -66,7 +66,6 @@ class LomoZeroOptimizer(Stage3Base):
         numel = sum(self._shard_numel().values())
         context = PolicyContext(
             updater=self.updater,
-            clip=self.clip,
             bucket_numel=self.reduce_bucket_size,
             name_of=self.name_of,
             gradient_bytes=numel * self.gradient_accumulation_dtype.itemsize,

@@ -31,6 +31,8 @@ class Entry:
         group_index: of its entry in ``optimizer.param_groups``.
         spec: name, role, and this rank's part of it.
         rule: how it is updated.
+        is_scale_free: whether its update does not depend on the gradient's scale, so that clipping by a norm
+            is left out.
         state: the rule's tensors.
         error: what rounding keeps, or None; always None for a rule with master weights.
         num_updates: how many updates it has had.
@@ -40,6 +42,7 @@ class Entry:
     group_index: int
     spec: ParamSpec
     rule: Rule
+    is_scale_free: bool
     state: dict[str, Tensor]
     error: Tensor | None
     num_updates: int = 0
@@ -94,7 +97,13 @@ class Updater:
         rule = rule_of(self._optimizer.param_groups[group_index])
         kept = init_kept_state(rule, spec, local_shard(param), self._optimizer.rounding)
         return Entry(
-            index=index, group_index=group_index, spec=spec, rule=rule, state=kept.state, error=kept.error
+            index=index,
+            group_index=group_index,
+            spec=spec,
+            rule=rule,
+            is_scale_free=rule.is_scale_free(spec.role),
+            state=kept.state,
+            error=kept.error,
         )
 
     @torch.no_grad()
@@ -106,25 +115,35 @@ class Updater:
         }
 
     @torch.no_grad()
-    def begin(self, param: Parameter, grad_shard: Tensor, grad_scale: float, is_view: bool = False) -> None:
+    def begin(
+        self,
+        param: Parameter,
+        grad_shard: Tensor,
+        norm: float | None,
+        loss_scale: float,
+        is_view: bool = False,
+    ) -> None:
         """Start an update and run it as far as this rank's shard takes it.
 
         Args:
             param: what is updated.
             grad_shard: shape (shard_numel,).
-            grad_scale: factor on it.
+            norm: of the step's whole gradient, unscaled; None where it is applied before that is known.
+            loss_scale: by which the gradient is too large.
             is_view: it is a view of a buffer that is used again before the update has ended; it is copied
                 where the rule has to wait for sums.
         """
         entry = self.entries[param]
         entry.num_updates += 1
         self.shards_changed = True
-        settings = self._settings(entry, grad_scale)
-        waits = entry.rule.needs_sums or self._clip.per_parameter
+        clips_alone = self._clip.per_parameter and not entry.is_scale_free
+        waits = entry.rule.needs_sums or clips_alone
         shard = self._shard(param, grad_shard.clone() if is_view and waits else grad_shard, entry)
+        factor = 1.0 if entry.is_scale_free else self._clip.factor(norm)
+        settings = self._settings(entry, factor / loss_scale)
         if settings.lr > 0 and not entry.rule.keeps_master_weights:
             self.stalled.before_update(shard.param, shard.grad)
-        if self._clip.per_parameter:
+        if clips_alone:
             update = clipped_per_parameter(entry.rule, shard, settings, self._clip.max_grad_norm)
         else:
             update = entry.rule.update_(shard, settings)

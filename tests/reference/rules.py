@@ -162,7 +162,8 @@ class _SignSGD(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for param in group["params"]:
-                param.data = torch.where(param.grad > 0, param.data - group["lr"], param.data + group["lr"])
+                up, down = param.grad < 0, param.grad > 0
+                param.data += group["lr"] * (up.float() - down.float())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from lomo_ds.zero3._internals.engine import EngineBase
 from lomo_ds.zero3._internals.params import (
     accumulation_dtype,
     full_numel,
+    full_shape,
     init_context_suspended,
     is_sharded,
     local_shard,
@@ -40,6 +41,7 @@ __all__ = [
     "check_contract",
     "forget_module_state",
     "full_numel",
+    "full_shape",
     "init_context_suspended",
     "is_sharded",
     "load_ds_config",

@@ -46,9 +46,14 @@ def process_group(param: Parameter) -> Any:
     return param.ds_process_group
 
 
+def full_shape(param: Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, cut or not yet cut."""
+    return tuple(param.ds_shape if is_sharded(param) else param.shape)
+
+
 def full_numel(param: Parameter) -> int:
     """Elements of the whole parameter, cut or not yet cut."""
-    return prod(param.ds_shape) if is_sharded(param) else param.numel()
+    return prod(full_shape(param))
 
 
 def accumulation_dtype(ds_config: DeepSpeedConfig) -> torch.dtype:

@@ -16,7 +16,6 @@ from torch.nn import Parameter
 
 from lomo_ds.byte_units import shown_bytes
 from lomo_ds.zero3._internals import ReducedGradient
-from lomo_ds.zero3.grad_clip import GradClip
 from lomo_ds.zero3.updater import Updater
 
 OnePass = Callable[..., Tensor]
@@ -58,14 +57,12 @@ class PolicyContext:
 
     Attributes:
         updater: applies a shard.
-        clip: how gradients are clipped.
         bucket_numel: elements that are updated before the sums over shards are added up.
         name_of: a parameter's name, for messages.
         gradient_bytes: of all gradient shards of this rank.
     """
 
     updater: Updater
-    clip: GradClip
     bucket_numel: int
     name_of: Callable[[Parameter], str]
     gradient_bytes: int
@@ -134,7 +131,3 @@ class ApplyPolicy(ABC):
                 f"takes {shown_bytes(context.gradient_bytes)} of host memory on this rank"
             )
         self._arrived[param] = None
-
-    def _grad_scale(self, norm: float | None, loss_scale: float) -> float:
-        """The factor on every gradient: clipping, and the loss scale divided out."""
-        return self._context.clip.factor(norm) / loss_scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,9 @@ import psutil
 
 from lomo_ds.byte_units import shown_bytes
 from lomo_ds.optimizers import Apply
+from lomo_ds.rules.clipping import Clipping
+from lomo_ds.rules.param_spec import Role
+from lomo_ds.rules.rule import Rule
 from lomo_ds.zero3.apply.base import Promises
 from lomo_ds.zero3.apply.deferred import Deferred
 from lomo_ds.zero3.apply.immediate import Immediate
@@ -33,11 +37,41 @@ class Demands:
         max_grad_norm: of the gradient over all parameters; 0 for none.
         num_micro_batches: ``gradient_accumulation_steps``.
         fp16: an overflow has to drop the whole step.
+        unchanged_by_clipping: whether there is a bound on the norm that changes no update, since all rules
+            are free of the gradient's scale.
     """
 
     max_grad_norm: float = 0.0
     num_micro_batches: int = 1
     fp16: bool = False
+    unchanged_by_clipping: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        updates: Iterable[tuple[Rule, Role]],
+        *,
+        gradient_clipping: float,
+        clipping: Clipping,
+        num_micro_batches: int,
+        fp16: bool,
+    ) -> Demands:
+        """What the settings ask of a step.
+
+        Args:
+            updates: rule and role of each trained parameter.
+            gradient_clipping: of the DeepSpeed JSON; 0 for none.
+            clipping: what it bounds.
+            num_micro_batches, fp16: as they are.
+        """
+        is_scale_free = all(rule.is_scale_free(role) for rule, role in updates)
+        needs_norm = clipping == "global" and gradient_clipping > 0
+        return cls(
+            max_grad_norm=0.0 if is_scale_free or not needs_norm else gradient_clipping,
+            num_micro_batches=num_micro_batches,
+            fp16=fp16,
+            unchanged_by_clipping=is_scale_free and needs_norm,
+        )
 
     @property
     def named(self) -> list[str]:
@@ -111,7 +145,10 @@ def choose(apply: Apply, demands: Demands, offloaded_bytes: int, host_room_bytes
     """
     named = demands.named
     if apply == "immediate" or (apply == "auto" and not named):
-        return Choice(policy="immediate", reason="each shard inside backward; nothing asks for more")
+        why = "nothing asks for more"
+        if demands.unchanged_by_clipping:
+            why = '"gradient_clipping" does not change the updates of this rule and is not applied'
+        return Choice(policy="immediate", reason=f"each shard inside backward; {why}")
     why = f"asked for by {' and '.join(named)}" if named else 'asked for by "apply"'
     if apply == "two_pass":
         return Choice(policy="two_pass", reason=f"{why}; a second backward a step")

@@ -64,15 +64,15 @@ class Deferred(ApplyPolicy):
         grad_norm = self._norm.total(loss_scale)
         norm = float(grad_norm)
         if math.isfinite(norm):
-            self._apply_all(self._grad_scale(norm, loss_scale))
+            self._apply_all(norm, loss_scale)
         return StepOutcome(grad_norm=grad_norm, applied=math.isfinite(norm))
 
-    def _apply_all(self, grad_scale: float) -> None:
+    def _apply_all(self, norm: float, loss_scale: float) -> None:
         updater = self._context.updater
         self._buffer.wait()
         numel = 0
         for param in self._arrived:
-            updater.begin(param, self._buffer.fetch(param), grad_scale)
+            updater.begin(param, self._buffer.fetch(param), norm, loss_scale)
             numel += shard_spec(param).numel
             if numel >= self._context.bucket_numel:
                 updater.advance()

@@ -24,7 +24,7 @@ class Immediate(ApplyPolicy):
         for param, grad_shard in gradients:
             self._note_arrival(param, "applied")
             self._norm.measure(param, grad_shard)
-            updater.begin(param, grad_shard, self._grad_scale(None, loss_scale), is_view=True)
+            updater.begin(param, grad_shard, None, loss_scale, is_view=True)
         updater.advance()
 
     def on_step(self, loss_scale: float) -> StepOutcome:

@@ -76,7 +76,7 @@ class TwoPass(ApplyPolicy):
                 self._note_arrival(param, "measured")
                 self._norm.measure(param, grad_shard)
             else:
-                updater.begin(param, grad_shard, self._grad_scale(norm, loss_scale), is_view=True)
+                updater.begin(param, grad_shard, norm, loss_scale, is_view=True)
         updater.advance()
 
     def on_step(self, loss_scale: float) -> StepOutcome:
