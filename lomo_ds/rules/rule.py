@@ -54,6 +54,14 @@ class Shard:
     state: dict[str, Tensor] = field(default_factory=dict)
     write_back: WriteBack = field(default_factory=WriteBack)
 
+    @property
+    def draw_key(self) -> tuple[int, ...]:
+        """(seed, parameter, step), from which rules draw random numbers; the same on every rank.
+
+        Rounding draws from the same key: a rule changes a word of it.
+        """
+        return self.write_back.key
+
     def chunks(self) -> Iterator[slice]:
         """Slices of the shard that bound the fp32 temporaries of an update."""
         numel = self.param.numel()

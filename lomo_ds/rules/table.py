@@ -7,9 +7,13 @@ from typing import Any, get_type_hints
 
 from lomo_ds.rules.adalomo import AdaLomoRule
 from lomo_ds.rules.adamw import AdamWRule
+from lomo_ds.rules.apollo_mini import ApolloMiniRule
 from lomo_ds.rules.lomo import LomoRule
+from lomo_ds.rules.rmnp import RMNPRule
 from lomo_ds.rules.rule import Rule
+from lomo_ds.rules.scale import ScaleRule
 from lomo_ds.rules.sign_sgd import SignSGDRule
+from lomo_ds.rules.sink_gd import SinkGDRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ RULES: dict[str, Row] = {
     "Lomo": Row(rule=LomoRule, title="LOMO", lr=0.03),
     "AdaLomo": Row(rule=AdaLomoRule, title="AdaLomo", lr=1e-3),
     "SignSGD": Row(rule=SignSGDRule, title="SignSGD", lr=1e-4),
+    "SinkGD": Row(rule=SinkGDRule, title="SinkGD", lr=1e-4),
+    "Scale": Row(rule=ScaleRule, title="SCALE", lr=1e-4),
+    "ApolloMini": Row(rule=ApolloMiniRule, title="APOLLO-Mini", lr=3e-4),
+    "RMNP": Row(rule=RMNPRule, title="RMNP", lr=1e-3),
     "AdamW": Row(rule=AdamWRule, title="AdamW", lr=1e-3, groups_only=True),
 }
 """``"optimizer.type"`` of the JSON, and ``type`` of a parameter group -> the rule."""

@@ -11,13 +11,15 @@ import torch
 from tests.checkpoint import jobs
 from tests.harness import run_ranks
 
-WHOLE_STATES = ("row", "column")
+WHOLE_STATES = ("row", "column", "exponent", "moment", "moment_sq", "norm")
 SETTINGS = {
     "Lomo stochastic": jobs.json_of("Lomo", rounding="stochastic"),
     "Lomo kahan": jobs.json_of("Lomo", rounding="kahan"),
     "Lomo compensated8": jobs.json_of("Lomo", rounding="compensated8"),
     "Lomo fp32 lagged": jobs.json_of("Lomo", dtype="fp32", clipping="lagged"),
     "AdaLomo stochastic": jobs.json_of("AdaLomo", rounding="stochastic"),
+    "ApolloMini": jobs.json_of("ApolloMini"),
+    "RMNP": jobs.json_of("RMNP"),
     "AdamW and Lomo": jobs.json_of(
         "Lomo", param_groups=[{"params": ["blocks.*"], "type": "AdamW", "lr": 0.001}]
     ),

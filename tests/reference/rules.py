@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
+from tests.reference.normalized import WholeApolloMini, WholeRMNP, WholeRule, WholeScale, WholeSinkGD
 from tests.reference.sgd import FP32_OPERATIONS, FP32_UNIT
 
 NUM_TRIALS = 6
@@ -198,6 +200,25 @@ REFERENCES = {
         # where rounding can turn a gradient's sign, the element may be off by twice its step
         least_distance=3.0,
         least_distance_of_a_step=1.5,
+    ),
+    "SinkGD": Reference(
+        make=partial(WholeRule, WholeSinkGD),
+        lrs={"off": 0.08, "global": 0.08, "value": 0.08, "per_parameter": 0.08, "lagged": 0.08},
+    ),
+    "Scale": Reference(
+        make=partial(WholeRule, WholeScale),
+        lrs={"off": 0.08, "global": 0.08, "value": 0.08, "per_parameter": 0.08, "lagged": 0.08},
+    ),
+    "ApolloMini": Reference(
+        make=partial(WholeRule, WholeApolloMini),
+        lrs={"off": 0.1, "global": 0.1, "value": 0.1, "per_parameter": 0.1, "lagged": 0.1},
+        # Adam's first step of a vector is the gradient's sign
+        least_distance=3.0,
+        least_distance_of_a_step=1.5,
+    ),
+    "RMNP": Reference(
+        make=partial(WholeRule, WholeRMNP),
+        lrs={"off": 0.3, "global": 0.3, "value": 0.3, "per_parameter": 0.3, "lagged": 0.3},
     ),
 }
 """For each optimizer of the table of rules."""

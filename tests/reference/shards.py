@@ -5,22 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lomo_ds.rules.param_spec import ParamSpec, Role, role_of
 from lomo_ds.rules.rounding import Rounding, WriteBack, error_state
 from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
-from lomo_ds.shards import ShardSpec
 
 
 class CutParameter:
     """A parameter cut over ``world_size`` ranks of which this process plays all.
 
+    Args:
+        whole: the parameter.
+        rule: that updates it.
+        world_size: number of ranks.
+        rounding: how it is written back.
+        role: in the model; None for what its shape says.
+
     Attributes:
         states: of each rank's shard.
     """
 
-    def __init__(self, whole: Tensor, rule: Rule, world_size: int, rounding: Rounding = "nearest") -> None:
+    def __init__(
+        self,
+        whole: Tensor,
+        rule: Rule,
+        world_size: int,
+        rounding: Rounding = "nearest",
+        role: Role | None = None,
+    ) -> None:
         self._rule, self._rounding = rule, rounding
+        shape = tuple(whole.shape)
         self._specs = [
-            ShardSpec(shape=tuple(whole.shape), rank=rank, world_size=world_size)
+            ParamSpec(shape=shape, rank=rank, world_size=world_size, role=role or role_of(shape))
             for rank in range(world_size)
         ]
         self._params = [self._cut(whole, spec).clone() for spec in self._specs]
@@ -28,7 +43,7 @@ class CutParameter:
         self._errors = [error_state(rounding, param) for param in self._params]
 
     @staticmethod
-    def _cut(whole: Tensor, spec: ShardSpec) -> Tensor:
+    def _cut(whole: Tensor, spec: ParamSpec) -> Tensor:
         return whole.reshape(-1)[spec.start : spec.stop]
 
     def whole(self) -> Tensor:

@@ -1,0 +1,107 @@
+"""SinkGD: descent along the gradient with rows and columns of equal size, on one shard."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lomo_ds.rules.matrices import Matrices, cut_row_totals, grad_of, inverse_rms, row_sums, write_block
+from lomo_ds.rules.param_spec import ParamSpec, Role
+from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
+from lomo_ds.rules.vectors import step_by_sign_
+from lomo_ds.shards import Block
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkGDRule:
+    """The gradient's rows are brought to the same norm, then its columns, ``sweeps`` times in turn.
+
+    With G an (m, n) matrix and X_0 = G, sweep l is
+
+        Y_l = sqrt(n) Q(X_{l-1})^-1 X_{l-1},  Q(X) = diag of the rows' 2-norms,
+        X_l = sqrt(m) Y_l R(Y_l)^-1,          R(Y) = diag of the columns' 2-norms,
+
+    and the step, after ``sweeps`` = L of them,
+
+        p <- p * (1 - lr * weight_decay) - lr * X_L.
+
+    X_l = diag(r) G diag(c): two vectors of factors are all that is kept during an update, and the gradient
+    is read again where X_l is needed. The elements of X_L have a root mean square of 1. A row or column of
+    zeros stays 0. There is no eps: the gradient's scale changes nothing, and clipping by a norm neither.
+
+    Of more than two dimensions the last two are matrices. The paper updates embeddings, heads and vectors by
+    Adam; to keep no state, here embeddings and heads are matrices like all others, and a vector is a matrix
+    of one row, for which the equations give sign(g).
+
+    Attributes:
+        sweeps: L, 1 to 5. The paper takes 5; each costs one more pass over the gradient, which has to
+            outlive one or two more all-reduces.
+
+    Cost: no state. For each sweep one all-reduce of a column vector for each matrix, and before it, where
+        ranks share rows, one of at most ranks - 1 numbers. Temporaries: those vectors, one number for each
+        row of the shard, and fp32 blocks of a few MiB (``rounding.chunk_numel``).
+
+    Reference: Gradient Multi-Normalization for Stateless and Scalable LLM Training (arXiv 2502.06742),
+        algorithms 3 (SR-Sinkhorn) and 4 (SinkGD).
+    """
+
+    needs_sums: ClassVar[bool] = True
+    keeps_master_weights: ClassVar[bool] = False
+    replicated_state: ClassVar[frozenset[str]] = frozenset()
+    sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sweeps <= 5:
+            raise ValueError(f"sweeps has to be 1 to 5, not {self.sweeps}")
+
+    def is_scale_free(self, role: Role) -> bool:
+        return True
+
+    def init_state(self, spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
+        if shard.spec.role == "vector":
+            step_by_sign_(shard, settings)
+            return
+        sinkhorn = _Sinkhorn(shard, settings)
+        for _ in range(self.sweeps):
+            yield from sinkhorn.sweep()
+        for block in sinkhorn.matrices.blocks():
+            write_block(shard, settings, block, sinkhorn.normalized(block).mul_(settings.lr))
+
+
+class _Sinkhorn:
+    """The factors of rows (of the shard) and columns (of whole matrices) of one update."""
+
+    def __init__(self, shard: Shard, settings: StepSettings) -> None:
+        self._shard, self._settings = shard, settings
+        self.matrices = Matrices(shard)
+        self._row = self.matrices.zeros_by_row()
+        self._column: Tensor | None = None
+
+    def sweep(self) -> Generator[Tensor, Tensor, None]:
+        """One pass over the gradient: rows, and with their new factors columns."""
+        matrices = self.matrices
+        cut_rows = yield from cut_row_totals(matrices, self._with_columns)
+        columns = matrices.zeros_by_column()
+        for block in matrices.blocks():
+            values = self._with_columns(block)
+            row = inverse_rms(row_sums(matrices, block, values, cut_rows), matrices.num_columns)
+            self._row[matrices.local_rows(block)] = row
+            matrices.add_columns_(columns, (values * row[:, None]).square_(), block)
+        totals = yield columns.flatten()
+        factor = inverse_rms(totals, matrices.num_rows).view_as(columns)
+        self._column = factor if self._column is None else self._column * factor
+
+    def _with_columns(self, block: Block) -> Tensor:
+        """G diag(c): what the next row factors are of. Not to be written to."""
+        grad = grad_of(self._shard, self._settings, block)
+        return grad if self._column is None else grad * self.matrices.columns_of(self._column, block)
+
+    def normalized(self, block: Block) -> Tensor:
+        """diag(r) G diag(c): a tensor of its own."""
+        return self._with_columns(block) * self._row[self.matrices.local_rows(block), None]
