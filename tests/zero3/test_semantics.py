@@ -59,7 +59,21 @@ def lr_of(cell: Cell) -> float:
     return REFERENCES[cell.optimizer].lrs[cell.clipping if cell.max_grad_norm else "off"]
 
 
-CELLS = [Cell(*parts) for parts in product(OPTIMIZERS, POLICIES, DTYPES, (0.0, 1.0), (1, 4))]
+EVERYWHERE = ("Lomo", "AdaLomo")
+"""A rule without sums and one with them, in every cell on 2 and 3 ranks. The others go the same ways: they run
+on 3 ranks, whose shards are cut in the midst of rows, in fp32 and bf16."""
+
+CELLS = [
+    cell
+    for cell in (Cell(*parts) for parts in product(OPTIMIZERS, POLICIES, DTYPES, (0.0, 1.0), (1, 4)))
+    if cell.optimizer in EVERYWHERE or cell.dtype != "fp16"
+]
+
+
+def runs_on(cell: Cell, world_size: int) -> bool:
+    """Whether a cell is one of the tests."""
+    return world_size == 3 or cell.optimizer in EVERYWHERE
+
 
 SAME = "equal"
 
@@ -187,23 +201,25 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(one_thread: None) -> dict[int, list[str]]:
+def outcomes(one_thread: None) -> dict[int, dict[Cell, str]]:
     """By world size the verdict on every cell."""
-    return {
-        world_size: [
-            verdict(outcome, cell, world_size)
-            for cell, outcome in zip(CELLS, run_on_ranks(world_size, CELLS), strict=True)
-        ]
-        for world_size in (2, 3)
-    }
+    found = {}
+    for world_size in (2, 3):
+        cells = [cell for cell in CELLS if runs_on(cell, world_size)]
+        ends = zip(cells, run_on_ranks(world_size, cells), strict=True)
+        found[world_size] = {cell: verdict(outcome, cell, world_size) for cell, outcome in ends}
+    return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(str(part) for part in cell[:5]))
+@pytest.mark.parametrize(
+    ("cell", "world_size"),
+    [(cell, world_size) for cell in CELLS for world_size in (2, 3) if runs_on(cell, world_size)],
+    ids=lambda part: "-".join(str(word) for word in part[:5]) if isinstance(part, Cell) else str(part),
+)
 def test_equals_whole_tensors_or_is_refused(
-    cell: Cell, world_size: int, outcomes: dict[int, list[str]]
+    cell: Cell, world_size: int, outcomes: dict[int, dict[Cell, str]]
 ) -> None:
-    outcome = outcomes[world_size][CELLS.index(cell)]
+    outcome = outcomes[world_size][cell]
     promises = PROMISES[cell.policy]
     needs_norm = cell.max_grad_norm and not is_scale_free(cell.optimizer)
     refused = (
@@ -214,12 +230,13 @@ def test_equals_whole_tensors_or_is_refused(
     assert outcome.startswith("refused: ") if refused else outcome == SAME, outcome
 
 
-def table(outcomes: dict[int, list[str]]) -> str:
+def table(outcomes: dict[int, dict[Cell, str]]) -> str:
     lines = [
         "| optimizer | `apply` | dtype | clipping | micro-batches | 2 ranks | 3 ranks |",
         "|---|---|---|---|---|---|---|",
     ]
-    for cell, *ends in zip(CELLS, outcomes[2], outcomes[3], strict=True):
+    for cell in CELLS:
+        ends = [outcomes[world_size].get(cell, "") for world_size in (2, 3)]
         assert not any(end.startswith("differs") for end in ends), ends
         on = f"{cell.max_grad_norm}" if cell.max_grad_norm else "off"
         row = [cell.optimizer, f"`{cell.policy}`", cell.dtype, on, f"{cell.micro_batches}", *ends]
@@ -234,7 +251,7 @@ def short(refusal: str) -> str:
     return "refused: " + rest.partition(": set apply")[0]
 
 
-def test_the_table_in_the_docs_is_this_one(outcomes: dict[int, list[str]]) -> None:
+def test_the_table_in_the_docs_is_this_one(outcomes: dict[int, dict[Cell, str]]) -> None:
     shown_now = table(outcomes)
     text = DOCS.read_text()
     before, _, rest = text.partition(BEGIN)
