@@ -16,7 +16,13 @@ from torch.nn import Parameter
 from torch.utils.data import Dataset
 
 from lomo_ds.config import from_mapping
-from lomo_ds.optimizers import OPTIMIZERS, ShardedOptimizer, optimizer_from_json, rule_of
+from lomo_ds.optimizers import (
+    NOT_YET_USED,
+    OPTIMIZERS,
+    ShardedOptimizer,
+    optimizer_from_json,
+    rule_of,
+)
 from lomo_ds.rules.rule import Rule
 from lomo_ds.versions import require_supported_versions
 
@@ -70,7 +76,8 @@ def initialize(
         mpu: refused unless None, like ``mesh_param``: data parallelism only.
         dist_init_required: as in DeepSpeed.
         collate_fn: for the dataloader.
-        config: DeepSpeed JSON, a path or a dict. ``config_params`` is its older name.
+        config: DeepSpeed JSON, a path, a dict or an ``HfDeepSpeedConfig``; ``config_params`` is its older
+            name.
 
     Returns:
         (engine, optimizer, dataloader, lr_scheduler); the last two None where not asked for.
@@ -147,6 +154,7 @@ def _read_json(args: Any, config: str | os.PathLike | dict[str, Any] | None) -> 
     config = from_args if config is None else config
     if config is None:
         raise ValueError("no DeepSpeed JSON: pass config=, a path or a dict")
+    config = getattr(config, "config", config)  # transformers' HfDeepSpeedConfig
     read = load_ds_config(config if isinstance(config, dict) else os.fspath(config))
     ds_json = {key: value for key, value in read.items() if value is not None}
     refuse_unsupported(ds_json)
@@ -178,7 +186,10 @@ def _make_optimizer(
             f"optimizer: {type(optimizer).__name__} is not an optimizer of lomo_ds "
             f"({', '.join(OPTIMIZERS)}); for others use deepspeed.initialize"
         )
-    trained = any(param.requires_grad for group in optimizer.param_groups for param in group["params"])
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        NOT_YET_USED.pop(param, None)
+    trained = any(param.requires_grad for param in params)
     _require(trained, "nothing is trained: every parameter of the optimizer has requires_grad False")
     return optimizer
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 import torch
 from torch.nn import Module
 from torch.optim.optimizer import ParamsT
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lomo_ds.config import NonNegative, did_you_mean, from_mapping, shown
 from lomo_ds.rules.clipping import Clipping
@@ -28,6 +29,9 @@ Apply = Literal["auto", "immediate", "deferred", "two_pass"]
 
 _RULE_SETTINGS = {name: settings_of(row.rule) for name, row in RULES.items()}
 _ALL_SETTINGS = tuple(dict.fromkeys(key for own in _RULE_SETTINGS.values() for key in own))
+NOT_YET_USED = WeakTensorKeyDictionary()
+"""Parameter -> name of the optimizer of ours that was built for it and that no engine has received."""
+
 _RENAMED = {"park_to": 'offload_gradients: {"device": "nvme", "nvme_path": FOLDER}'}
 
 
@@ -190,6 +194,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         _require_bounds(group["lr"], group["weight_decay"])
         rule_of(group)
+        for param in group["params"]:
+            NOT_YET_USED[param] = type(self).__name__
 
     def step(self, closure: Callable[[], float] | None = None) -> NoReturn:
         """Refuse: there is no gradient to step with.
@@ -272,8 +278,12 @@ def optimizer_from_json(
 def _groups(model: Module, params: Iterable | None, config: OptimizerConfig) -> ParamsT:
     if not config.param_groups:
         return model.parameters() if params is None else params
-    if params is not None:
-        raise ValueError('"param_groups" in the JSON and model_parameters= say the same twice: use one')
+    trained = {id(param) for param in model.parameters() if param.requires_grad}
+    if params is not None and {id(p) for p in params if getattr(p, "requires_grad", True)} != trained:
+        raise ValueError(
+            'model_parameters= has to be all that is trained of the model where the JSON has "param_groups": '
+            "leave it out, or delete the groups"
+        )
     groups = split_by_patterns(model, [(group.params, group.settings()) for group in config.param_groups])
     for group, chosen in zip(config.param_groups, groups[1:], strict=True):
         if group.frozen:

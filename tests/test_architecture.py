@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_io": {"zero3", "shards", "config", "byte_units"},
     "checkpoint": {"zero3", "shards", "config", "byte_units", "model_io"},
     "planner": ENGINE | {"initialization", "checkpoint", "model_io"},
+    "run": {"integrations"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "model_io", "recipe"},
     "tasks": {"config"},
     "recipe": {"config"},
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "recipe",
         "config",
         "byte_units",
+        "run",
     },
 }
 """Layer -> layers that it may import. "" is the package's own ``__init__``."""

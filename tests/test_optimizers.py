@@ -69,3 +69,17 @@ def test_an_unknown_key_of_a_group_in_the_json_is_named() -> None:
     section = {"type": "Lomo", "params": {"lr": 1, "param_groups": [{"params": ["*"], "lrr": 1}]}}
     with pytest.raises(ValueError, match="param_groups: unknown key 'lrr'; did you mean 'lr'"):
         optimizer_from_json(section)
+
+
+def test_groups_of_the_json_are_for_all_that_is_trained() -> None:
+    """Accelerate and Trainer always pass ``model_parameters=``; it may say the same as the groups."""
+    build = optimizer_from_json(
+        {"type": "Lomo", "params": {"lr": 1, "param_groups": [{"params": ["*bias"], "lr": 2}]}}
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1))
+    model[0].weight.requires_grad_(False)
+    for trained in ([p for p in model.parameters() if p.requires_grad], model.parameters()):
+        assert [group["lr"] for group in build(model, trained).param_groups] == [1, 2]
+    for other in ([model[1].weight], [{"params": model.parameters()}], one_param()):
+        with pytest.raises(ValueError, match="model_parameters= has to be all that is trained"):
+            build(model, other)

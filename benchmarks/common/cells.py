@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.common.machine import command_line, describe_machine, describe_versions
 from benchmarks.common.paths import PAGES, ROOT, RUNS
-from lomo_ds.cli.train import free_port, launch_environment
+from lomo_ds.cli.launcher import free_port, launch_environment
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
 from lomo_ds.training.recipe_file import parse_recipe
 

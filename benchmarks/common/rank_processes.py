@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.paths import ROOT
-from lomo_ds.cli.train import free_port
+from lomo_ds.cli.launcher import free_port
 
 RANK_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",

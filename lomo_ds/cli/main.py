@@ -26,6 +26,7 @@ COMMANDS = {
     "train": Command(
         "lomo_ds.cli.train", "fine-tune a model as a recipe says, and measure it before and after"
     ),
+    "run": Command("lomo_ds.cli.run", "run an unchanged script; its DeepSpeed JSON chooses the method"),
     "plan": Command(
         "lomo_ds.cli.plan", "tell in advance whether a training fits, and how much memory it needs"
     ),

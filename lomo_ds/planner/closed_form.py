@@ -19,7 +19,7 @@ from lomo_ds.optimizers import rule_of
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.planner.model_shape import ModelShape
 from lomo_ds.planner.rule_state import rule_state_bytes
-from lomo_ds.rules.rounding import ROUNDING_BY_DEFAULT, chunk_numel
+from lomo_ds.rules.rounding import ROUNDING_BY_DEFAULT, Rounding, chunk_numel
 from lomo_ds.rules.rule import Rule
 from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
 
@@ -144,9 +144,12 @@ class _Terms:
         per_param = {"SGD": 4 + _ITEM, "AdamW": 12 + _ITEM}.get(self._job.optimizer)
         if per_param is not None:
             return per_param * self._shard_numel
-        rounding = self._params.get("rounding", "auto")
-        rounding = ROUNDING_BY_DEFAULT if rounding == "auto" else rounding
-        return rule_state_bytes(self._shape, self._rule, rounding, self._job.num_gpus)
+        return rule_state_bytes(self._shape, self._rule, self._rounding, self._job.num_gpus)
+
+    @property
+    def _rounding(self) -> Rounding:
+        asked = self._params.get("rounding", "auto")
+        return ROUNDING_BY_DEFAULT if asked == "auto" else asked
 
     @functools.cached_property
     def _rule(self) -> Rule:
@@ -231,7 +234,7 @@ class _Terms:
         if self._defers:
             num_copies = 2 if job.num_micro_batches > 1 else 1  # the sum so far comes back to the device
             return copy + num_copies * _ITEM * shard
-        numbers = 3 if self._rule.needs_sums else 2
+        numbers = 3 if self._rule.needs_sums or self._rounding == "stochastic" else 2
         return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
 
     @functools.cached_property

@@ -51,8 +51,8 @@ class AdaLomoRule:
     def __post_init__(self) -> None:
         if self.decay_rate > 0:
             raise ValueError(
-                f"decay_rate: {self.decay_rate} is above 0, and t^decay_rate, the weight of a new gradient, above "
-                "1: set it to 0 or less, such as -0.8"
+                f"decay_rate: {self.decay_rate} is above 0, which gives a new gradient a weight above 1: set it "
+                "to 0 or less, such as -0.8"
             )
 
     def is_scale_free(self, role: Role) -> bool:

@@ -52,5 +52,5 @@ class AdamWRule:
             exp_avg_sq = shard.state["exp_avg_sq"][at].mul_(second).addcmul_(grad, grad, value=1 - second)
             exact = shard.state["param"][at].mul_(1 - settings.lr * settings.weight_decay)
             exact.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / root_correction).add_(self.eps), value=-step_size)
-            shard.param[at] = exact
+            shard.write_back.copy(exact, shard.param, at)
         yield from ()

@@ -37,5 +37,6 @@ class LomoRule:
             if settings.weight_decay:
                 grad = grad.add(exact, alpha=settings.weight_decay)
             exact.add_(grad, alpha=-settings.lr)
+            del grad  # before rounding allocates
             shard.write_back.write(exact, shard.param, at)
         yield from ()

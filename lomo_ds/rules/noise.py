@@ -39,7 +39,7 @@ def random_int32(key: tuple[int, ...], start: int, numel: int, device: torch.dev
 
     Reference: the multipliers are those of the "lowbias32" integer hash (C. Wellons, Hash Prospector).
     """
-    counter = torch.arange(start, start + numel, dtype=torch.int64, device=device).to(torch.int32)
+    counter = torch.arange(numel, dtype=torch.int32, device=device).add_(_as_int32(start))
     for word in key:
         counter = _mix(counter.add_(_as_int32(0x9E3779B9 * (word + 1))))
     return _mix(counter)

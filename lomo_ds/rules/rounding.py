@@ -48,19 +48,24 @@ class WriteBack:
         key: for stochastic rounding, (seed, parameter, step).
         start: flat index of the shard's first element in the whole parameter.
         error: ``error_state`` of this shard.
+        is_written: 0-dim bool on the shard's device; where it is False, shard and error stay what they are.
+            None for always.
     """
 
     rounding: Rounding = "nearest"
     key: tuple[int, ...] = ()
     start: int = 0
     error: Tensor | None = None
+    is_written: Tensor | None = None
 
     def read(self, param_shard: Tensor, at: slice) -> Tensor:
         """The shard's elements ``at`` in fp32, with the error that was kept for them.
 
-        An fp32 shard is given as a view, to be updated in place.
+        An fp32 shard that is written in any case is given as a view, to be updated in place.
         """
         exact = param_shard[at].float()
+        if self.is_written is not None and param_shard.dtype == torch.float32:
+            exact = exact.clone()
         if self.error is not None:
             error = self.error[at]
             exact += error.float() if self.rounding == "kahan" else _unpack(error, param_shard[at])
@@ -70,26 +75,40 @@ class WriteBack:
         """Round fp32 values ``exact`` into the shard's elements ``at`` and keep the error."""
         target = param_shard[at]
         if target.dtype == torch.float32:
-            return  # ``exact`` is the shard itself
+            if self.is_written is not None:
+                target.copy_(torch.where(self.is_written, exact, target))
+            return  # else ``exact`` is the shard itself
         if self.rounding == "stochastic":
             noise = random_int32(self.key, self.start + at.start, exact.numel(), exact.device)
             exact = _round_stochastically(exact, noise, _MANTISSA_BITS[target.dtype])
-        target.copy_(exact)
+        rounded = exact.to(target.dtype)
         if self.error is not None:
-            lost = exact - target.float()
-            self.error[at] = lost if self.rounding == "kahan" else _pack(lost, target)
+            lost = exact - rounded.float()
+            self._put(
+                self.error[at], lost.to(rounded.dtype) if self.rounding == "kahan" else _pack(lost, rounded)
+            )
+        self._put(target, rounded)
+
+    def copy(self, exact: Tensor, param_shard: Tensor, at: slice) -> None:
+        """Round master weights ``exact`` to the nearest values of the shard's elements ``at``."""
+        self._put(param_shard[at], exact.to(param_shard.dtype))
+
+    def _put(self, target: Tensor, values: Tensor) -> None:
+        """Copy ``values`` into ``target``, of the same dtype, where they are to be written."""
+        target.copy_(values if self.is_written is None else torch.where(self.is_written, values, target))
 
 
 def _round_stochastically(exact: Tensor, noise: Tensor, mantissa_bits: int) -> Tensor:
     """Up or down to a value of ``mantissa_bits``, each with the probability that keeps the mean.
 
-    On the bits of an fp32 number: add noise below the last bit that is kept, then cut. What is not
-    finite stays. (fp16's subnormals are rounded to nearest afterwards.)
+    On the bits of an fp32 number: add noise below the last bit that is kept, then cut; ``noise`` is
+    overwritten. What is not finite stays. (fp16's subnormals are rounded to nearest afterwards.)
     """
     dropped = 23 - mantissa_bits
     below = (1 << dropped) - 1
-    bits = exact.view(torch.int32).add(noise.bitwise_and_(below)).bitwise_and_(~below)
-    return torch.where(exact.isfinite(), bits.view(torch.float32), exact)
+    rounded = noise.bitwise_and_(below).add_(exact.view(torch.int32)).bitwise_and_(~below).view(torch.float32)
+    is_finite = (exact < torch.inf).logical_and_(exact > -torch.inf)  # isfinite would copy ``exact``
+    return torch.where(is_finite, rounded, exact, out=rounded)
 
 
 def _spacing(values: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def _step(
         grad_norm=float(engine.get_global_grad_norm()),
         tokens_per_s=share.num_tokens / (time.perf_counter() - start_s),
         peak_memory_bytes=share.peak_bytes,
+        num_skipped_params=getattr(engine.optimizer, "num_skipped_params", 0),
     )
     return metrics, share.stop_requested
 

@@ -24,6 +24,7 @@ class StepMetrics:
         grad_norm: L2 norm of the whole gradient, before clipping.
         tokens_per_s: tokens of all ranks, without padding, divided by the step's seconds.
         peak_memory_bytes: largest peak of any rank so far; see ``memory.peak_source``.
+        num_skipped_params: parameters that the step left as they were, since their gradients were not finite.
     """
 
     step: int
@@ -32,6 +33,7 @@ class StepMetrics:
     grad_norm: float
     tokens_per_s: float
     peak_memory_bytes: int
+    num_skipped_params: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

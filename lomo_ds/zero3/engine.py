@@ -77,13 +77,21 @@ class LomoEngine(EngineBase):
             return checkpoints_on_host(self.device)
         return nullcontext()
 
-    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+    def backward(
+        self,
+        loss: Tensor,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+        learning_rate: float | None = None,
+    ) -> Tensor:
         """Run backward; every gradient shard is applied or offloaded inside it. Collective.
 
         Args:
             loss: a scalar; each rank's mean over its own examples.
             retain_graph: as in torch.
             scale_wrt_gas: divide the loss by ``gradient_accumulation_steps``.
+            learning_rate: not used; for ``optim="lomo"`` and ``"adalomo"`` transformers' Trainer passes the
+                schedule's, which is the optimizer's.
 
         Returns:
             The loss, divided where ``scale_wrt_gas``.

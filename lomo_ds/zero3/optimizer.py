@@ -27,6 +27,9 @@ from lomo_ds.zero3.gradient_gate import GradientGate
 from lomo_ds.zero3.param_specs import param_specs
 from lomo_ds.zero3.updater import Updater
 
+_MAX_NAMED = 3
+"""Parameters that a message names before it only counts the rest."""
+
 
 class LomoZeroOptimizer(Stage3Base):
     """DeepSpeed's stage 3 with update rules in place of fp32 copies, states and a gradient buffer.
@@ -44,6 +47,8 @@ class LomoZeroOptimizer(Stage3Base):
         updater: the rules, their state and what rounding keeps.
         clip: how gradients are clipped.
         overflow: whether the last step was dropped for a gradient norm that was not finite.
+        num_skipped_params: parameters that the last step left as they were, under ``immediate``, since their
+            gradients were not finite.
     """
 
     def __init__(self, choice: Choice, **stage3_arguments: Any) -> None:
@@ -59,6 +64,7 @@ class LomoZeroOptimizer(Stage3Base):
         specs = param_specs(self.module, self.trainable_params())
         self.updater = Updater(self.optimizer, self.clip, specs, self.group_index())
         self.policy = self._make_policy()
+        self.num_skipped_params = 0
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
 
@@ -196,10 +202,19 @@ class LomoZeroOptimizer(Stage3Base):
             logger.warning(f"the gradient norm is {float(outcome.grad_norm)}: the whole step is dropped")
         self.clip.end_step(outcome.grad_norm)
         self.scale_after(self.overflow)
-        self.updater.stalled.end_step()
+        self._note_skipped(self.updater.end_step())
         self.gather_persistent_params()
-        self.updater.shards_changed = False
         self.zero_grad()
+
+    def _note_skipped(self, names: list[str]) -> None:
+        """Say which parameters the step has left as they were."""
+        self.num_skipped_params = len(names)
+        if names and dist.get_rank() == 0:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            logger.warning(
+                f"{len(names)} parameters were left as they are in this step, since their gradients are not "
+                f"finite: {', '.join(names[:_MAX_NAMED])}{more}"
+            )
 
     def refresh_gathered_params(self) -> None:
         """Make gathered copies new where shards changed and no step has ended, as before an evaluation."""

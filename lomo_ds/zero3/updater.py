@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 
 from lomo_ds.optimizers import ShardedOptimizer, rule_of
 from lomo_ds.rules.clipping import clipped_per_parameter
+from lomo_ds.rules.finite import finite_or_unchanged
 from lomo_ds.rules.kept_state import init_kept_state
 from lomo_ds.rules.param_spec import ParamSpec
 from lomo_ds.rules.rounding import WriteBack
@@ -84,6 +86,7 @@ class Updater:
     ) -> None:
         self._optimizer, self._clip = optimizer, clip
         self._pending: list[_Pending] = []
+        self._skipped: dict[Parameter, list[Tensor]] = {}
         self._group = process_group(next(iter(specs)))
         self.shards_changed = False
         nearest = optimizer.rounding == "nearest"
@@ -122,6 +125,7 @@ class Updater:
         norm: float | None,
         loss_scale: float,
         is_view: bool = False,
+        squares: Tensor | None = None,
     ) -> None:
         """Start an update and run it as far as this rank's shard takes it.
 
@@ -130,8 +134,10 @@ class Updater:
             grad_shard: shape (shard_numel,).
             norm: of the step's whole gradient, unscaled; None where it is applied before that is known.
             loss_scale: by which the gradient is too large.
-            is_view: it is a view of a buffer that is used again before the update has ended; it is copied
+            is_view: it is a view of a buffer that is used again after the next ``advance``; it is copied
                 where the rule has to wait for sums.
+            squares: 0-dim, of this shard, where nobody has seen whether the gradient is finite: the parameter
+                then stays as it is on all ranks if it is not.
         """
         entry = self.entries[param]
         entry.num_updates += 1
@@ -143,11 +149,28 @@ class Updater:
         settings = self._settings(entry, factor / loss_scale)
         if settings.lr > 0 and not entry.rule.keeps_master_weights:
             self.stalled.before_update(shard.param, shard.grad)
+        start = partial(entry.rule.update_, settings=settings)
         if clips_alone:
-            update = clipped_per_parameter(entry.rule, shard, settings, self._clip.max_grad_norm)
-        else:
-            update = entry.rule.update_(shard, settings)
+            bound = self._clip.max_grad_norm
+            start = partial(clipped_per_parameter, entry.rule, settings=settings, max_grad_norm=bound)
+        update = start(shard) if squares is None else self._guarded(start, shard, squares, param)
         self._wait_for(update, None)
+
+    def _guarded(
+        self, start: Callable[[Shard], ShardUpdate], shard: Shard, squares: Tensor, param: Parameter
+    ) -> ShardUpdate:
+        skipped = self._skipped.setdefault(param, [])
+        return finite_or_unchanged(start, shard, squares, skipped)
+
+    def end_step(self) -> list[str]:
+        """Names of the parameters that the step has left as they were. Waits for the device, if it has to."""
+        self.shards_changed = False
+        self.stalled.end_step()
+        checked, self._skipped = self._skipped, {}
+        if not checked:
+            return []
+        flags = torch.stack([flag for flags in checked.values() for flag in flags]).tolist()
+        return [self.entries[param].spec.name for param, flag in zip(checked, flags, strict=True) if flag]
 
     def _settings(self, entry: Entry, grad_scale: float) -> StepSettings:
         group = self._optimizer.param_groups[entry.group_index]
@@ -194,6 +217,7 @@ class Updater:
     def forget_pending(self) -> None:
         """Drop updates that wait, as after a backward that raised."""
         self._pending.clear()
+        self._skipped.clear()
 
     def _wait_for(self, update: ShardUpdate, totals: Any) -> None:
         try:

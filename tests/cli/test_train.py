@@ -17,8 +17,9 @@ import pytest
 import torch
 import yaml
 
-from lomo_ds.cli import train
-from lomo_ds.cli.train import _ranks_below, launch_environment, main
+from lomo_ds.cli import launcher
+from lomo_ds.cli.launcher import launch_environment, ranks_below
+from lomo_ds.cli.train import main
 from lomo_ds.training.interruption import INTERRUPTED
 from tests.faults.job import Job, run_to_end
 from tests.tiny import write_reviews, write_tiny_folder
@@ -58,7 +59,7 @@ def recipe_path(tmp_path: Path) -> Path:
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> list:
     """Records the calls of the launcher and does not start it; the environment is not that of a rank."""
     calls: list = []
-    monkeypatch.setattr(train, "_wait_for", lambda command, environment: calls.append(command) or 0)
+    monkeypatch.setattr(launcher, "wait_for", lambda command, environment: calls.append(command) or 0)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -128,7 +129,7 @@ def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.2 / 3, 0.1 / 3])
-    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"}
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"} | {"num_skipped_params"}
     assert all(set(line) == keys and min(line.values()) > 0 for line in lines)
     summary = json.loads((out / "summary.json").read_text())
     assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
@@ -225,7 +226,7 @@ def test_sigterm_saves_and_the_run_can_be_resumed(recipe_path: Path):
 
     with long_run(recipe_path, "resume=auto") as again:
         wait_for_steps(recipe_path, num_steps + 3)
-        ranks = _ranks_below(psutil.Process(again.pid))
+        ranks = ranks_below(psutil.Process(again.pid))
         next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
         text, _ = again.communicate(timeout=END_WITHIN_S)
     assert again.returncode not in (0, INTERRUPTED), text

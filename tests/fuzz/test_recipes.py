@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lomo_ds.cli import train
+from lomo_ds.cli import launcher, train
 from tests.fuzz.cases import book, cases
 from tests.fuzz.mutations import as_yaml, damaged, mutated
 
@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
     patch.setitem(sys.modules, "datasets", None)  # nothing is searched on the hub
-    patch.setattr(train, "_wait_for", lambda command, environment: 0)
+    patch.setattr(launcher, "wait_for", lambda command, environment: 0)
     patch.setenv("DS_ACCELERATOR", "cpu")
     for name in ("RANK", "WORLD_SIZE", "LOMO_DS_TRACEBACK"):
         patch.delenv(name, raising=False)

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from lomo_ds.cli.train import free_port
+from lomo_ds.cli.launcher import free_port
 from tests.harness.client import Zygote
 from tests.harness.rank import Answer, RankSetup
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lomo_ds.cli.train import free_port
+from lomo_ds.cli.launcher import free_port
 from lomo_ds.rules.table import OWN_OPTIMIZERS
 from tests.harness import run_ranks
 from tests.harness.client import REPOSITORY, rank_environment

@@ -17,9 +17,14 @@ class GradNorm:
     def __init__(self) -> None:
         self._squares: dict[Parameter, Tensor] = {}
 
-    def measure(self, param: Parameter, grad_shard: Tensor) -> None:
-        """Count a parameter's gradient, in place of what was counted for it before. No host sync."""
+    def measure(self, param: Parameter, grad_shard: Tensor) -> Tensor:
+        """Count a parameter's gradient, in place of what was counted for it before. No host sync.
+
+        Returns:
+            The sum of this shard's squares: 0-dim fp64.
+        """
         self._squares[param] = sum_of_squares(grad_shard)
+        return self._squares[param]
 
     def total(self, loss_scale: float) -> Tensor:
         """The unscaled gradient's 2-norm over all parameters and ranks: 0-dim fp64, on the device.

@@ -23,8 +23,8 @@ class Immediate(ApplyPolicy):
         updater = self._context.updater
         for param, grad_shard in gradients:
             self._note_arrival(param, "applied")
-            self._norm.measure(param, grad_shard)
-            updater.begin(param, grad_shard, None, loss_scale, is_view=True)
+            squares = self._norm.measure(param, grad_shard)
+            updater.begin(param, grad_shard, None, loss_scale, is_view=True, squares=squares)
         updater.advance()
 
     def on_step(self, loss_scale: float) -> StepOutcome:

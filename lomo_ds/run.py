@@ -1,0 +1,65 @@
+"""Run an unchanged script in which the DeepSpeed JSON chooses the method. A rank of a launch:
+
+    deepspeed --module lomo_ds.run SCRIPT.py [its arguments]
+    torchrun --nproc_per_node 8 -m lomo_ds.run SCRIPT.py [its arguments]
+    accelerate launch -m lomo_ds.run SCRIPT.py [its arguments]
+
+``lomo-ds run SCRIPT.py`` starts the ranks of one machine.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USAGE = "usage: LAUNCHER -m lomo_ds.run SCRIPT.py [its arguments]"
+
+
+def run_script(script: str, arguments: Sequence[str]) -> None:
+    """Run a script as ``python SCRIPT.py`` does, within ``lomo_ds.integrations.enable``.
+
+    Its ``__name__``, ``__file__``, ``sys.argv`` and ``sys.path[0]`` are as Python sets them. What it raises,
+    ``SystemExit`` included, is raised here.
+
+    Args:
+        script: path of a file.
+        arguments: the script's own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(script).is_file():
+        raise FileNotFoundError(f"{script}: there is no such script")
+    sys.argv[:] = [script, *arguments]
+    if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
+    from lomo_ds.integrations import enable
+
+    with enable():
+        runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
+    """Run the script of this process's command line.
+
+    DeepSpeed's launcher puts ``--local_rank=N`` before the arguments of what it starts; the script gets it as
+    its first argument, as it would from that launcher.
+    """
+    given = sys.argv[1:]
+    from_launcher = [word for word in given[:1] if word.startswith("--local_rank=")]
+    words = given[len(from_launcher) :]
+    if not words or words[0].startswith("-"):
+        sys.exit(USAGE)
+    try:
+        run_script(words[0], [*from_launcher, *words[1:]])
+    except FileNotFoundError as error:
+        if not Path(words[0]).is_file():
+            sys.exit(f"error: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    main()
