@@ -108,7 +108,7 @@ class OptimizerConfig:
         apply: when a reduced gradient shard is applied.
         clipping: what ``gradient_clipping`` bounds.
         rounding: how low-precision weights are written back; "auto" for ``ROUNDING_BY_DEFAULT``.
-        seed: of stochastic rounding.
+        seed: of everything that is drawn: stochastic rounding, and what rules draw.
         offload_gradients: where gradients wait that are applied at the step boundary.
         param_groups: groups by name patterns.
     """

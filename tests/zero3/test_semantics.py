@@ -60,8 +60,8 @@ def lr_of(cell: Cell) -> float:
 
 
 EVERYWHERE = ("Lomo", "AdaLomo")
-"""A rule without sums and one with them, in every cell on 2 and 3 ranks. The others go the same ways: they run
-on 3 ranks, whose shards are cut in the midst of rows, in fp32 and bf16."""
+"""A rule without sums and one with them, in every cell on 2 and 3 ranks. The others go the same ways: they
+run on 3 ranks, whose shards are cut in the midst of rows, in fp32 and bf16."""
 
 CELLS = [
     cell
