@@ -46,8 +46,8 @@ def train(ds_json: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("optimizer", SCALE_FREE)
 def test_immediate_with_clipping_is_deferred(optimizer: str, world_size: int) -> None:
-    """To the bit; but over three ranks an all-reduce adds up in an order that depends on what else is in it, so
-    that rules with sums differ by roundings there.
+    """To the bit; but over three ranks the order in which an all-reduce adds up depends on what else is in
+    it, so that rules with sums differ by roundings there.
     """
     runs = {
         policy: run_ranks(world_size, train, json_of(optimizer, policy))[0]
