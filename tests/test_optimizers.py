@@ -83,3 +83,37 @@ def test_groups_of_the_json_are_for_all_that_is_trained() -> None:
     for other in ([model[1].weight], [{"params": model.parameters()}], one_param()):
         with pytest.raises(ValueError, match="model_parameters= has to be all that is trained"):
             build(model, other)
+
+
+@pytest.mark.parametrize(
+    ("offload", "message"),
+    [
+        ({"device": "nvme"}, "nvme_path has to name a folder"),
+        ({"nvme_path": "/fast"}, 'nvme_path: \'/fast\' needs "device": "nvme"'),
+        ({"device": "disk", "nvme_path": "/fast"}, "offload_gradients.device"),
+        ({"device": "nvme", "path": "/fast"}, "unknown key 'path'; did you mean 'nvme_path'"),
+    ],
+)
+def test_gradients_that_can_go_nowhere_are_refused(offload: dict, message: str) -> None:
+    section = {"type": "Lomo", "params": {"lr": 0.1, "offload_gradients": offload}}
+    with pytest.raises(ValueError, match=message):
+        optimizer_from_json(section)
+
+
+def test_a_key_that_has_another_name_now_is_refused_with_that_name() -> None:
+    section = {"type": "Lomo", "params": {"lr": 0.1, "park_to": "/fast"}}
+    with pytest.raises(ValueError, match='"optimizer.params": park_to is now offload_gradients: .*"nvme"'):
+        optimizer_from_json(section)
+    with pytest.raises(ValueError, match="Lomo: park_to is now offload_gradients"):
+        lomo_ds.Lomo(one_param(), lr=0.1, **{"park_to": "/fast"})
+
+
+def test_rounding_is_stochastic_where_nothing_is_said() -> None:
+    assert lomo_ds.Lomo(one_param(), lr=0.1).rounding == "stochastic"
+    assert lomo_ds.Lomo(one_param(), lr=0.1, rounding="auto").rounding == "stochastic"
+    assert lomo_ds.Lomo(one_param(), lr=0.1, rounding="nearest").rounding == "nearest"
+
+
+def test_a_decay_rate_above_0_is_refused() -> None:
+    with pytest.raises(ValueError, match="decay_rate: 0.8 is above 0.*set it to 0 or less"):
+        lomo_ds.AdaLomo(one_param(), lr=0.1, decay_rate=0.8)
