@@ -51,7 +51,7 @@ def test_immediate_with_clipping_is_deferred(optimizer: str, world_size: int) ->
     """
     runs = {
         policy: run_ranks(world_size, train, json_of(optimizer, policy))[0]
-        for policy in ("auto", "immediate", "deferred", "two_pass")
+        for policy in ("immediate", "deferred", "two_pass")
     }
     unclipped, *_ = run_ranks(world_size, train, json_of(optimizer, "immediate", bound=0.0))[0]
     for params, norms, _ in runs.values():
