@@ -12,7 +12,10 @@ from lomo_ds.rules.rule import Shard, ShardUpdate
 
 
 def finite_or_unchanged(
-    start: Callable[[Shard], ShardUpdate], shard: Shard, squares: Tensor, skipped: list[Tensor]
+    start: Callable[[Shard], ShardUpdate],
+    shard: Shard,
+    squares: Tensor,
+    on_known: Callable[[Tensor], None],
 ) -> ShardUpdate:
     """An update, or nothing where the gradient's squares do not add up to a finite number on every rank.
 
@@ -23,14 +26,14 @@ def finite_or_unchanged(
         start: begins the update of a shard. It writes the weights through ``shard.write_back`` alone.
         shard: weights, state and rounding errors stay what they are where the update is left out.
         squares: 0-dim, the sum of squares of this rank's gradient shard.
-        skipped: gets a 0-dim bool, whether the update was left out; the same on every rank.
+        on_known: called with a 0-dim bool, whether the update is left out; the same on every rank.
 
     Cost: a number in an all-reduce; a copy of the rule's state while the update runs; one selection for each
         chunk that is written.
     """
     own = (~squares.isfinite()).float()
     is_finite = (yield own[None])[0] == 0
-    skipped.append(~is_finite)
+    on_known(~is_finite)
     before = {name: tensor.clone() for name, tensor in shard.state.items()}
     yield from start(replace(shard, write_back=replace(shard.write_back, is_written=is_finite)))
     for name, tensor in shard.state.items():

@@ -238,6 +238,7 @@ class LomoZeroOptimizer(Stage3Base):
         """Forget every gradient that has arrived since the last step."""
         super().zero_grad(set_to_none)
         self.policy.forget()
+        self.updater.forget_skipped()
 
     # What is saved -----------------------------------------------------------------------------
 

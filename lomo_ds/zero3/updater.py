@@ -86,7 +86,7 @@ class Updater:
     ) -> None:
         self._optimizer, self._clip = optimizer, clip
         self._pending: list[_Pending] = []
-        self._skipped: dict[Parameter, list[Tensor]] = {}
+        self._skipped: dict[Parameter, Tensor] = {}
         self._group = process_group(next(iter(specs)))
         self.shards_changed = False
         nearest = optimizer.rounding == "nearest"
@@ -159,8 +159,7 @@ class Updater:
     def _guarded(
         self, start: Callable[[Shard], ShardUpdate], shard: Shard, squares: Tensor, param: Parameter
     ) -> ShardUpdate:
-        skipped = self._skipped.setdefault(param, [])
-        return finite_or_unchanged(start, shard, squares, skipped)
+        return finite_or_unchanged(start, shard, squares, partial(self._skipped.__setitem__, param))
 
     def end_step(self) -> list[str]:
         """Names of the parameters that the step has left as they were. Waits for the device, if it has to."""
@@ -169,7 +168,7 @@ class Updater:
         checked, self._skipped = self._skipped, {}
         if not checked:
             return []
-        flags = torch.stack([flag for flags in checked.values() for flag in flags]).tolist()
+        flags = torch.stack(list(checked.values())).tolist()
         return [self.entries[param].spec.name for param, flag in zip(checked, flags, strict=True) if flag]
 
     def _settings(self, entry: Entry, grad_scale: float) -> StepSettings:
@@ -217,6 +216,9 @@ class Updater:
     def forget_pending(self) -> None:
         """Drop updates that wait, as after a backward that raised."""
         self._pending.clear()
+
+    def forget_skipped(self) -> None:
+        """Forget which parameters were left as they were since the last step."""
         self._skipped.clear()
 
     def _wait_for(self, update: ShardUpdate, totals: Any) -> None:

@@ -200,7 +200,7 @@ def test_engines_of_both_in_one_process() -> None:
 
 def launch(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu"} | settings
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(jobs.SCRIPTS.parents[2])} | settings
     return subprocess.run(
         [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -77,6 +77,7 @@ def test_a_run_resumes_on_more_ranks(optimizer: str, tmp_path: Path) -> None:
 
 def test_lost_steps_and_lines_that_were_cut_short_are_left_out_of_the_metrics(tmp_path: Path) -> None:
     line = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 1.0, "peak_memory_bytes": 1}
+    line |= {"num_skipped_params": 0}
     lines = [json.dumps({"step": step, **line}) for step in (1, 2, 3)]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join([*lines, lines[0][:20]]))

@@ -21,7 +21,7 @@ def lomo_json(apply: str = "auto", weight_decay: float = 0.0, **more: Any) -> di
     zero = {"stage": 3, "reduce_bucket_size": 60, "stage3_param_persistence_threshold": 0} | more.pop(
         "zero", {}
     )
-    params = {"lr": 0.03, "weight_decay": weight_decay, "apply": apply}
+    params = {"lr": 0.03, "weight_decay": weight_decay, "apply": apply, "rounding": "nearest"}
     return {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "Lomo", "params": params},
