@@ -211,6 +211,7 @@ def adamw_of_torch(folder: Path, train: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_the_baseline_is_adamw_on_the_same_batches(data: Path, tmp_path: Path):
     write_tiny_folder(tmp_path / "model")
     ds_json = {

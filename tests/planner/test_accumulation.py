@@ -30,7 +30,7 @@ def run_every_micro_batch(job: Job) -> DryRun:
 
 @pytest.fixture(scope="module")
 def runs() -> dict[tuple[str, int], DryRun]:
-    keys = [(optimizer, count) for optimizer in OPTIMIZERS for count in (1, 2, 6)]
+    keys = [("Lomo", 1), ("Lomo", 2), *((optimizer, 6) for optimizer in OPTIMIZERS)]
     return dict(zip(keys, in_child(dry_run, [accumulating(*key) for key in keys]), strict=True))
 
 

@@ -129,6 +129,7 @@ def search_and_one_more(job: Job) -> tuple[Job, DryRun, DryRun]:
     return found, run, dry_run(replace(job, micro_batch=found.micro_batch + 1))
 
 
+@pytest.mark.slow
 def test_the_edge_of_real_dry_runs() -> None:
     job = gpu_job(gpu_memory_bytes=40 << 20, reserve_bytes=0)
     ((found, run, more),) = in_child(search_and_one_more, [job])

@@ -318,7 +318,7 @@ def test_a_dynamic_loss_scale_falls_and_grows_and_no_step_is_half_applied(policy
 ONE_PASS_CELLS = {
     (world_size, optimizer, clipping): Cell(optimizer, "immediate", dtype, 0.5, 1, clipping)
     for world_size, dtype in ((2, "fp32"), (3, "bf16"))
-    for optimizer in OPTIMIZERS
+    for optimizer in EVERYWHERE
     for clipping in ("value", "per_parameter", "lagged")
 }
 """fp32 on two ranks, bf16 on three."""
