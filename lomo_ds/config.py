@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -192,3 +192,12 @@ def _allowed(entry: Mapping[str, Any]) -> str:
     if entry["type"] in _ALLOWED:
         return _ALLOWED[entry["type"]].format(**limits)
     return entry["msg"].removeprefix("Input should be ")
+
+
+_MAX_NAMES = 3
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Names for a message: the first three, and how many more there are."""
+    rest = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{', '.join(names[:_MAX_NAMES])}{rest}"

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lomo_ds.config import NonNegative, did_you_mean, from_mapping, shown
 from lomo_ds.rules.clipping import Clipping
 from lomo_ds.rules.param_groups import split_by_patterns
-from lomo_ds.rules.rounding import ROUNDING_BY_DEFAULT, Rounding
+from lomo_ds.rules.rounding import Rounding, RoundingSetting, resolve_rounding
 from lomo_ds.rules.rule import Rule
 from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES, settings_of
 
@@ -107,7 +107,7 @@ class OptimizerConfig:
         weight_decay: what the rule makes of it is said there.
         apply: when a reduced gradient shard is applied.
         clipping: what ``gradient_clipping`` bounds.
-        rounding: how low-precision weights are written back; "auto" for ``ROUNDING_BY_DEFAULT``.
+        rounding: how low-precision weights are written back; "auto" as of ``resolve_rounding``.
         seed: of everything that is drawn: stochastic rounding, and what rules draw.
         offload_gradients: where gradients wait that are applied at the step boundary.
         param_groups: groups by name patterns.
@@ -117,7 +117,7 @@ class OptimizerConfig:
     weight_decay: NonNegative = 0.0
     apply: Apply = "auto"
     clipping: Clipping = "global"
-    rounding: Rounding | Literal["auto"] = "auto"
+    rounding: RoundingSetting = "auto"
     seed: int = 0
     offload_gradients: OffloadGradientsConfig | None = None
     param_groups: tuple[GroupConfig, ...] = ()
@@ -175,7 +175,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: pass groups in torch's form, as params; patterns are the JSON's")
         self.apply: Apply = config.apply
         self.clipping: Clipping = config.clipping
-        self.rounding: Rounding = ROUNDING_BY_DEFAULT if config.rounding == "auto" else config.rounding
+        self.rounding: Rounding = resolve_rounding(config.rounding)
         self.seed = config.seed
         self.offload_gradients = config.offload_gradients
         own = {key: getattr(config, key) for key in _RULE_SETTINGS[name]}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-WRONG_SHAPE = "of the wrong shape"
+from lomo_ds.config import first_few
 
-_MAX_NAMED = 3
-"""Tensors of a kind that the message names before it only counts the rest."""
+WRONG_SHAPE = "of the wrong shape"
 
 
 def refuse_misfits(what: str, misfits: Mapping[str, Iterable[str | None]]) -> None:
@@ -21,14 +20,9 @@ def refuse_misfits(what: str, misfits: Mapping[str, Iterable[str | None]]) -> No
         ValueError: "WHAT: 5 missing: a, b, c and 2 more; 1 unexpected: d".
     """
     found = {kind: sorted(text for text in texts if text is not None) for kind, texts in misfits.items()}
-    problems = [_first_few(kind, texts) for kind, texts in found.items() if texts]
+    problems = [f"{len(texts)} {kind}: {first_few(texts)}" for kind, texts in found.items() if texts]
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}")
-
-
-def _first_few(kind: str, texts: list[str]) -> str:
-    rest = f" and {len(texts) - _MAX_NAMED} more" if len(texts) > _MAX_NAMED else ""
-    return f"{len(texts)} {kind}: {', '.join(texts[:_MAX_NAMED])}{rest}"
 
 
 def wrong_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ from lomo_ds.optimizers import rule_of
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.planner.model_shape import ModelShape
 from lomo_ds.planner.rule_state import rule_state_bytes
-from lomo_ds.rules.rounding import ROUNDING_BY_DEFAULT, Rounding, chunk_numel
+from lomo_ds.rules.rounding import Rounding, chunk_numel, resolve_rounding
 from lomo_ds.rules.rule import Rule
 from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
 
@@ -148,8 +148,7 @@ class _Terms:
 
     @property
     def _rounding(self) -> Rounding:
-        asked = self._params.get("rounding", "auto")
-        return ROUNDING_BY_DEFAULT if asked == "auto" else asked
+        return resolve_rounding(self._params.get("rounding", "auto"))
 
     @functools.cached_property
     def _rule(self) -> Rule:

@@ -16,8 +16,14 @@ from torch import Tensor
 from lomo_ds.rules.noise import random_int32
 
 Rounding = Literal["nearest", "stochastic", "kahan", "compensated8"]
-ROUNDING_BY_DEFAULT: Rounding = "stochastic"
-"""What "auto" stands for: right in the mean, without memory. Weights in fp32 are not rounded."""
+RoundingSetting = Rounding | Literal["auto"]
+"""As users give it."""
+
+
+def resolve_rounding(asked: RoundingSetting) -> Rounding:
+    """The way of rounding; "auto" is stochastic: right in the mean, without memory."""
+    return "stochastic" if asked == "auto" else asked
+
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 _STEPS = 254

@@ -13,6 +13,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
+from lomo_ds.config import first_few
 from lomo_ds.zero3._internals import ReducedGradient, Stage3Base
 from lomo_ds.zero3.apply.base import ApplyPolicy, OnePass, PolicyContext
 from lomo_ds.zero3.apply.choose import Choice
@@ -26,9 +27,6 @@ from lomo_ds.zero3.grad_clip import GradClip
 from lomo_ds.zero3.gradient_gate import GradientGate
 from lomo_ds.zero3.param_specs import param_specs
 from lomo_ds.zero3.updater import Updater
-
-_MAX_NAMED = 3
-"""Parameters that a message names before it only counts the rest."""
 
 
 class LomoZeroOptimizer(Stage3Base):
@@ -210,10 +208,9 @@ class LomoZeroOptimizer(Stage3Base):
         """Say which parameters the step has left as they were."""
         self.num_skipped_params = len(names)
         if names and dist.get_rank() == 0:
-            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             logger.warning(
                 f"{len(names)} parameters were left as they are in this step, since their gradients are not "
-                f"finite: {', '.join(names[:_MAX_NAMED])}{more}"
+                f"finite: {first_few(names)}"
             )
 
     def refresh_gathered_params(self) -> None:
