@@ -55,6 +55,7 @@ def fake_rank(
         stack.enter_context(_group(rank, world_size))
         stack.enter_context(ranks_not_compared())
         stack.enter_context(_values_never_asked())
+        stack.enter_context(_recorded_streams(accelerator))
         stack.enter_context(_flash_attention())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_FakeTensors(allow_non_fake_inputs=True))
@@ -114,9 +115,21 @@ def _values_never_asked() -> Iterator[None]:
 
     with (
         mock.patch.object(dist, "all_gather_object", all_gather_object),
-        mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None),
         mock.patch.object(import_utils, "is_fake_tensor", lambda value: False),
     ):
+        yield
+
+
+@contextmanager
+def _recorded_streams(accelerator: FakeAccelerator | FakeCpuRank) -> Iterator[None]:
+    """Tell the observers of the device's streams of ``record_stream``; a CPU rank has no streams."""
+    streams = getattr(accelerator, "streams", None)
+
+    def record_stream(tensor: torch.Tensor, stream: Any) -> None:
+        if streams is not None:
+            streams.record_stream(tensor, stream)
+
+    with mock.patch.object(torch.Tensor, "record_stream", record_stream):
         yield
 
 
