@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -153,11 +154,16 @@ def _evaluate_in_step(engine: Any, job: Job) -> None:
 
 def _call_module(engine: Any, job: Job) -> None:
     """After each step the module is called by itself, as ``generate`` does."""
-    ids = torch.zeros((1, job.seq_len), dtype=torch.long, device=engine.device)
     for _ in range(NUM_STEPS):
         _step(engine, job)
-        with torch.no_grad():
-            engine.module(input_ids=ids)
+        _call(engine, job)
+
+
+def _call(engine: Any, job: Job) -> None:
+    """The model without the engine."""
+    ids = torch.zeros((1, job.seq_len), dtype=torch.long, device=engine.device)
+    with torch.no_grad():
+        engine.module(input_ids=ids)
 
 
 def _write_by_hand(engine: Any, job: Job) -> None:
@@ -171,30 +177,16 @@ def _write_by_hand(engine: Any, job: Job) -> None:
 
 
 def _fail_in_backward(engine: Any, job: Job) -> None:
-    """A backward that raises half-way, and a forward after it."""
-
-    def fail(grad: torch.Tensor) -> None:
-        raise KeyError("on purpose")
-
-    _step(engine, job)
-    first_layer = engine.module.model.layers[0]
-    handle = first_layer.register_forward_hook(lambda module, args, output: _hook(output, fail))
-    try:
-        engine.backward(_loss(engine, job))
-    except KeyError:
-        pass
-    else:
-        raise AssertionError("backward should have raised")
-    handle.remove()
-    ids = torch.zeros((1, job.seq_len), dtype=torch.long, device=engine.device)
-    with torch.no_grad():
-        engine.module(input_ids=ids)
-
-
-def _hook(output: Any, fail: Callable[[torch.Tensor], None]) -> None:
-    tensor = output[0] if isinstance(output, tuple) else output
-    if tensor.requires_grad:
-        tensor.register_hook(fail)
+    """A backward that raises when some gradients have been applied, and a forward after it."""
+    optimizer = engine.optimizer
+    for _ in range(NUM_STEPS):
+        _step(engine, job)
+        with suppress(KeyError), optimizer.accepting_gradients():
+            for param, entry in optimizer.updater.entries.items():
+                grad_shard = torch.zeros(entry.spec.shard_numel, dtype=param.dtype, device=engine.device)
+                optimizer.on_reduced_gradient(param, grad_shard)
+            raise KeyError
+        _call(engine, job)
 
 
 def _replace_shards(engine: Any, job: Job) -> None:
@@ -208,9 +200,7 @@ def _replace_shards(engine: Any, job: Job) -> None:
             for param in optimizer.updater.entries:
                 local_shard(param).mul_(0.5)
             optimizer.updater.reset()
-        ids = torch.zeros((1, job.seq_len), dtype=torch.long, device=engine.device)
-        with torch.no_grad():
-            engine.module(input_ids=ids)
+        _call(engine, job)
 
 
 SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
