@@ -64,15 +64,19 @@ class Evaluation(ABC):
         """Number of answers that have lost their end."""
         return 0
 
-    def evaluate(self, engine: Any) -> EvaluationResult:
+    def evaluate(self, engine: Any, watched: Callable[[list[Any]], Iterable[Any]] = iter) -> EvaluationResult:
         """Score all examples, split over the ranks; every rank returns the same result. Collective.
 
         The engine is in evaluation mode meanwhile, and then in the mode that it was in before.
+
+        Args:
+            engine: of ``lomo_ds.initialize``.
+            watched: wraps the list of this rank's batches, of which every rank has equally many.
         """
         batches = rank_batches(self.all_queries(), self.batch_size, dist.get_rank(), dist.get_world_size())
         was_training = engine.training
         engine.eval()
-        scores = option_scores(engine, batches, self.shape, self.pad_token_id).to(engine.device)
+        scores = option_scores(engine, watched(batches), self.shape, self.pad_token_id).to(engine.device)
         engine.train(was_training)
         dist.all_reduce(scores, dist.ReduceOp.MAX)
         return self.result(scores.cpu())

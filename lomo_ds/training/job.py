@@ -53,7 +53,7 @@ class Job:
     engine: Any
     is_first: bool
     start_s: float
-    stop: StopFlag = field(default_factory=StopFlag)
+    stop: StopFlag
     history: list[StepMetrics] = field(default_factory=list)
     before: dict[str, float | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -83,7 +83,9 @@ class Job:
         )
 
 
-def set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, start_s: float) -> Job:
+def set_up(
+    recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, start_s: float, stop: StopFlag
+) -> Job:
     """Check everything, claim the output folder, then load the model and build the engine. Collective.
 
     Args:
@@ -91,6 +93,7 @@ def set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, st
         checkpoint: folder to resume from; None starts from the beginning.
         make_engine: builds the engine from the plan.
         start_s: when the run began, by ``time.perf_counter``.
+        stop: of this rank.
 
     Raises:
         ValueError: a setting that is wrong, before the model is loaded or anything is written.
@@ -114,6 +117,7 @@ def set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, st
         engine=_loaded_engine(plan, make_engine, progress),
         is_first=is_first,
         start_s=start_s,
+        stop=stop,
     )
     if checkpoint is not None:
         _resume(job, checkpoint)
