@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from lomo_ds.cli import launcher
-from lomo_ds.cli.launcher import launch_environment, ranks_below
+from lomo_ds.cli.launcher import launch_environment
 from lomo_ds.cli.train import main
 from lomo_ds.training.interruption import INTERRUPTED
 from tests.faults.job import Job, run_to_end
@@ -57,9 +57,13 @@ def recipe_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Records the calls of the launcher and does not start it; the environment is not that of a rank."""
+    """Records what would be launched, and starts nothing; the environment is not that of a rank."""
     calls: list = []
-    monkeypatch.setattr(launcher, "wait_for", lambda command, environment: calls.append(command) or 0)
+    monkeypatch.setattr(
+        launcher,
+        "run_ranks",
+        lambda command, environment, world_size: calls.append((command, world_size)) or 0,
+    )
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -93,11 +97,11 @@ def test_mistakes_are_one_line_and_launch_nothing(
     assert not no_launch and not (recipe_path.parent / "out").exists()
 
 
-def test_number_of_ranks_and_overrides_are_passed_to_the_launcher(recipe_path: Path, no_launch: list):
+def test_number_of_ranks_and_overrides_are_passed_to_the_ranks(recipe_path: Path, no_launch: list):
     assert main([str(recipe_path), "seed=4", "--num-ranks", "4", "steps=9"]) == 0
-    (command,) = no_launch
-    assert command[command.index("--num_gpus") + 1] == "4"
-    assert command[-5:] == ["--module", "lomo_ds.cli.train", str(recipe_path), "seed=4", "steps=9"]
+    ((command, world_size),) = no_launch
+    assert world_size == 4
+    assert command[-5:] == ["-m", "lomo_ds.cli.train", str(recipe_path), "seed=4", "steps=9"]
     assert main([str(recipe_path), "--num-ranks", "0"]) != 0
     assert len(no_launch) == 1
 
@@ -227,7 +231,7 @@ def test_sigterm_saves_and_the_run_can_be_resumed(recipe_path: Path):
 
     with long_run(recipe_path, "resume=auto") as again:
         wait_for_steps(recipe_path, num_steps + 3)
-        ranks = ranks_below(psutil.Process(again.pid))
+        ranks = psutil.Process(again.pid).children()
         next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
         text, _ = again.communicate(timeout=END_WITHIN_S)
     assert again.returncode not in (0, INTERRUPTED), text
