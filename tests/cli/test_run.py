@@ -15,11 +15,12 @@ from lomo_ds.cli.run import main
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
     """What would be launched; nothing is started, and this process is no rank."""
     calls: list[tuple[list[str], int]] = []
-    monkeypatch.setattr(
-        launcher,
-        "run_ranks",
-        lambda command, environment, world_size: calls.append((command, world_size)) or 3,
-    )
+
+    def run_ranks(command: list[str], environment: dict[str, str], world_size: int) -> int:
+        calls.append((command, world_size))
+        return 3
+
+    monkeypatch.setattr(launcher, "run_ranks", run_ranks)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -59,11 +59,12 @@ def recipe_path(tmp_path: Path) -> Path:
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> list:
     """Records what would be launched, and starts nothing; the environment is not that of a rank."""
     calls: list = []
-    monkeypatch.setattr(
-        launcher,
-        "run_ranks",
-        lambda command, environment, world_size: calls.append((command, world_size)) or 0,
-    )
+
+    def run_ranks(command: list[str], environment: dict[str, str], world_size: int) -> int:
+        calls.append((command, world_size))
+        return 0
+
+    monkeypatch.setattr(launcher, "run_ranks", run_ranks)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

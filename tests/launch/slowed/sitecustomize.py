@@ -39,7 +39,7 @@ def is_in_phase(phase: str, arguments: tuple) -> bool:
     """Whether a call of the phase's function belongs to it: training calls that of scoring, too."""
     if phase == "training":
         return arguments[1].step >= 2
-    return not phase.startswith("scoring") or not arguments[0].training
+    return not phase.startswith("scoring") or not arguments[0].module.training
 
 
 class Slowing(MetaPathFinder):
