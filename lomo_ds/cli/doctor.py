@@ -120,6 +120,9 @@ def accelerator() -> Iterator[Finding]:
     yield _finding("bf16", "supported" if bf16 else "not supported", "ok" if bf16 else "note", remedy)
 
 
+_OWN_SCRIPTS = "needed by CPU ranks of scripts of your own, not by lomo-ds train"
+
+
 def build_tools() -> Iterator[Finding]:
     """The tools with which DeepSpeed builds its operations when they are first used."""
     for tool, needed in (("g++", needs_cpu_op()), ("ninja", needs_cpu_op()), ("nvcc", False)):
@@ -127,7 +130,7 @@ def build_tools() -> Iterator[Finding]:
         if path:
             yield _finding(tool, f"{tool_version(path)} ({path})")
         elif needed:
-            yield _finding(tool, "not found", "wrong", f"install {tool}: CPU ranks cannot start without it")
+            yield _finding(tool, "not found", "note", f"{_OWN_SCRIPTS}: install {tool} for them")
         else:
             yield _finding(
                 tool, "not found", "note", "needed only for operations that this project does not use"
@@ -135,7 +138,7 @@ def build_tools() -> Iterator[Finding]:
 
 
 def needs_cpu_op() -> bool:
-    """Whether DeepSpeed compiles its CPU communication op when ranks start: for CPU ranks on Linux."""
+    """Whether DeepSpeed compiles its CPU communication op in a user's own scripts: for CPU ranks on Linux."""
     try:
         from deepspeed.accelerator import get_accelerator
 
@@ -184,14 +187,14 @@ def host() -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
-    """Room in /dev/shm, where DeepSpeed's CPU op makes a buffer for each rank and never removes it."""
+    """Room in /dev/shm, where DeepSpeed's CPU op makes a buffer for each rank of a user's own script."""
     if not os.path.isdir("/dev/shm"):
         return
     free = shutil.disk_usage("/dev/shm").free
     enough = free >= 2 * SHM_BYTES_PER_RANK or not needs_cpu_op()
-    remedy = "CPU ranks need 70 MiB each: give the container a larger --shm-size, or remove old "
+    remedy = f"{_OWN_SCRIPTS}, 70 MiB each: give the container a larger --shm-size, or remove old "
     remedy += "/dev/shm/deepspeed_allreduce_buffer_* files while no rank runs"
-    yield _finding("free in /dev/shm", f"{free / GIB:.2f} GiB", *(() if enough else ("wrong", remedy)))
+    yield _finding("free in /dev/shm", f"{free / GIB:.2f} GiB", *(() if enough else ("note", remedy)))
 
 
 def private_names() -> Iterator[Finding]:

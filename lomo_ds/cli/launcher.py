@@ -6,8 +6,10 @@ import argparse
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from lomo_ds.cli.ranks import Ranks
@@ -70,7 +72,23 @@ def launch_environment(environment: Mapping[str, str], num_accelerators: int) ->
         num_accelerators: 0 for CPU ranks.
     """
     defaults = {} if num_accelerators else _CPU_RANK_ENVIRONMENT
-    return {**defaults, **environment}
+    return {**defaults, **extension_cache(environment), **environment}
+
+
+def extension_cache(environment: Mapping[str, str]) -> dict[str, str]:
+    """Another TORCH_EXTENSIONS_DIR than the home folder's where that cannot be written, and a line about it.
+
+    Without one, what DeepSpeed compiles is compiled by every job, or by none.
+    """
+    if "TORCH_EXTENSIONS_DIR" in environment:
+        return {}
+    folder = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "/"), ".cache"))
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if os.access(existing, os.W_OK):
+        return {}
+    other = Path(tempfile.gettempdir()) / f"torch_extensions_{os.getuid()}"
+    print(f"{folder} cannot be written: what is compiled is kept in {other} (TORCH_EXTENSIONS_DIR)")
+    return {"TORCH_EXTENSIONS_DIR": str(other)}
 
 
 def free_port() -> int:

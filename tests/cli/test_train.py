@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import yaml
 
 from lomo_ds.cli import launcher
-from lomo_ds.cli.launcher import launch_environment
+from lomo_ds.cli.launcher import extension_cache, launch_environment
 from lomo_ds.cli.train import main
 from lomo_ds.training.interruption import INTERRUPTED
 from tests.faults.job import Job, run_to_end
@@ -110,7 +111,16 @@ def test_number_of_ranks_and_overrides_are_passed_to_the_ranks(recipe_path: Path
 def test_cpu_ranks_get_one_thread_unless_asked_otherwise():
     assert launch_environment({}, 0)["DS_ACCELERATOR"] == "cpu"
     assert launch_environment({"OMP_NUM_THREADS": "3"}, 0)["OMP_NUM_THREADS"] == "3"
-    assert launch_environment({"A": "b"}, 8) == {"A": "b"}
+    assert launch_environment({"A": "b", "HOME": "/tmp"}, 8) == {"A": "b", "HOME": "/tmp"}
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(capsys: pytest.CaptureFixture):
+    assert extension_cache({"HOME": "/proc/1"}) == {
+        "TORCH_EXTENSIONS_DIR": f"{tempfile.gettempdir()}/torch_extensions_{os.getuid()}"
+    }
+    assert "/proc/1/.cache cannot be written" in capsys.readouterr().out
+    assert extension_cache({"HOME": "/proc/1", "TORCH_EXTENSIONS_DIR": "x"}) == {}
+    assert extension_cache({"HOME": "/proc/1", "XDG_CACHE_HOME": tempfile.gettempdir()}) == {}
 
 
 def launch(recipe_path: Path, *overrides: str) -> subprocess.CompletedProcess:

@@ -9,6 +9,7 @@ DeepSpeed.
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
+from lomo_ds.zero3._internals.cpu_comm import use_only_gloo_on_cpu
 from lomo_ds.zero3._internals.engine import EngineBase
 from lomo_ds.zero3._internals.params import (
     accumulation_dtype,
@@ -51,4 +52,5 @@ __all__ = [
     "ranks_not_compared",
     "shard_spec",
     "stored_shard",
+    "use_only_gloo_on_cpu",
 ]
