@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 
 from tests.planner.child import in_child
@@ -38,7 +37,13 @@ DEFAULT = (
 def whole_matrix() -> Iterator[Cell]:
     """Every combination."""
     for apply, optimizer, tiled, hpz, threshold, checkpointing, overlap in product(
-        ("immediate", "two_pass", "deferred"), RULES, (False, True), (1, 4), (0, 1000), CHECKPOINTING, (True, False)
+        ("immediate", "two_pass", "deferred"),
+        RULES,
+        (False, True),
+        (1, 4),
+        (0, 1000),
+        CHECKPOINTING,
+        (True, False),
     ):
         for micro_batches in (1, 2) if apply == "deferred" else (1,):
             yield Cell(
@@ -102,7 +107,6 @@ def told(cell: Cell) -> str:
     """What is special about a cell of DeepSpeed's own engine."""
     parts = [f"threshold {cell.threshold}", f"hpZ {cell.hpz}", f"overlap_comm {str(cell.overlap).lower()}"]
     return ", ".join([*parts, f"timer {'on' if cell.timer else 'off'}"])
-
 
 
 if __name__ == "__main__":

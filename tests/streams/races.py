@@ -12,7 +12,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tests.streams.trace import HOST, Access, Entry, Freed, HostWait, NewBlock, Op, Record, Recorded, Site, Trace, Wait
+from tests.streams.trace import (
+    HOST,
+    Access,
+    Entry,
+    Freed,
+    HostWait,
+    NewBlock,
+    Op,
+    Record,
+    Recorded,
+    Site,
+    Trace,
+    Wait,
+)
 
 Clock = dict[int, int]
 """Actor -> how much of its work has ended."""
@@ -63,8 +76,8 @@ def search(trace: Trace, counts_device_waits: bool = False, removed: Site | None
     """Search a trace.
 
     What the host waits for counts only where the program cannot do without it: a value that it reads, and the
-    waits for one stream that DeepSpeed makes for order's sake. The engine's own, which bound memory, count for
-    nothing, nor do waits for the whole device, which DeepSpeed makes in passing.
+    waits for one stream that DeepSpeed makes for order's sake. The engine's own, which bound memory, count
+    for nothing, nor do waits for the whole device, which DeepSpeed makes in passing.
 
     Args:
         trace: of a run.

@@ -11,7 +11,7 @@ import pytest
 from tests.planner.child import in_child
 from tests.streams.cells import Cell, trace_of
 from tests.streams.examine import Examined, examine
-from tests.streams.matrix import DEFAULT, findings_of, findings_with_device_waits, whole_matrix
+from tests.streams.matrix import DEFAULT, findings_of, whole_matrix
 from tests.streams.races import Findings, search
 from tests.streams.sites import sites
 

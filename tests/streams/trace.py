@@ -226,7 +226,9 @@ class Recorder(StreamObserver):
         """The current stream waits for a collective."""
         self._add(Wait(self._streams.current.number, number, frozenset(), of_op=True))
 
-    def _access(self, tensor: Tensor, actor: int, writes: bool, name: str, pinned: bool = False) -> Access | None:
+    def _access(
+        self, tensor: Tensor, actor: int, writes: bool, name: str, pinned: bool = False
+    ) -> Access | None:
         """None for memory of the host that no stream copies to or from."""
         storage = tensor.untyped_storage()
         if not storage.nbytes():
