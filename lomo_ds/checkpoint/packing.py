@@ -29,7 +29,6 @@ _BASES, _ESCAPES = "packed-bases/", "packed-escapes/"
 BLOCK_NUMEL = 1 << 18
 """Elements that share a greatest exponent."""
 
-
 _BLOCKS_AT_ONCE = {"cpu": 1}
 """The host waits once for each piece of so many blocks, 32 on other devices; its own caches hold one."""
 
