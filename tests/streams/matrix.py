@@ -23,14 +23,14 @@ CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 DEFAULT = (
     Cell(optimizer="AdaLomo", tiled=True),
     Cell(apply="deferred", micro_batches=2, tiled=True, threshold=1000),
-    Cell(optimizer="AdaLomo", script="evaluate in step"),
-    Cell(apply="deferred", script="call module"),
-    Cell(apply="deferred", script="fetch early"),
-    Cell(apply="deferred", script="replace shards", checkpointing="none"),
-    Cell(script="write by hand", overlap=False),
-    Cell(script="write by hand", checkpointing="non_reentrant"),
-    Cell(script="fail in backward"),
     Cell(optimizer="SinkGD", apply="two_pass", tiled=True, tied=True, hpz=4),
+    Cell(script="write by hand", checkpointing="non_reentrant"),
+    Cell(apply="deferred", overlap=False, num_steps=1),
+    Cell(optimizer="AdaLomo", script="evaluate in step", num_steps=1),
+    Cell(apply="deferred", script="call module", num_steps=1),
+    Cell(apply="deferred", script="fetch early", num_steps=1),
+    Cell(apply="deferred", script="replace shards", checkpointing="none", num_steps=1),
+    Cell(script="fail in backward", num_steps=1),
 )
 """They reach every wait of the engine, each in a cell in which something is found without it."""
 
