@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +15,7 @@ from lomo_ds.checkpoint.directory import CheckpointRoot, require_tag
 from lomo_ds.checkpoint.latest_resumable import latest_resumable
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.evaluation import Evaluation
+from lomo_ds.training.compute_dtype import computes_on_cpu, with_agreed_dtype
 from lomo_ds.training.interruption import INTERRUPTED, StopFlag
 from lomo_ds.training.job import EngineMaker, Job, set_up
 from lomo_ds.training.loop import TrainingSet, train
@@ -46,7 +49,8 @@ def run(recipe: Recipe, engine_maker: EngineMaker = make_engine, stop: StopFlag 
         if _is_finished(recipe):
             return 0
         checkpoint = _checkpoint_to_resume(recipe)
-        job = set_up(recipe, checkpoint, engine_maker, start_s, stop)
+        recipe, reason = with_agreed_dtype(recipe, computes_on_cpu())
+        job = set_up(recipe, checkpoint, engine_maker, start_s, stop, notes=[reason])
         return 0 if _train_and_evaluate(job) else INTERRUPTED
 
 
@@ -140,10 +144,15 @@ def _evaluate(job: Job, evaluation: Evaluation | None, when: str) -> Figures:
     if evaluation is None:
         return {f"accuracy_{when}": None, f"loss_{when}": None}
     job.progress.say(f"scoring {len(job.plan.held_out_examples)} held-out examples {when} training")
-    found = evaluation.evaluate(job.engine, partial(until_stopped, stop=job.stop, device=job.engine.device))
+    found = evaluation.evaluate(job.engine, partial(_watched, job))
     accuracy = "" if found.accuracy is None else f"accuracy {found.accuracy:.3f}, "
     job.progress.say(f"{when} training: {accuracy}loss {found.loss:.4f}")
     with failing_together():
         if job.is_first and when == "after":
             job.output.write_predictions(found.lines)
     return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
+
+
+def _watched(job: Job, batches: list[Any]) -> Iterator[Any]:
+    """The batches that are scored, shown to the user, until a rank is told to stop."""
+    return until_stopped(job.progress.scoring(batches), job.stop, job.engine.device)
