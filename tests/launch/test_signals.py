@@ -87,7 +87,7 @@ def slowed_run(recipe: Path, phase: str, folder: Path) -> Iterator[subprocess.Po
 def reached(phase: str, folder: Path) -> bool:
     """Whether the phase has been reached, by every process that comes to it."""
     names = {"command": ["command"], "training": ["0"]}.get(phase, ["0", "1"])
-    return all((folder / "marks" / name).exists() for name in names)
+    return all((folder / "marks" / f"{phase} {name}").exists() for name in names)
 
 
 def wait_until(condition, seconds: float) -> None:

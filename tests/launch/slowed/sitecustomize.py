@@ -1,7 +1,8 @@
-"""Slows one phase of a run down, in every process that has this folder in PYTHONPATH.
+"""Slows phases of a run down, in every process that has this folder in PYTHONPATH.
 
-SLOWED_PHASE names the phase. A process that reaches it creates a file in the folder SLOWED_MARKS, named after
-its rank ("command" without one), and then takes its time.
+SLOWED_PHASE names one or more, with commas. A process that reaches a phase creates a file in the folder
+SLOWED_MARKS, named after the phase and its rank ("command" without one), and then takes its time. A long wait
+is made the first time only: a job that is queued again passes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ PHASES = {
 """Phase -> module, its function (None for the import of the module itself), seconds."""
 
 
-def reach(seconds: float) -> None:
+def reach(phase: str, seconds: float) -> None:
     """Leave the mark and wait; Python answers signals in between."""
-    (Path(os.environ["SLOWED_MARKS"]) / os.environ.get("RANK", "command")).touch()
+    mark = Path(os.environ["SLOWED_MARKS"]) / f"{phase} {os.environ.get('RANK', 'command')}"
+    if mark.exists() and seconds == LONG_S:
+        return
+    mark.touch()
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s:
         time.sleep(0.05)
@@ -60,7 +64,7 @@ class Slowing(MetaPathFinder):
 
         def exec_module(module) -> None:
             if self.function is None:
-                reach(self.seconds)
+                reach(self.phase, self.seconds)
             execute(module)
             if self.function is not None:
                 setattr(module, self.function, self.slowed(getattr(module, self.function)))
@@ -71,11 +75,11 @@ class Slowing(MetaPathFinder):
     def slowed(self, function):
         def slow(*arguments, **settings):
             if is_in_phase(self.phase, arguments):
-                reach(self.seconds)
+                reach(self.phase, self.seconds)
             return function(*arguments, **settings)
 
         return slow
 
 
-if os.environ.get("SLOWED_PHASE"):
-    sys.meta_path.insert(0, Slowing(os.environ["SLOWED_PHASE"]))
+for name in filter(None, os.environ.get("SLOWED_PHASE", "").split(",")):
+    sys.meta_path.insert(0, Slowing(name))
