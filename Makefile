@@ -59,10 +59,11 @@ test-faults: $(STAMP)  ## inject 210 faults into runs and fuzz 2,600 inputs; wri
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.faults.campaign --out docs/benchmarks
 	LOMO_DS_FUZZ_FACTOR=10 $(PYTEST) tests/fuzz
 
-lint: $(STAMP)  ## check style, formatting and types
+lint: $(STAMP)  ## check style, formatting, types and shell scripts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 format: $(STAMP)  ## fix style and formatting
 	$(RUN) -m ruff check --fix .

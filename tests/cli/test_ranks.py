@@ -46,7 +46,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def start_(work: str, before: str = "", prefix: tuple[str, ...] = ()) -> subprocess.Popen:
         program = RANK.format(before=before, work=textwrap.indent(work, "    ").strip())
         command = [*prefix, sys.executable, "-c", COMMAND, "-c", program]
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+        )
         runs.append(run)
         run.lines = [run.stdout.readline() for _ in range(2)]
         run.below = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []

@@ -69,7 +69,12 @@ def slowed_run(recipe: Path, phase: str, folder: Path) -> Iterator[subprocess.Po
     command = [sys.executable, "-m", "lomo_ds.cli.main", "train", str(recipe), f"output={folder / 'out'}"]
     command += [f"evaluation.before={json.dumps(phase == 'scoring before')}", "--num-ranks", "2"]
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=hear_ctrl_c,
     ) as run:
         started = [psutil.Process(run.pid)]
         try:
@@ -82,6 +87,11 @@ def slowed_run(recipe: Path, phase: str, folder: Path) -> Iterator[subprocess.Po
             for process in started:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+
+
+def hear_ctrl_c() -> None:
+    """As on a terminal, where a shell has not let its background jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def reached(phase: str, folder: Path) -> bool:
