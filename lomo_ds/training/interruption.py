@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -35,19 +36,35 @@ class StopFlag:
         """Receive the signals inside the block; those that were blocked meanwhile arrive now.
 
         Ctrl-C and a hangup end the process at once and without a traceback, unless they are ignored, as under
-        nohup.
+        nohup. A thread receives them all: the main one may be waiting for other ranks, outside Python.
         """
         heard = [number for number in END_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        handlers = dict.fromkeys(STOP_SIGNALS, self._stop) | dict.fromkeys(heard, _end)
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
+        previous = {number: signal.signal(number, _leave_to_thread) for number in (*STOP_SIGNALS, *heard)}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._receive, args=(reader,), daemon=True, name="signals").start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, previous)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(previous_writer)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            os.close(writer)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, reader: int) -> None:
+        """Do what each signal asks for, as long as it is this object that it is left to."""
+        with open(reader, "rb", buffering=0) as stream:
+            while number := stream.read(1):
+                if signal.getsignal(number[0]) is not _leave_to_thread:
+                    continue
+                if number[0] in STOP_SIGNALS:
+                    self._stop()
+                else:
+                    _end(number[0])
+
+    def _stop(self) -> None:
         self.requested = True
         if self.at_once:
             if os.environ.get("RANK", "0") == "0":
@@ -56,7 +73,11 @@ class StopFlag:
             os._exit(INTERRUPTED)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    """A handler; Python has written the number to where the thread reads it."""
+
+
+def _end(number: int) -> None:
     """End without cleaning up: that could wait for other ranks, and no file needs it."""
     if "RANK" not in os.environ:
         os.write(2, b"interrupted\n")

@@ -18,7 +18,7 @@ import pytest
 COMMAND = """
 import sys
 from lomo_ds.cli import ranks
-ranks.END_GRACE_S, ranks.STOP_GRACE_S = 0.5, 5.0
+ranks.END_GRACE_S, ranks.STOP_GRACE_S = float(sys.argv.pop(1)), 20.0
 sys.exit(ranks.Ranks([sys.executable, *sys.argv[1:]], dict(__import__("os").environ), 2, 1).wait())
 """
 RANK = """
@@ -43,9 +43,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a command whose two ranks do something; returns it when both are ready."""
     runs = []
 
-    def start_(work: str, before: str = "", prefix: tuple[str, ...] = ()) -> subprocess.Popen:
+    def start_(
+        work: str, before: str = "", prefix: tuple[str, ...] = (), grace_s: float = 0.5
+    ) -> subprocess.Popen:
         program = RANK.format(before=before, work=textwrap.indent(work, "    ").strip())
-        command = [*prefix, sys.executable, "-c", COMMAND, "-c", program]
+        command = [*prefix, sys.executable, "-c", COMMAND, str(grace_s), "-c", program]
         run = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -112,6 +114,25 @@ def test_a_signal_before_the_handlers_are_there_is_not_lost(start: Start) -> Non
     run.send_signal(signal.SIGTERM)
     code, text = end(run)
     assert code == 75 and "nothing to save; continue with resume=auto" in text
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_rank_that_waits_outside_python_is_reached(
+    start: Start, number: signal.Signals, exit_code: int
+) -> None:
+    """As in a collective: a call that does not return at a signal."""
+    before = "import ctypes; libc, (waiting, _) = ctypes.CDLL(None), os.pipe()"
+    run = start(
+        f"signal.siginterrupt({number}, False); libc.read(waiting, ctypes.create_string_buffer(1), 1)",
+        before,
+        grace_s=20.0,
+    )
+    run.send_signal(number)
+    begin_s = time.monotonic()
+    code, text = end(run)
+    assert code == exit_code, text
+    assert time.monotonic() - begin_s < 15, "it was ended by the grace period"
 
 
 @pytest.mark.ranks

@@ -63,6 +63,7 @@ class Job:
             "SLOWED_PHASE": self.slowed,
             "SLOWED_MARKS": str(self.marks),
             "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1",  # n1 is no name of this machine
             "OMP_NUM_THREADS": "1",
         }
         options = [*OPTIONS, f"--output={self.folder / 'log'}"]
