@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": ENGINE | {"initialization", "checkpoint", "model_io"},
     "run": {"integrations", "lifeline"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "model_io", "recipe"},
+    "report": {"byte_units"},
     "tasks": {"config"},
     "recipe": {"config"},
     "training": {
@@ -64,6 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "byte_units",
         "run",
         "lifeline",
+        "report",
     },
 }
 """Layer -> layers that it may import. "" is the package's own ``__init__``."""

@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "evaluate": Command("lomo_ds.cli.evaluate", "score a model folder on SST-2 or a task of SuperGLUE"),
     "export": Command("lomo_ds.cli.export", "write a checkpoint's model as a folder that transformers loads"),
+    "report": Command("lomo_ds.cli.report", "write one HTML page about a run, or several side by side"),
     "doctor": Command(
         "lomo_ds.cli.doctor", "check versions, accelerator, compiler and memory of this machine"
     ),

@@ -44,14 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lomo-ds report",
-        description="Write one HTML page about a run, or about several side by side: curves, memory, settings, "
-        "environment, samples. It needs no network and works while the run is on its way.",
-        epilog=f"Where a run's folder has a {PLAN_FILE}, of lomo-ds plan --json, its peak is drawn with the memory.",
+        description="Write one HTML page about a run, or about several side by side: curves, memory, "
+        "settings, environment, samples. It needs no network and works while the run is on its way.",
+        epilog=f"Where a run's folder has a {PLAN_FILE}, of lomo-ds plan --json, the planned peak is drawn "
+        "with the memory.",
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="the output folder of a recipe")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="by default report.html in the first RUN"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first RUN")
     return parser
 
 

@@ -17,6 +17,7 @@ from lomo_ds.training.data_sets import DataSets, encode_data_sets
 from lomo_ds.training.interruption import StopFlag
 from lomo_ds.training.metrics import StepMetrics, append_line, write_lines
 from lomo_ds.training.model import load_tokenizer
+from lomo_ds.training.monitors import tell_monitors
 from lomo_ds.training.outputs import OutputFolder
 from lomo_ds.training.plan import RunPlan, plan_run
 from lomo_ds.training.progress import TrainingProgress
@@ -64,6 +65,7 @@ class Job:
         self.history.append(metrics)
         if self.is_first:
             append_line(self.output.metrics, metrics)
+        tell_monitors(self.engine, metrics)
         self.progress.show(metrics)
 
     def end_phase(self, phase: str) -> None:

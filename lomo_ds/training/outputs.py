@@ -27,6 +27,7 @@ class OutputFolder:
         self.recipe = self.path / "recipe.yaml"
         self.ds_json = self.path / "ds_config.json"
         self.predictions = self.path / "predictions.jsonl"
+        self.predictions_before = self.path / "predictions_before.jsonl"
         self.plot = self.path / "loss_and_memory.png"
         self.summary = self.path / "summary.json"
         self.model = self.path / "model"
@@ -36,7 +37,7 @@ class OutputFolder:
     def begin(self, plan: RunPlan) -> None:
         """Create the folder, delete an earlier run's results and write the recipe and the JSON as used."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.metrics, self.predictions, self.plot, self.summary):
+        for file in (self.metrics, self.predictions, self.predictions_before, self.plot, self.summary):
             file.unlink(missing_ok=True)
         for folder in (self.model, self.adapters, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
@@ -48,9 +49,10 @@ class OutputFolder:
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self._write_json(self.ds_json, plan.ds_json)
 
-    def write_predictions(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write the figures of each held-out example."""
-        with self.predictions.open("w", encoding="utf-8") as stream:
+    def write_predictions(self, when: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write what each held-out example is, with its figures "before" or "after" training."""
+        path = self.predictions_before if when == "before" else self.predictions
+        with path.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def end(self, summary: Mapping[str, Any]) -> None:

@@ -148,8 +148,11 @@ def _evaluate(job: Job, evaluation: Evaluation | None, when: str) -> Figures:
     accuracy = "" if found.accuracy is None else f"accuracy {found.accuracy:.3f}, "
     job.progress.say(f"{when} training: {accuracy}loss {found.loss:.4f}")
     with failing_together():
-        if job.is_first and when == "after":
-            job.output.write_predictions(found.lines)
+        if job.is_first:
+            examples = job.plan.held_out_examples
+            texts = ({"prompt": example.prompt, "answer": example.answer} for example in examples)
+            lines = (text | line for text, line in zip(texts, found.lines, strict=True))
+            job.output.write_predictions(when, lines)
     return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
 
 
