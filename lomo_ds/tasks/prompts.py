@@ -86,6 +86,11 @@ class ResponseExample:
         if not self.response:
             raise ValueError("the response is empty")
 
+    @property
+    def answer(self) -> str:
+        """The text that should follow the prompt."""
+        return self.response
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResponsePrompt:
