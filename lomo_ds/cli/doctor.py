@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         1 where something that training needs is wrong, else 0.
     """
-    parser = argparse.ArgumentParser(prog="lomo-ds doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    options = parser.parse_args(argv)
+    options = make_parser().parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is for the report
         findings = examine()
     if options.json:
@@ -66,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(findings)
     return int(any(finding.state == "wrong" for finding in findings))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
+    parser = argparse.ArgumentParser(prog="lomo-ds doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser
 
 
 def examine() -> list[Finding]:

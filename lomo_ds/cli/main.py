@@ -36,6 +36,7 @@ COMMANDS = {
     "doctor": Command(
         "lomo_ds.cli.doctor", "check versions, accelerator, compiler and memory of this machine"
     ),
+    "completion": Command("lomo_ds.cli.completion", "print what bash or zsh needs to complete this command"),
 }
 
 

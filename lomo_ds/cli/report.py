@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after one line on standard error that says what is wrong.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     out = arguments.out or arguments.runs[0] / "report.html"
     try:
         if len(arguments.runs) > MAX_RUNS:
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds report",
         description="Write one HTML page about a run, or about several side by side: curves, memory, "

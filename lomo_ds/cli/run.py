@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code of the ranks; 0 as a rank; 2 where there is no such script or the number of ranks is
         wrong. As a rank it raises what the script raises.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     find_tools_of_this_environment()
     try:
         if not Path(arguments.script).is_file():
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds run",
         description="Run an unchanged script: where its DeepSpeed JSON names an optimizer of lomo_ds, "

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, stop: StopFlag) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
+    arguments = make_parser().parse_intermixed_args(argv)
     find_tools_of_this_environment()
     try:
         return _run_rank(arguments, stop) if inside_launch() else _launch(arguments)
@@ -62,7 +62,8 @@ def _report(error: Exception, exit_code: int) -> int:
     return exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds train",
         description="Fine-tune a model as a recipe says. docs/training.md explains the recipe's keys.",
