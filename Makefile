@@ -55,7 +55,7 @@ test-multinode: $(STAMP)  ## train on two nodes that are network namespaces of t
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu tests/gpu
 
-test-faults: $(STAMP)  ## inject 210 faults into runs and fuzz 2,600 inputs; writes docs/benchmarks/faults.md
+test-faults: $(STAMP)  ## inject 300 faults into runs and fuzz 2,600 inputs; writes docs/benchmarks/faults.md
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.faults.campaign --out docs/benchmarks
 	LOMO_DS_FUZZ_FACTOR=10 $(PYTEST) tests/fuzz
 

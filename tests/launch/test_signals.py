@@ -33,7 +33,7 @@ GONE_WITHIN_S = 10.0
 KILLED = -signal.SIGKILL
 TARGETS = ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1", "SIGKILL", "SIGKILL of a rank")
 EXIT_CODES = {"SIGINT": 130, "SIGHUP": 129, "SIGKILL": KILLED, "SIGKILL of a rank": 137}
-BY_DEFAULT = {("import", "SIGTERM"), ("training", "SIGKILL"), ("scoring after", "SIGUSR1")}
+BY_DEFAULT = {("import", "SIGTERM"), ("scoring after", "SIGUSR1")}
 CELLS = [
     pytest.param(phase, target, marks=() if (phase, target) in BY_DEFAULT else pytest.mark.slow)
     for phase in PHASES
