@@ -12,7 +12,7 @@ PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults test-signals \
-	test-slurm test-multinode lint format quickstart clean \
+	test-slurm test-multinode docs lint format quickstart clean \
 	bench bench-checkpoint bench-adapters bench-quality bench-rounding bench-plan bench-checkpoint-memory \
 	bench-wire
 
@@ -64,6 +64,10 @@ lint: $(STAMP)  ## check style, formatting, types and shell scripts
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
+
+docs: $(STAMP)  ## build the documentation as a site in build/site; it loads nothing from the network
+	$(RUN) -c 'import material' || $(RUN) -m pip install -c constraints.txt '.[docs]'
+	DS_ACCELERATOR=cpu $(RUN) -m mkdocs build --strict
 
 format: $(STAMP)  ## fix style and formatting
 	$(RUN) -m ruff check --fix .
