@@ -103,19 +103,20 @@ class PinnedBuffer:
         if param in self._offloaded:
             get_accelerator().current_stream().wait_event(self._offloaded[param])
             grad_shard = self._copy_in(param, torch.empty_like(grad_shard)).add_(grad_shard)
-        self._offloaded[param] = self._copy_out(grad_shard.clone(), param)
+        self._offloaded[param] = self._copy_out(grad_shard, param)
         return grad_shard
 
     def _copy_out(self, grad_shard: Tensor, param: Parameter) -> Any:
-        """Copy to the place; returns the event that ends it."""
+        """Copy to the place; returns the event that ends it. What is given may change afterwards."""
         accelerator = get_accelerator()
         self._make_room(grad_shard.nbytes)
+        moving = grad_shard.clone()
         self._copies.wait_stream(accelerator.current_stream())
-        grad_shard.record_stream(self._copies)
+        moving.record_stream(self._copies)
         with accelerator.stream(self._copies):
-            for place, part in self._parts(param, grad_shard):
+            for place, part in self._parts(param, moving):
                 place.copy_(part, non_blocking=True)
-            return self._event_of(grad_shard.nbytes)
+            return self._event_of(moving.nbytes)
 
     def _event_of(self, num_bytes: int) -> Any:
         """An event at the end of C, which frees that many bytes."""
