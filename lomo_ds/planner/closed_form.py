@@ -281,10 +281,11 @@ class _Terms:
         """Temporaries of the update rule.
 
         DeepSpeed's own: gradients in fp32 (at most a sub-group's) and AdamW's two temporaries, or new 16-bit
-        weights after SGD. Ours: an offloaded shard and three fp32 copies of a chunk of it.
+        weights after SGD. Ours: three offloaded shards, of which two are on their way, and three fp32 copies
+        of a chunk of one.
         """
         if self._job.is_own:
             shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._defers else 0
-            return _ITEM * shard + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
+            return 3 * _ITEM * shard + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
         numel = min(self._shard_numel, int(1e9))
         return numel * {"AdamW": 3 * 4, "SGD": 4 + _ITEM}[self._job.optimizer]
