@@ -15,13 +15,7 @@ from lomo_ds.zero3.apply.grad_norm import GradNorm
 
 
 class GradientBuffer(Protocol):
-    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``.
-
-    Attributes:
-        lends: a shard that ``fetch_all`` yields is overwritten when the next one is taken.
-    """
-
-    lends: bool
+    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``."""
 
     @property
     def num_bytes(self) -> int: ...
@@ -72,10 +66,11 @@ class Deferred(ApplyPolicy):
         return StepOutcome(grad_norm=grad_norm, applied=math.isfinite(norm))
 
     def _apply_all(self, norm: float, loss_scale: float) -> None:
-        updater, lent = self._context.updater, self._buffer.lends
+        updater = self._context.updater
         numel = 0
         for param, grad_shard in self._buffer.fetch_all():
-            updater.begin(param, grad_shard, norm, loss_scale, is_view=lent)
+            updater.begin(param, grad_shard, norm, loss_scale)
+            del grad_shard  # the buffer brings the next ones meanwhile
             numel += shard_spec(param).numel
             if numel >= self._context.bucket_numel:
                 updater.advance()

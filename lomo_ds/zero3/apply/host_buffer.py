@@ -23,7 +23,6 @@ class HostBuffer:
     """
 
     num_file_bytes = 0
-    lends = False
 
     def __init__(self, shard_numel: Mapping[Parameter, int], dtype: torch.dtype) -> None:
         sizes = list(shard_numel.values())

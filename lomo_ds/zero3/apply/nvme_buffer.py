@@ -94,14 +94,9 @@ class NvmeBuffer:
     Raises:
         OSError: the disk is full after all.
 
-    Attributes:
-        lends: see ``GradientBuffer``.
-
     Cost: ``num_bytes`` of host memory and ``num_file_bytes`` of disk per rank; a step writes and reads each
         shard once. Each further gradient for a parameter in a step reads and writes it once more, and waits.
     """
-
-    lends = False
 
     def __init__(
         self,
