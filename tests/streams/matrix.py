@@ -4,7 +4,7 @@
     DS_ACCELERATOR=cpu python -m tests.streams.matrix whole
     DS_ACCELERATOR=cpu python -m tests.streams.matrix stock
 
-search the default cells, the whole matrix and DeepSpeed's own engine, and print the tables of docs/streams.md.
+search the default cells, the whole matrix, and DeepSpeed's own engine, and print tables.
 """
 
 from __future__ import annotations
