@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from lomo_ds.zero3.apply.grad_norm import GradNorm
 
 
 class GradientBuffer(Protocol):
-    """Where offloaded gradients wait: a ``HostBuffer`` or an ``NvmeBuffer``."""
+    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``."""
 
     @property
     def num_bytes(self) -> int: ...
@@ -25,9 +25,7 @@ class GradientBuffer(Protocol):
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor: ...
 
-    def wait(self) -> None: ...
-
-    def fetch(self, param: Parameter) -> Tensor: ...
+    def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]: ...
 
     def clear(self) -> None: ...
 
@@ -69,10 +67,10 @@ class Deferred(ApplyPolicy):
 
     def _apply_all(self, norm: float, loss_scale: float) -> None:
         updater = self._context.updater
-        self._buffer.wait()
         numel = 0
-        for param in self._arrived:
-            updater.begin(param, self._buffer.fetch(param), norm, loss_scale)
+        for param, grad_shard in self._buffer.fetch_all():
+            updater.begin(param, grad_shard, norm, loss_scale)
+            del grad_shard  # the buffer brings the next ones meanwhile
             numel += shard_spec(param).numel
             if numel >= self._context.bucket_numel:
                 updater.advance()

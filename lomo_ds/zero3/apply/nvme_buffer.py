@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, dropwhile
 from typing import Any
 
@@ -81,7 +81,7 @@ class _Slot:
 
 
 class NvmeBuffer:
-    """A place in a file for each parameter's gradient shard; used like ``HostBuffer``.
+    """A place in a file for each parameter's gradient shard; used like ``PinnedBuffer``.
 
     The file has no name: it is gone when the process is, however it ends.
 
@@ -176,6 +176,12 @@ class NvmeBuffer:
         slot.lend(self._new_event())
         self._read_ahead()
         return shard
+
+    def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """(parameter, its offloaded shard on the device), in the order in which they were offloaded."""
+        self.wait()
+        for param in list(self._filled):
+            yield param, self.fetch(param)
 
     def clear(self) -> None:
         """Forget what is offloaded; file and memory stay."""
