@@ -33,12 +33,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the card's reserve free, and the host has room where its size is given."""
+        """Whether the card and, where its size is given, the host have room; see ``fit``."""
         return fit.fits(self.job, self.run)
 
     @property
     def missing_bytes(self) -> int:
-        """How much the peak and the reserve exceed the card; negative for what is free."""
+        """How much the reserved memory and the reserve exceed the card; negative for what is free."""
         return fit.missing_device_bytes(self.job, self.run)
 
     @property
@@ -73,12 +73,18 @@ class Plan:
             "num_gpus": job.num_gpus,
             "gpu_memory_bytes": job.gpu_memory_bytes,
             "reserve_bytes": job.reserve_bytes,
+            "reserve_parts": {part.name: part.num_bytes for part in job.reserve_parts},
             "seq_len": job.seq_len,
             "micro_batch": job.micro_batch,
             "optimizer": job.optimizer,
             "checkpointing": job.checkpointing,
             "policy": run.policy,
             "peak_device_bytes": run.device.num_bytes,
+            "reserved_peak_bytes": run.reserved.usual.peak_bytes,
+            "reserved_peak_phase": run.reserved.usual.phase,
+            "worst_case_reserved_bytes": run.reserved.worst.peak_bytes,
+            "worst_case_flushes": run.reserved.worst_on_card.num_flushes,
+            "reserved_without_expandable_segments_bytes": run.reserved.whole_segments.peak_bytes,
             "closed_form_peak_bytes": None if isinstance(formula, str) else formula.peak_bytes,
             "peak_phase": run.device.phase,
             "peak_operation": run.device.operation,

@@ -16,8 +16,7 @@ class Reserved:
     Attributes:
         peak_bytes: most that was reserved.
         phase: of the run in which that was first so.
-        live_bytes: of tensors then.
-        waiting_bytes: of blocks then that the program has freed and whose streams may still use them.
+        most_waiting_bytes: at any moment, of blocks that the program has freed and a stream may still use.
         num_flushes: how often the device was full and everything cached was given back, after waiting for
             all streams, which torch calls a retry.
         is_out_of_memory: whether that was not enough; the replay ends there.
@@ -25,10 +24,44 @@ class Reserved:
 
     peak_bytes: int = 0
     phase: str = ""
-    live_bytes: int = 0
-    waiting_bytes: int = 0
+    most_waiting_bytes: int = 0
     num_flushes: int = 0
     is_out_of_memory: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReservedMemory:
+    """What torch's allocator reserves for a run, by four replays.
+
+    Attributes:
+        usual: with expandable segments, on a device that keeps up with the host.
+        worst: on the slowest device that the program permits: a stream has done only what the host has waited
+            for. More memory than a device has means that the allocator has to wait for it.
+        worst_on_card: the same within the memory that the card leaves to the allocator.
+        whole_segments: as ``usual`` without expandable segments, which is torch's default.
+    """
+
+    usual: Reserved = Reserved()
+    worst: Reserved = Reserved()
+    worst_on_card: Reserved = Reserved()
+    whole_segments: Reserved = Reserved()
+
+
+def reserved_memory(trace: MemoryTrace, card_bytes: int) -> ReservedMemory:
+    """All replays of a trace.
+
+    Args:
+        trace: of a dry run.
+        card_bytes: what the card leaves to torch's allocator.
+    """
+    worst = replay(trace, is_lazy=True)
+    fits = worst.peak_bytes <= card_bytes
+    return ReservedMemory(
+        usual=replay(trace),
+        worst=worst,
+        worst_on_card=worst if fits else replay(trace, is_lazy=True, capacity_bytes=card_bytes),
+        whole_segments=replay(trace, expandable=False),
+    )
 
 
 def replay(
@@ -58,12 +91,12 @@ class _Player:
 
     def __init__(self, allocator: Allocator, is_lazy: bool) -> None:
         self._allocator, self._is_lazy = allocator, is_lazy
-        self._areas: dict[int, tuple[Area, int]] = {}
+        self._areas: dict[int, Area] = {}
         self._uses: dict[int, list[tuple[int, int]]] = defaultdict(list)
         self._waiting: dict[int, deque[tuple[int, list]]] = defaultdict(deque)
         self._ended: dict[int, int] = defaultdict(int)
-        self._live_bytes = self._waiting_bytes = self._num_flushes = self._phase = 0
-        self._at_peak = (0, 0, 0)
+        self._waiting_bytes = self._most_waiting_bytes = 0
+        self._num_flushes = self._phase = self._peak_phase = 0
 
     def play(self, kind: int, first: int, second: int, third: int) -> None:
         """Do what an entry of the trace says."""
@@ -79,12 +112,10 @@ class _Player:
             self._phase = first
 
     def result(self, phases: list[str], is_out_of_memory: bool = False) -> Reserved:
-        phase, live_bytes, waiting_bytes = self._at_peak
         return Reserved(
             peak_bytes=self._allocator.peak_bytes,
-            phase=phases[phase] if phases else "",
-            live_bytes=live_bytes,
-            waiting_bytes=waiting_bytes,
+            phase=phases[self._peak_phase] if phases else "",
+            most_waiting_bytes=self._most_waiting_bytes,
             num_flushes=self._num_flushes,
             is_out_of_memory=is_out_of_memory,
         )
@@ -97,10 +128,9 @@ class _Player:
         except OutOfMemory:
             self._flush()
             area = self._allocator.malloc(num_bytes, stream)
-        self._areas[number] = area, num_bytes
-        self._live_bytes += num_bytes
+        self._areas[number] = area
         if self._allocator.peak_bytes > before:
-            self._at_peak = self._phase, self._live_bytes, self._waiting_bytes
+            self._peak_phase = self._phase
 
     def _flush(self) -> None:
         self._num_flushes += 1
@@ -108,13 +138,13 @@ class _Player:
         self._allocator.release_cached()
 
     def _free(self, number: int) -> None:
-        area, num_bytes = self._areas.pop(number)
-        self._live_bytes -= num_bytes
+        area = self._areas.pop(number)
         uses = [use for use in self._uses.pop(number, ()) if use[0] != area.stream]
         if not uses:
             self._allocator.free(area)
             return
         self._waiting_bytes += area.size
+        self._most_waiting_bytes = max(self._most_waiting_bytes, self._waiting_bytes)
         block = [area, len(uses)]
         for stream, position in uses:
             self._waiting[stream].append((position, block))

@@ -172,7 +172,7 @@ def test_the_report_and_its_files(planned: tuple[Path, str, int]) -> None:
     folder, printed, exit_code = planned
     assert exit_code == 0, printed
     assert 'does not know "zero_optimization.reduce_bucket_size" above' in printed
-    assert "fits: peak" in printed and "estimate, not a measurement" in printed
+    assert "fits: torch reserves" in printed and "estimate, not a measurement" in printed
     assert (folder / "plan.png").stat().st_size > 0
     assert json.loads((folder / "ds.json").read_text())["zero_optimization"]["stage"] == 3
 

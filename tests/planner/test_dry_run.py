@@ -80,7 +80,7 @@ def test_the_peak_is_that_of_the_timeline(dry_runs: dict[str, DryRun]) -> None:
 def test_the_verdict_names_a_key(dry_runs: dict[str, DryRun], name: str, gpu_memory: int, words: str) -> None:
     from dataclasses import replace
 
-    job = replace(JOBS[name], gpu_memory_bytes=gpu_memory, reserve_bytes=1)
+    job = replace(JOBS[name], gpu_memory_bytes=gpu_memory, asked_reserve_bytes=1)
     plan = Plan(job=job, model_name=name, run=dry_runs[name])
     assert plan.fits == (words == "")
     assert words in plan.remedy
