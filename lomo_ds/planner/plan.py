@@ -73,18 +73,13 @@ class Plan:
             "num_gpus": job.num_gpus,
             "gpu_memory_bytes": job.gpu_memory_bytes,
             "reserve_bytes": job.reserve_bytes,
-            "reserve_parts": {part.name: part.num_bytes for part in job.reserve_parts},
             "seq_len": job.seq_len,
             "micro_batch": job.micro_batch,
             "optimizer": job.optimizer,
             "checkpointing": job.checkpointing,
             "policy": run.policy,
             "peak_device_bytes": run.device.num_bytes,
-            "reserved_peak_bytes": run.reserved.usual.peak_bytes,
-            "reserved_peak_phase": run.reserved.usual.phase,
-            "worst_case_reserved_bytes": run.reserved.worst.peak_bytes,
-            "worst_case_flushes": run.reserved.worst_on_card.num_flushes,
-            "reserved_without_expandable_segments_bytes": run.reserved.whole_segments.peak_bytes,
+            **self._reserved_json(),
             "closed_form_peak_bytes": None if isinstance(formula, str) else formula.peak_bytes,
             "peak_phase": run.device.phase,
             "peak_operation": run.device.operation,
@@ -105,6 +100,17 @@ class Plan:
             "planning_s": run.duration_s,
             "planning_cpu_s": run.cpu_s,
             "ds_json": job.full_ds_json(),
+        }
+
+    def _reserved_json(self) -> dict[str, Any]:
+        reserved = self.run.reserved
+        return {
+            "reserve_parts": {part.name: part.num_bytes for part in self.job.reserve_parts},
+            "reserved_peak_bytes": reserved.usual.peak_bytes,
+            "reserved_peak_phase": reserved.usual.phase,
+            "worst_case_reserved_bytes": reserved.worst.peak_bytes,
+            "worst_case_flushes": reserved.worst_on_card.num_flushes,
+            "reserved_without_expandable_segments_bytes": reserved.whole_segments.peak_bytes,
         }
 
 
