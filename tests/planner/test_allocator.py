@@ -41,6 +41,13 @@ def test_segments_of_large_requests() -> None:
     assert reserved == [20, 20, 20, 40, 52, 70]
 
 
+@pytest.mark.parametrize(("request_bytes", "segment"), [(10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB)])
+def test_the_edge_of_own_segments(request_bytes: int, segment: int) -> None:
+    allocator = Allocator(expandable=False)
+    allocator.malloc(request_bytes, 0)
+    assert allocator.reserved_bytes == segment
+
+
 def test_a_large_block_is_split_only_where_more_than_1_mib_is_left() -> None:
     allocator = Allocator(expandable=False)
     assert sizes(allocator, [19 * MIB]) == [20 * MIB]  # 1 MiB is not more than 1 MiB
@@ -54,6 +61,14 @@ def test_the_best_fit_is_the_smallest_block() -> None:
         allocator.free(area)
     assert allocator.malloc(25 * MIB, 0).address == small.address
     assert allocator.reserved_bytes == 90 * MIB
+
+
+def test_the_end_that_can_grow_is_taken_last() -> None:
+    """Of an expandable segment the end counts with all that it can grow by."""
+    allocator = Allocator(expandable=True)
+    first, _ = allocator.malloc(10 * MIB, 0), allocator.malloc(21 * MIB, 0)  # 9 MiB are left of two pages
+    allocator.free(first)
+    assert allocator.malloc(8 * MIB, 0).address == first.address
 
 
 def test_streams_do_not_share_blocks() -> None:
@@ -92,7 +107,8 @@ def test_an_expandable_segment_grows_by_what_its_end_lacks() -> None:
     second = allocator.malloc(18 * MIB, 0)  # 17 MiB are free at the end: one page more
     assert second.address == first.address + 3 * MIB
     assert allocator.reserved_bytes == 40 * MIB
-    assert allocator.malloc(19 * MIB, 0).size == 19 * MIB  # split to the byte: no rest stays with the block
+    # split where 512 bytes are left, also of large blocks: 18.5 of the 19 MiB that are left
+    assert allocator.malloc(18 * MIB + MIB // 2, 0).size == 18 * MIB + MIB // 2
     assert allocator.reserved_bytes == 40 * MIB
     allocator.malloc(MIB // 2, 0)  # the small pool has a segment of its own, in pages of 2 MiB
     assert allocator.reserved_bytes == 42 * MIB
@@ -120,6 +136,7 @@ def test_only_whole_segments_are_given_back() -> None:
     allocator.free(second)
     allocator.release_cached()
     assert allocator.reserved_bytes == 0
+    allocator.malloc(12 * MIB, 0)
     assert allocator.peak_bytes == 20 * MIB
 
 
