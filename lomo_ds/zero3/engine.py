@@ -104,6 +104,18 @@ class LomoEngine(EngineBase):
             _require_differentiable_scalar(loss)
             return self.optimizer.run_backward(one_pass, loss, retain_graph)
 
+    def coalesce_grad_reduction(self) -> AbstractContextManager:
+        """Refused: a whole gradient would have to be kept on every rank.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "engine.coalesce_grad_reduction() keeps the whole gradient of all its backwards on every rank, "
+            'which this engine is there to avoid: set "gradient_accumulation_steps", with '
+            '"optimizer.params.apply" at "auto" or "deferred", and leave it out'
+        )
+
     def _one_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> Tensor:
         with self.optimizer.accepting_gradients():
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)

@@ -106,7 +106,10 @@ CONTRACT: tuple[PrivateName, ...] = (
         "clip_grad",
         "overflow",
         "contiguous_gradients",
+        "n_caching_allocator_flushes",
+        "parameter_offload",
     ),
+    *_attributes(_OFFLOAD + ":DeepSpeedZeRoOffload", "letting gathers wait for updates", "__allgather_stream"),
     *_attributes(_STAGE3, "carrying the loss scale in a checkpoint", "loss_scaler", "dynamic_loss_scale"),
     *_attributes(
         "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",

@@ -12,12 +12,14 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.zero3._internals.params import process_group, shard_spec
 from lomo_ds.zero3.piecewise import defragment_in_pieces
 from lomo_ds.zero3.private_names import SCALER_STATE
+from lomo_ds.zero3.shard_stream import ShardStream
 
 
 class ReducedGradient(NamedTuple):
@@ -82,6 +84,7 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
             _drop_grad(param)
 
     def independent_gradient_partition_epilogue(self) -> None:
+        """End a backward. The host waits for R, not for order's sake: what R has released is free then."""
         for dtype in list(self.ipg_buckets):
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
         if not get_accelerator().resolves_data_dependency():
@@ -154,6 +157,25 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
         self.invalidate_secondary_tensor()
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
+    def shard_stream(self) -> ShardStream:
+        """The streams of rules 1 to 3 at the top of ``updater``."""
+        return ShardStream(
+            updates=self.reduce_and_partition_stream,
+            gathers=self.parameter_offload._DeepSpeedZeRoOffload__allgather_stream,
+        )
+
+    def warn_of_allocator_flushes(self) -> None:
+        """Say, as DeepSpeed's own step does, that torch's allocator had to give memory back to find some."""
+        retries = get_accelerator().memory_stats().get("num_alloc_retries") or 0
+        if retries > self.n_caching_allocator_flushes and dist.get_rank() == 0:
+            logger.warning(
+                f"{retries - self.n_caching_allocator_flushes} flushes of the allocator's cache since the "
+                "last step: memory is nearly full, and each flush waits for the device. Lower "
+                '"zero_optimization.stage3_max_live_parameters", the micro-batch or the sequence length, or '
+                "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+            )
+        self.n_caching_allocator_flushes = retries
 
     def begin_step(self) -> None:
         self._pre_step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -15,7 +15,13 @@ from lomo_ds.zero3.apply.grad_norm import GradNorm
 
 
 class GradientBuffer(Protocol):
-    """Where offloaded gradients wait: a ``HostBuffer`` or an ``NvmeBuffer``."""
+    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``.
+
+    Attributes:
+        lends: a shard that ``fetch_all`` yields is overwritten when the next one is taken.
+    """
+
+    lends: bool
 
     @property
     def num_bytes(self) -> int: ...
@@ -25,9 +31,7 @@ class GradientBuffer(Protocol):
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor: ...
 
-    def wait(self) -> None: ...
-
-    def fetch(self, param: Parameter) -> Tensor: ...
+    def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]: ...
 
     def clear(self) -> None: ...
 
@@ -68,11 +72,10 @@ class Deferred(ApplyPolicy):
         return StepOutcome(grad_norm=grad_norm, applied=math.isfinite(norm))
 
     def _apply_all(self, norm: float, loss_scale: float) -> None:
-        updater = self._context.updater
-        self._buffer.wait()
+        updater, lent = self._context.updater, self._buffer.lends
         numel = 0
-        for param in self._arrived:
-            updater.begin(param, self._buffer.fetch(param), norm, loss_scale)
+        for param, grad_shard in self._buffer.fetch_all():
+            updater.begin(param, grad_shard, norm, loss_scale, is_view=lent)
             numel += shard_spec(param).numel
             if numel >= self._context.bucket_numel:
                 updater.advance()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, dropwhile
 from typing import Any
 
@@ -81,7 +81,7 @@ class _Slot:
 
 
 class NvmeBuffer:
-    """A place in a file for each parameter's gradient shard; used like ``HostBuffer``.
+    """A place in a file for each parameter's gradient shard; used like ``PinnedBuffer``.
 
     The file has no name: it is gone when the process is, however it ends.
 
@@ -94,9 +94,14 @@ class NvmeBuffer:
     Raises:
         OSError: the disk is full after all.
 
+    Attributes:
+        lends: see ``GradientBuffer``.
+
     Cost: ``num_bytes`` of host memory and ``num_file_bytes`` of disk per rank; a step writes and reads each
         shard once. Each further gradient for a parameter in a step reads and writes it once more, and waits.
     """
+
+    lends = False
 
     def __init__(
         self,
@@ -176,6 +181,12 @@ class NvmeBuffer:
         slot.lend(self._new_event())
         self._read_ahead()
         return shard
+
+    def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """(parameter, its offloaded shard on the device), in the order in which they were offloaded."""
+        self.wait()
+        for param in list(self._filled):
+            yield param, self.fetch(param)
 
     def clear(self) -> None:
         """Forget what is offloaded; file and memory stay."""
