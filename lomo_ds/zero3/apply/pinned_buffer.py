@@ -73,7 +73,7 @@ class PinnedBuffer:
         device: torch.device,
         bucket_numel: int,
     ) -> None:
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = dtype, device
         self._pieces, self._places = _allocate(shard_numel, dtype)
         self._largest_numel = max(shard_numel.values())
         self._shard_numel = dict(shard_numel)
@@ -101,8 +101,7 @@ class PinnedBuffer:
         Cost: a copy of the shard until the transfer is over.
         """
         if param in self._offloaded:
-            get_accelerator().current_stream().wait_event(self._offloaded[param])
-            grad_shard = self._copy_in(param, torch.empty_like(grad_shard)).add_(grad_shard)
+            grad_shard = self.read(param).add_(grad_shard)
         self._offloaded[param] = self._copy_out(grad_shard.clone(), param)
         return grad_shard
 
@@ -132,6 +131,16 @@ class PinnedBuffer:
             event.synchronize()
             self._moving_bytes -= done_bytes
 
+    def read(self, param: Parameter) -> Tensor:
+        """A copy of what is offloaded for ``param``, on the device."""
+        get_accelerator().current_stream().wait_event(self._offloaded[param])
+        shard = torch.empty(self._shard_numel[param], dtype=self.dtype, device=self._device)
+        return self._copy_in(param, shard)
+
+    def drop(self, param: Parameter) -> None:
+        """Forget what is offloaded for ``param``."""
+        del self._offloaded[param]
+
     def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
         """(parameter, its offloaded shard on the device), in the order in which they were offloaded.
 
@@ -151,7 +160,7 @@ class PinnedBuffer:
             yield param, shard
 
     def _new_slot(self) -> Tensor:
-        return torch.empty(self._largest_numel, dtype=self._dtype, device=self._device)
+        return torch.empty(self._largest_numel, dtype=self.dtype, device=self._device)
 
     def _start_fetch(self, param: Parameter, slot: Tensor) -> _Coming:
         accelerator = get_accelerator()
