@@ -223,10 +223,12 @@ def private_names() -> Iterator[Finding]:
 
 
 def host_network() -> Iterator[Finding]:
-    """Whether ranks on this node can talk in host memory, as they do for checkpoints: gloo needs an address."""
+    """Whether ranks on this node can talk in host memory, as for checkpoints: gloo needs an address."""
     import torch.distributed as dist
 
-    remedy = "let the host's name resolve to an address of this node, or set GLOO_SOCKET_IFNAME to an interface"
+    remedy = (
+        "let the host's name resolve to an address of this node, or set GLOO_SOCKET_IFNAME to an interface"
+    )
     try:
         dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=10))
     except RuntimeError as error:

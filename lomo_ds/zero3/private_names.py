@@ -123,7 +123,11 @@ CONTRACT: tuple[PrivateName, ...] = (
         "n_caching_allocator_flushes",
         "parameter_offload",
     ),
-    *_attributes(_OFFLOAD + ":DeepSpeedZeRoOffload", "letting gathers wait for updates", "__allgather_stream"),
+    *_attributes(
+        _OFFLOAD + ":DeepSpeedZeRoOffload",
+        "letting gathers wait for updates",
+        "_DeepSpeedZeRoOffload__allgather_stream",
+    ),
     *_attributes(_STAGE3, "carrying the loss scale in a checkpoint", "loss_scaler", "dynamic_loss_scale"),
     *_attributes(
         "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",

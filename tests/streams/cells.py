@@ -1,10 +1,10 @@
-"""Small training jobs of many kinds on the fake device, and what the sanitizer finds in each."""
+"""Small training jobs of many kinds on the fake device, recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,11 @@ from lomo_ds.planner.fake_rank import fake_rank
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger
 from lomo_ds.planner.traffic import answers
+from lomo_ds.zero3._internals import local_shard
 from lomo_ds.zero3.step import backward_and_step
 from tests.planner.small_jobs import gpu_job
-from tests.streams.sanitizer import Findings, Sanitizer, Site
+from tests.streams.trace import Recorder, Trace
 
-NUM_STEPS = 3
 MODEL = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -47,8 +47,8 @@ class Cell:
         overlap: DeepSpeed's ``overlap_comm``.
         world_size: ranks.
         timer: DeepSpeed's throughput timer, which waits for the device twice a step.
-        script: what is done besides training, a key of ``SCRIPTS``.
-        counts_device_waits: see ``Sanitizer``.
+        script: what a step is, a key of ``SCRIPTS``.
+        num_steps: the first finds out in which order layers come; from the second on ZeRO-3 prefetches.
     """
 
     optimizer: str = "Lomo"
@@ -63,7 +63,7 @@ class Cell:
     world_size: int = 8
     timer: bool = False
     script: str = "train"
-    counts_device_waits: bool = False
+    num_steps: int = 2
 
     def __str__(self) -> str:
         default = Cell()
@@ -85,7 +85,9 @@ class Cell:
             "timers": {"throughput": {"enabled": self.timer, "synchronized": True}},
         }
         if self.is_own:
-            top["optimizer"] = {"type": self.optimizer, "params": {"lr": 1e-3, "apply": self.apply}}
+            # stochastic rounding: with nearest the host reads now and then whether weights move at all
+            params = {"lr": 1e-3, "apply": self.apply, "rounding": "stochastic"}
+            top["optimizer"] = {"type": self.optimizer, "params": params}
             top["tiled_vocabulary"] = {"enabled": self.tiled, "tile_numel": 64 * 200}
         else:
             top["tiled_vocabulary"] = {"enabled": False}
@@ -106,27 +108,22 @@ class Cell:
         )
 
 
-def examine(cell: Cell, removed: Site | None = None) -> Findings:
-    """Train as the cell says on the fake device; returns what the sanitizer finds.
-
-    Args:
-        cell: the job.
-        removed: a wait of the engine that is to do nothing.
+def trace_of(cell: Cell) -> Trace:
+    """Train as the cell says on the fake device, and record it.
 
     Cost: no data; about two seconds.
     """
     job = cell.job()
     ledger = Ledger(answers=answers(1 << 40))
-    with _quiet(), fake_rank(
-        world_size=job.num_gpus, num_local=job.num_local, device="gpu", memory_bytes=1 << 36
-    ), ledger:
-        sanitizer = Sanitizer(get_accelerator(), cell.counts_device_waits, removed)
-        with sanitizer.watching(ledger):
+    device = fake_rank(world_size=job.num_gpus, num_local=job.num_local, device="gpu", memory_bytes=1 << 36)
+    with _quiet(), device, ledger:
+        recorder = Recorder(get_accelerator())
+        with recorder.recording(ledger):
             engine = build_engine(job, ledger)
-            SCRIPTS[cell.script](engine, job)
+            for _ in range(cell.num_steps):
+                SCRIPTS[cell.script](engine, job)
             del engine
-    assert removed is None or sanitizer.num_removed, f"{removed} was never called"
-    return sanitizer.findings
+    return recorder.trace
 
 
 def _loss(engine: Any, job: Job) -> torch.Tensor:
@@ -138,80 +135,75 @@ def _step(engine: Any, job: Job) -> None:
     backward_and_step(engine, [partial(_loss, engine, job)] * job.num_micro_batches)
 
 
-def _train(engine: Any, job: Job) -> None:
-    for _ in range(NUM_STEPS):
-        _step(engine, job)
-
-
 def _evaluate_in_step(engine: Any, job: Job) -> None:
     """A forward between backward and step."""
-    for _ in range(NUM_STEPS):
-        engine.backward(_loss(engine, job))
-        with torch.no_grad():
-            _loss(engine, job)
-        engine.step()
+    engine.backward(_loss(engine, job))
+    with torch.no_grad():
+        _loss(engine, job)
+    engine.step()
 
 
 def _call_module(engine: Any, job: Job) -> None:
-    """After each step the module is called by itself, as ``generate`` does."""
-    for _ in range(NUM_STEPS):
-        _step(engine, job)
-        _call(engine, job)
+    """After the step the model is called without the engine, as ``generate`` does."""
+    _step(engine, job)
+    _call(engine, job)
 
 
 def _call(engine: Any, job: Job) -> None:
-    """The model without the engine."""
     ids = torch.zeros((1, job.seq_len), dtype=torch.long, device=engine.device)
     with torch.no_grad():
         engine.module(input_ids=ids)
 
 
 def _write_by_hand(engine: Any, job: Job) -> None:
-    """Between steps the user changes weights, as DeepSpeed's documentation shows."""
+    """After the step the user changes weights, as DeepSpeed's documentation shows."""
+    _step(engine, job)
     params = list(engine.module.parameters())
-    for _ in range(NUM_STEPS):
-        _step(engine, job)
-        with deepspeed.zero.GatheredParameters(params, modifier_rank=0), torch.no_grad():
-            for param in params:
-                param.mul_(0.5)
+    with deepspeed.zero.GatheredParameters(params, modifier_rank=0), torch.no_grad():
+        for param in params:
+            param.mul_(0.5)
 
 
 def _fail_in_backward(engine: Any, job: Job) -> None:
-    """A backward that raises when some gradients have been applied, and a forward after it."""
+    """After the step a backward that raises when some gradients have been applied, and a forward."""
+    _step(engine, job)
     optimizer = engine.optimizer
-    for _ in range(NUM_STEPS):
-        _step(engine, job)
-        with suppress(KeyError), optimizer.accepting_gradients():
-            for param, entry in optimizer.updater.entries.items():
-                grad_shard = torch.zeros(entry.spec.shard_numel, dtype=param.dtype, device=engine.device)
-                optimizer.on_reduced_gradient(param, grad_shard)
-            raise KeyError
-        _call(engine, job)
+    with suppress(KeyError), optimizer.accepting_gradients():
+        for param, entry in optimizer.updater.entries.items():
+            grad_shard = torch.zeros(entry.spec.shard_numel, dtype=param.dtype, device=engine.device)
+            optimizer.on_reduced_gradient(param, grad_shard)
+        raise KeyError
+    _call(engine, job)
+
+
+def _fetch_early(engine: Any, job: Job) -> None:
+    """Offloaded gradients are fetched before the step, when the host has waited for nothing."""
+    engine.backward(_loss(engine, job))
+    optimizer = engine.optimizer
+    with optimizer.updater.stream.writing():
+        for _, grad_shard in optimizer.policy._buffer.fetch_all():
+            grad_shard.mul_(2)
+    engine.step()
 
 
 def _replace_shards(engine: Any, job: Job) -> None:
-    """Between steps the shards are replaced, as loading a checkpoint does, and the rules reset."""
-    from lomo_ds.zero3._internals import local_shard
-
+    """After a forward the shards are replaced, as by a checkpoint, and the rules' states made new."""
+    _step(engine, job)
+    _call(engine, job)
     optimizer = engine.optimizer
-    for _ in range(NUM_STEPS):
-        _step(engine, job)
-        with optimizer.replacing_shards(), torch.no_grad():
-            for param in optimizer.updater.entries:
-                local_shard(param).mul_(0.5)
-            optimizer.updater.reset()
-        _call(engine, job)
+    with optimizer.replacing_shards(), torch.no_grad():
+        for param in optimizer.updater.entries:
+            local_shard(param).mul_(0.5)
+        optimizer.updater.reset()
+    _call(engine, job)
 
 
 SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
-    "train": _train,
+    "train": _step,
     "evaluate in step": _evaluate_in_step,
     "call module": _call_module,
     "write by hand": _write_by_hand,
     "fail in backward": _fail_in_backward,
+    "fetch early": _fetch_early,
     "replace shards": _replace_shards,
 }
-
-
-def variant(cell: Cell, **changes: Any) -> Cell:
-    return replace(cell, **changes)

@@ -73,6 +73,8 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
     ``on_stray_gradient`` (a gradient came while none was accepted).
     """
 
+    n_caching_allocator_flushes: int
+
     def set_up(self) -> None:
         raise NotImplementedError
 
@@ -203,10 +205,11 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
 
     def warn_of_allocator_flushes(self) -> None:
         """Say, as DeepSpeed's own step does, that torch's allocator had to give memory back to find some."""
-        retries = get_accelerator().memory_stats().get("num_alloc_retries") or 0
-        if retries > self.n_caching_allocator_flushes and dist.get_rank() == 0:
+        retries = int(get_accelerator().memory_stats().get("num_alloc_retries") or 0)
+        num_flushes = retries - self.n_caching_allocator_flushes
+        if num_flushes > 0 and dist.get_rank() == 0:
             logger.warning(
-                f"{retries - self.n_caching_allocator_flushes} flushes of the allocator's cache since the "
+                f"{num_flushes} flushes of the allocator's cache since the "
                 "last step: memory is nearly full, and each flush waits for the device. Lower "
                 '"zero_optimization.stage3_max_live_parameters", the micro-batch or the sequence length, or '
                 "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
