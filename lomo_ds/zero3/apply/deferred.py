@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -15,7 +16,19 @@ from lomo_ds.zero3.apply.grad_norm import GradNorm
 
 
 class GradientBuffer(Protocol):
+<<<<<<< HEAD
     """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``."""
+=======
+    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``.
+
+    Attributes:
+        dtype: of gradients.
+        lends: a shard that ``fetch_all`` yields is overwritten when the next one is taken.
+    """
+
+    dtype: torch.dtype
+    lends: bool
+>>>>>>> lead
 
     @property
     def num_bytes(self) -> int: ...
@@ -24,6 +37,10 @@ class GradientBuffer(Protocol):
     def num_file_bytes(self) -> int: ...
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor: ...
+
+    def read(self, param: Parameter) -> Tensor: ...
+
+    def drop(self, param: Parameter) -> None: ...
 
     def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]: ...
 
@@ -76,6 +93,15 @@ class Deferred(ApplyPolicy):
                 updater.advance()
                 numel = 0
         updater.finish()
+
+    def gradient_of(self, param: Parameter) -> Tensor | None:
+        return self._buffer.read(param) if param in self._arrived else None
+
+    def replace_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
+        if param not in self._arrived:
+            raise RuntimeError(f"no gradient for {self._context.name_of(param)!r} since the last step")
+        self._buffer.drop(param)
+        self._norm.measure(param, self._buffer.add(param, grad_shard.to(self._buffer.dtype)))
 
     def forget(self) -> None:
         super().forget()

@@ -71,7 +71,7 @@ class PinnedBuffer:
         device: torch.device,
         bucket_numel: int,
     ) -> None:
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = dtype, device
         self._pieces, self._places = _allocate(shard_numel, dtype)
         self._shard_numel = dict(shard_numel)
         self._copies = get_accelerator().Stream()
@@ -98,8 +98,7 @@ class PinnedBuffer:
         Cost: a copy of the shard until the transfer is over.
         """
         if param in self._offloaded:
-            get_accelerator().current_stream().wait_event(self._offloaded[param])
-            grad_shard = self._copy_in(param, torch.empty_like(grad_shard)).add_(grad_shard)
+            grad_shard = self.read(param).add_(grad_shard)
         self._offloaded[param] = self._copy_out(grad_shard, param)
         return grad_shard
 
@@ -130,6 +129,16 @@ class PinnedBuffer:
             event.synchronize()
             self._moving_bytes -= done_bytes
 
+    def read(self, param: Parameter) -> Tensor:
+        """A copy of what is offloaded for ``param``, on the device."""
+        get_accelerator().current_stream().wait_event(self._offloaded[param])
+        shard = torch.empty(self._shard_numel[param], dtype=self.dtype, device=self._device)
+        return self._copy_in(param, shard)
+
+    def drop(self, param: Parameter) -> None:
+        """Forget what is offloaded for ``param``."""
+        del self._offloaded[param]
+
     def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
         """(parameter, its offloaded shard on the device), in the order in which they were offloaded.
 
@@ -144,7 +153,7 @@ class PinnedBuffer:
 
     def _start_fetch(self, param: Parameter) -> _Coming:
         accelerator = get_accelerator()
-        shard = torch.empty(self._shard_numel[param], dtype=self._dtype, device=self._device)
+        shard = torch.empty(self._shard_numel[param], dtype=self.dtype, device=self._device)
         self._copies.wait_stream(accelerator.current_stream())  # it may have just used this memory
         arrived = accelerator.Event()
         with accelerator.stream(self._copies):
