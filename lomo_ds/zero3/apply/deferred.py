@@ -16,19 +16,13 @@ from lomo_ds.zero3.apply.grad_norm import GradNorm
 
 
 class GradientBuffer(Protocol):
-<<<<<<< HEAD
-    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``."""
-=======
     """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``.
 
     Attributes:
         dtype: of gradients.
-        lends: a shard that ``fetch_all`` yields is overwritten when the next one is taken.
     """
 
     dtype: torch.dtype
-    lends: bool
->>>>>>> lead
 
     @property
     def num_bytes(self) -> int: ...
