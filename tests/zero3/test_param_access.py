@@ -250,7 +250,7 @@ def new_value(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("way", ["full", "local"])
-def test_training_goes_on_from_a_weight_that_was_set(way: str):
+def test_training_starts_from_a_weight_that_was_set(way: str):
     """Parameters that stay gathered (here all of them) take it, too."""
     model = plain_model()
     params = dict(model.named_parameters())

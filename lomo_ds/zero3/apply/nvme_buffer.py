@@ -83,21 +83,22 @@ class _Slot:
 class NvmeBuffer:
     """A place in a file for each parameter's gradient shard; used like ``PinnedBuffer``.
 
-        The file has no name: it is gone when the process is, however it ends.
+    The file has no name: it is gone when the process is, however it ends.
 
-        Args:
-            shard_numel: for each parameter the real elements of this rank's shard.
-            dtype: of the gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
-            device: where the gradients come from.
-            settings: the folder, and how to write to it.
+    Args:
+        shard_numel: for each parameter the real elements of this rank's shard.
+        dtype: of the gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
+        device: where the gradients come from.
+        settings: the folder, and how to write to it.
 
-        Raises:
-            OSError: the disk is full after all.
+    Raises:
+        OSError: the disk is full after all.
 
     Attributes:
         dtype: see ``GradientBuffer``.
-        Cost: ``num_bytes`` of host memory and ``num_file_bytes`` of disk per rank; a step writes and reads each
-            shard once. Each further gradient for a parameter in a step reads and writes it once more, and waits.
+
+    Cost: ``num_bytes`` of host memory and ``num_file_bytes`` of disk per rank; a step writes and reads each
+        shard once. Each further gradient for a parameter in a step reads and writes it once more, and waits.
     """
 
     def __init__(
