@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lomo_ds.allocator_settings import use_expandable_segments
 from lomo_ds.lifeline import follow_launcher
 
 _SECONDS_TO_END = 8.0
@@ -27,7 +28,8 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     """Run a script as ``python SCRIPT.py`` does, within ``lomo_ds.integrations.enable``.
 
     Its ``__name__``, ``__file__``, ``sys.argv`` and ``sys.path[0]`` are as Python sets them. What it raises,
-    ``SystemExit`` included, is raised here.
+    ``SystemExit`` included, is raised here. Turns torch's expandable segments on unless the user has set
+    the allocator.
 
     Args:
         script: path of a file.
@@ -38,6 +40,7 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     """
     if not Path(script).is_file():
         raise FileNotFoundError(f"{script}: there is no such script")
+    use_expandable_segments(os.environ)
     sys.argv[:] = [script, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
         sys.path[0] = os.path.dirname(os.path.realpath(script))

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "byte_units": set(),
     "versions": set(),
     "lifeline": set(),
+    "allocator_settings": set(),
     "rules": {"shards"},
     "zo": {"shards", "rules"},
     "optimizers": {"config", "rules"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_io": {"zero3", "shards", "config", "byte_units"},
     "checkpoint": {"zero3", "shards", "config", "byte_units", "model_io"},
     "planner": ENGINE | {"initialization", "checkpoint", "model_io"},
-    "run": {"integrations", "lifeline"},
+    "run": {"integrations", "lifeline", "allocator_settings"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "model_io", "recipe"},
     "report": {"byte_units"},
     "tasks": {"config"},
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "run",
         "lifeline",
         "report",
+        "allocator_settings",
     },
 }
 """Layer -> layers that it may import. "" is the package's own ``__init__``."""

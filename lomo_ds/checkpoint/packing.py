@@ -30,7 +30,7 @@ BLOCK_NUMEL = 1 << 18
 """Elements that share a greatest exponent."""
 
 _BLOCKS_AT_ONCE = {"cpu": 1}
-"""The host waits once for each piece of so many blocks, 32 on other devices; its own caches hold one."""
+"""Kind of device -> blocks of a piece, 32 on others: the host waits for each piece; its caches hold one."""
 
 _ESCAPE = 15
 _MAX_ESCAPED = 1 / 64

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from lomo_ds.allocator_settings import use_expandable_segments
 from lomo_ds.cli.launcher import (
     add_num_ranks,
     end_process_after,
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None, stop: StopFlag) -> int:
     arguments = make_parser().parse_intermixed_args(argv)
+    use_expandable_segments(os.environ)
     find_tools_of_this_environment()
     try:
         return _run_rank(arguments, stop) if inside_launch() else _launch(arguments)

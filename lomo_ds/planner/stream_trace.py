@@ -46,7 +46,7 @@ class Event:
 
     Attributes:
         stream: that recorded it last; None before the first time.
-        position: of the point in that stream's work: as many events were recorded there before.
+        position: number of the point in that stream's work.
         ended: stream number -> position up to which that stream's work has ended when this point is reached.
     """
 
@@ -87,7 +87,7 @@ class Stream:
         **options: those of ``torch.cuda.Stream``, which change nothing here.
 
     Attributes:
-        position: how many events have been recorded on it.
+        position: how many points of its work have been numbered.
         ended: stream number -> position up to which that stream's work ends before what comes next here.
     """
 
@@ -155,11 +155,16 @@ class Streams:
         """Make an event; takes what ``torch.cuda.Event`` takes."""
         return Event(self)
 
-    def record(self, event: Event, stream: Stream) -> None:
-        """Let ``event`` mark the end of what ``stream`` has been given."""
+    def mark(self, stream: Stream) -> int:
+        """Number the end of what ``stream`` has been given so far; observers hear nothing of it."""
         stream.position += 1
         stream.ended[stream.number] = stream.position
-        event.stream, event.position, event.ended = stream, stream.position, dict(stream.ended)
+        return stream.position
+
+    def record(self, event: Event, stream: Stream) -> None:
+        """Let ``event`` mark the end of what ``stream`` has been given."""
+        event.stream, event.position = stream, self.mark(stream)
+        event.ended = dict(stream.ended)
         for observer in self.observers:
             observer.on_record(event, stream)
 
@@ -172,8 +177,7 @@ class Streams:
     def host_wait(self, end: Stream | Event) -> None:
         """Let the host wait."""
         if isinstance(end, Stream):
-            end.position += 1
-            end.ended[end.number] = end.position
+            self.mark(end)
         _join(self._host_ended, end.ended)
         for observer in self.observers:
             observer.on_host_wait(end)

@@ -24,13 +24,16 @@ from lomo_ds.zero3.apply.nvme_buffer import NvmeBuffer
 from lomo_ds.zero3.apply.pinned_buffer import PinnedBuffer
 from lomo_ds.zero3.apply.two_pass import TwoPass
 from lomo_ds.zero3.collective_errors import failing_together
+from lomo_ds.zero3.exact_weights import ExactWeights
+from lomo_ds.zero3.frozen_params import FrozenParams
 from lomo_ds.zero3.grad_clip import GradClip
 from lomo_ds.zero3.gradient_gate import GradientGate
+from lomo_ds.zero3.param_access import ParamAccess
 from lomo_ds.zero3.param_specs import param_specs
 from lomo_ds.zero3.updater import Updater
 
 
-class LomoZeroOptimizer(Stage3Base):
+class LomoZeroOptimizer(ParamAccess, Stage3Base):
     """DeepSpeed's stage 3 with update rules in place of fp32 copies, states and a gradient buffer.
 
     Built by the engine. All ranks call every method together. A gradient shard goes from DeepSpeed's
@@ -45,6 +48,9 @@ class LomoZeroOptimizer(Stage3Base):
         policy: applies them.
         updater: the rules, their state and what rounding keeps.
         clip: how gradients are clipped.
+        stream: on which shards are written.
+        frozen_params: those that it does not train.
+        exact_weights: reads and replaces weights; see ``ParamAccess``.
         overflow: whether the last step was dropped for a gradient norm that was not finite.
         num_skipped_params: parameters that the last step left as they were, under ``immediate``, since their
             gradients were not finite.
@@ -61,9 +67,13 @@ class LomoZeroOptimizer(Stage3Base):
         self._gate = GradientGate()
         self.clip = GradClip(self.optimizer.clipping, self.clip_grad)
         specs = param_specs(self.module, self.trainable_params())
-        self._stream = self.shard_stream()
-        self.updater = Updater(self.optimizer, self.clip, specs, self.group_index(), self._stream)
+        self.stream = self.shard_stream()
+        self.updater = Updater(self.optimizer, self.clip, specs, self.group_index(), self.stream)
         self.policy = self._make_policy()
+        others = [param for param in self.module.parameters() if param not in self.updater.entries]
+        self.frozen_params = FrozenParams(others, self.param_names)
+        self.exact_weights = ExactWeights(self.updater, self.optimizer.rounding)
+        self.surround_edits(self.exact_weights.while_edited)
         self.num_skipped_params = 0
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
@@ -110,7 +120,7 @@ class LomoZeroOptimizer(Stage3Base):
             try:
                 yield
             except BaseException:
-                self._stream.publish()
+                self.stream.publish()
                 self.forget_unfinished_backward()
                 self.updater.forget_pending()
                 if not in_forward or self._gate.num_received > num_before:
@@ -162,7 +172,7 @@ class LomoZeroOptimizer(Stage3Base):
         if not self.accepts_gradients():
             self.on_stray_gradient(param)
             return
-        with self._stream.writing(grad_shard):
+        with self.stream.writing(grad_shard):
             self.on_gradients([ReducedGradient(param, grad_shard)])
             self.updater.finish()
 
@@ -173,9 +183,9 @@ class LomoZeroOptimizer(Stage3Base):
 
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()
-        with self._stream.writing():
+        with self.stream.writing():
             self.updater.finish()
-        self._stream.publish()
+        self.stream.publish()
 
     # The step boundary -------------------------------------------------------------------------
 
@@ -201,11 +211,11 @@ class LomoZeroOptimizer(Stage3Base):
             raise RuntimeError("no gradient since the last step: call engine.backward(loss) first")
         self.begin_step()
         self.release_gathered_params()
-        with self._stream.writing():
+        with self.stream.writing():
             outcome = self.policy.on_step(self.loss_scale)
             self.clip.end_step(outcome.grad_norm)
             self._note_skipped(self.updater.end_step())
-        self._stream.publish()
+        self.stream.publish()
         self._note_outcome(outcome)
         self.gather_persistent_params()
         self.zero_grad()
@@ -234,7 +244,7 @@ class LomoZeroOptimizer(Stage3Base):
         Gathers wait for the current stream, where others may have written shards, as
         ``deepspeed.zero.GatheredParameters`` does.
         """
-        self._stream.let_gathers_follow()
+        self.stream.let_gathers_follow()
         if self.updater.shards_changed:
             self.release_gathered_params()
             self.gather_persistent_params()
@@ -248,9 +258,9 @@ class LomoZeroOptimizer(Stage3Base):
         """
         self.release_gathered_params()
         self.zero_grad()
-        with self._stream.writing():
+        with self.stream.writing():
             yield
-        self._stream.publish()
+        self.stream.publish()
         self.gather_persistent_params()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

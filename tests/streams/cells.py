@@ -41,7 +41,7 @@ class Cell:
         apply: the policy.
         tiled: the vocabulary in tiles; ``tied`` with one matrix for both its uses.
         hpz: ranks that share a secondary copy of the weights.
-        threshold: parameters of at most so many elements stay gathered.
+        threshold: a parameter of at most that many elements stays gathered.
         micro_batches: of a step.
         checkpointing: of activations.
         overlap: DeepSpeed's ``overlap_comm``.

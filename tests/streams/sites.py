@@ -13,7 +13,7 @@ NOT_RUN = {"apply/nvme_buffer.py": "reads and writes files, which the fake devic
 
 
 def sites() -> dict[Site, str]:
-    """Place -> what stands there, "file: function: call"."""
+    """Place -> what is called there, "file: function: call"."""
     return {
         (file, call.lineno): f"{file}: {function}: {ast.unparse(call)}"
         for file in sorted(str(path.relative_to(ENGINE)) for path in ENGINE.rglob("*.py"))

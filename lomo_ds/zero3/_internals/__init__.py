@@ -13,6 +13,7 @@ from lomo_ds.zero3._internals.cpu_comm import use_only_gloo_on_cpu
 from lomo_ds.zero3._internals.engine import EngineBase
 from lomo_ds.zero3._internals.params import (
     accumulation_dtype,
+    all_gathered,
     full_numel,
     full_shape,
     init_context_suspended,
@@ -39,6 +40,7 @@ __all__ = [
     "ReducedGradient",
     "Stage3Base",
     "accumulation_dtype",
+    "all_gathered",
     "check_contract",
     "forget_module_state",
     "full_numel",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -33,6 +34,35 @@ class ReducedGradient(NamedTuple):
 
     param: Parameter
     shard: Tensor
+
+
+Surrounding = Callable[[Sequence[Parameter]], AbstractContextManager]
+
+
+class _SurroundedPartition:
+    """``param.partition`` with what surrounds it where the parameters have been edited.
+
+    Args:
+        param: to which it belongs.
+        partition: DeepSpeed's own.
+        surrounding: called with the parameters that it writes.
+    """
+
+    def __init__(self, param: Parameter, partition: Callable[..., None], surrounding: Surrounding) -> None:
+        self.partition = partition
+        self.param, self.surrounding = param, surrounding
+
+    def __call__(
+        self,
+        param_list: Any = None,
+        hierarchy: int = 0,
+        has_been_updated: bool = False,
+        free_data: bool = True,
+    ) -> None:
+        params = [self.param] if param_list is None else param_list
+        params = [params] if isinstance(params, Parameter) else list(params)
+        with self.surrounding(params) if has_been_updated else nullcontext():
+            self.partition(params, hierarchy, has_been_updated, free_data)
 
 
 class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
@@ -159,6 +189,12 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
         self.invalidate_secondary_tensor()
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
+    def surround_edits(self, surrounding: Surrounding) -> None:
+        """Let ``surrounding`` surround each write of parameters that the user has edited to their shards."""
+        for param in self.trainable_params():
+            original = getattr(param.partition, "partition", param.partition)
+            param.partition = _SurroundedPartition(param, original, surrounding)
 
     def shard_stream(self) -> ShardStream:
         """The streams of rules 1 to 3 at the top of ``updater``."""

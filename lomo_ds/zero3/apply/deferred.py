@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -18,10 +19,10 @@ class GradientBuffer(Protocol):
     """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``.
 
     Attributes:
-        lends: a shard that ``fetch_all`` yields is overwritten when the next one is taken.
+        dtype: of gradients.
     """
 
-    lends: bool
+    dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int: ...
@@ -30,6 +31,10 @@ class GradientBuffer(Protocol):
     def num_file_bytes(self) -> int: ...
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor: ...
+
+    def read(self, param: Parameter) -> Tensor: ...
+
+    def drop(self, param: Parameter) -> None: ...
 
     def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]: ...
 
@@ -72,15 +77,25 @@ class Deferred(ApplyPolicy):
         return StepOutcome(grad_norm=grad_norm, applied=math.isfinite(norm))
 
     def _apply_all(self, norm: float, loss_scale: float) -> None:
-        updater, lent = self._context.updater, self._buffer.lends
+        updater = self._context.updater
         numel = 0
         for param, grad_shard in self._buffer.fetch_all():
-            updater.begin(param, grad_shard, norm, loss_scale, is_view=lent)
+            updater.begin(param, grad_shard, norm, loss_scale)
+            del grad_shard  # the buffer brings the next ones meanwhile
             numel += shard_spec(param).numel
             if numel >= self._context.bucket_numel:
                 updater.advance()
                 numel = 0
         updater.finish()
+
+    def gradient_of(self, param: Parameter) -> Tensor | None:
+        return self._buffer.read(param) if param in self._arrived else None
+
+    def replace_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
+        if param not in self._arrived:
+            raise RuntimeError(f"no gradient for {self._context.name_of(param)!r} since the last step")
+        self._buffer.drop(param)
+        self._norm.measure(param, self._buffer.add(param, grad_shard.to(self._buffer.dtype)))
 
     def forget(self) -> None:
         super().forget()

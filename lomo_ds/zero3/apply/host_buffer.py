@@ -23,9 +23,9 @@ class HostBuffer:
     """
 
     num_file_bytes = 0
-    lends = False
 
     def __init__(self, shard_numel: Mapping[Parameter, int], dtype: torch.dtype) -> None:
+        self.dtype = dtype
         sizes = list(shard_numel.values())
         self._memory = torch.empty(sum(sizes), dtype=dtype)
         self._places = dict(zip(shard_numel, self._memory.split(sizes), strict=True))
@@ -44,6 +44,14 @@ class HostBuffer:
         self._filled[param] = None
         place.copy_(grad_shard)
         return grad_shard
+
+    def read(self, param: Parameter) -> Tensor:
+        """A copy of what is kept for ``param``."""
+        return self._places[param].clone()
+
+    def drop(self, param: Parameter) -> None:
+        """Forget what is kept for ``param``."""
+        del self._filled[param]
 
     def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
         """(parameter, its gradient's place), in the order in which they came."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch.nn import Parameter
 
 _LARGEST_PIECE_BYTES = 1 << 28
 _SMALLEST_PIECE_BYTES = 1 << 16
-_NUM_SLOTS = 3
-"""Shards that are on the device at the step: one is applied and two are on their way."""
+_NUM_AHEAD = 2
+"""Shards that are on their way to the device at the step while one is applied."""
 
 
 def piece_bytes(num_bytes: int) -> list[int]:
@@ -59,12 +59,10 @@ class PinnedBuffer:
         bucket_numel: elements of a reduce bucket.
 
     Cost: ``num_bytes`` of host memory per rank, for all ranks together one gradient of the model. On the
-        device copies of what is on its way, at most ``max_moving_bytes``; at the step three times the largest
-        shard.
+        device copies of what is on its way, at most ``max_moving_bytes``; at the step three shards.
     """
 
     num_file_bytes = 0
-    lends = True
 
     def __init__(
         self,
@@ -73,16 +71,15 @@ class PinnedBuffer:
         device: torch.device,
         bucket_numel: int,
     ) -> None:
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = dtype, device
         self._pieces, self._places = _allocate(shard_numel, dtype)
-        self._largest_numel = max(shard_numel.values())
         self._shard_numel = dict(shard_numel)
         self._copies = get_accelerator().Stream()
         self._offloaded: dict[Parameter, Any] = {}
         """Parameter -> the event at which its place is filled."""
         self._moving: deque[tuple[Any, int]] = deque()
         self._moving_bytes = 0
-        self.max_moving_bytes = max(bucket_numel, 2 * self._largest_numel) * dtype.itemsize
+        self.max_moving_bytes = max(bucket_numel, 2 * max(shard_numel.values())) * dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
@@ -101,24 +98,24 @@ class PinnedBuffer:
         Cost: a copy of the shard until the transfer is over.
         """
         if param in self._offloaded:
-            get_accelerator().current_stream().wait_event(self._offloaded[param])
-            grad_shard = self._copy_in(param, torch.empty_like(grad_shard)).add_(grad_shard)
-        self._offloaded[param] = self._copy_out(grad_shard.clone(), param)
+            grad_shard = self.read(param).add_(grad_shard)
+        self._offloaded[param] = self._copy_out(grad_shard, param)
         return grad_shard
 
     def _copy_out(self, grad_shard: Tensor, param: Parameter) -> Any:
-        """Copy to the place; returns the event that ends it."""
+        """Copy to the place; returns the event that ends it. What is given may change afterwards."""
         accelerator = get_accelerator()
         self._make_room(grad_shard.nbytes)
+        moving = grad_shard.clone()
         self._copies.wait_stream(accelerator.current_stream())
-        grad_shard.record_stream(self._copies)
+        moving.record_stream(self._copies)
         with accelerator.stream(self._copies):
-            for place, part in self._parts(param, grad_shard):
+            for place, part in self._parts(param, moving):
                 place.copy_(part, non_blocking=True)
-            return self._event_of(grad_shard.nbytes)
+            return self._event_of(moving.nbytes)
 
     def _event_of(self, num_bytes: int) -> Any:
-        """An event at the end of C, which frees that many bytes."""
+        """An event at the end of C, from which on ``num_bytes`` are no longer on their way."""
         event = get_accelerator().Event()
         event.record()
         self._moving.append((event, num_bytes))
@@ -126,38 +123,41 @@ class PinnedBuffer:
         return event
 
     def _make_room(self, num_bytes: int) -> None:
-        """Let the host wait until so many more bytes may be on their way."""
+        """Let the host wait until ``num_bytes`` more may be on their way."""
         while self._moving and self._moving_bytes + num_bytes > self.max_moving_bytes:
             event, done_bytes = self._moving.popleft()
             event.synchronize()
             self._moving_bytes -= done_bytes
 
+    def read(self, param: Parameter) -> Tensor:
+        """A copy of what is offloaded for ``param``, on the device."""
+        get_accelerator().current_stream().wait_event(self._offloaded[param])
+        shard = torch.empty(self._shard_numel[param], dtype=self.dtype, device=self._device)
+        return self._copy_in(param, shard)
+
+    def drop(self, param: Parameter) -> None:
+        """Forget what is offloaded for ``param``."""
+        del self._offloaded[param]
+
     def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
         """(parameter, its offloaded shard on the device), in the order in which they were offloaded.
 
-        While one is in use, the next two are on their way. A shard is valid until the next one is taken.
+        While one is in use, the next two are on their way. Who has used one releases it before the next.
         """
-        reader = get_accelerator().current_stream()
-        slots = [self._new_slot() for _ in range(min(_NUM_SLOTS, len(self._offloaded)))]
-        to_come = zip(self._offloaded, cycle(slots))
-        self._copies.wait_stream(reader)  # the slots may be memory that it has just used
-        coming = deque(self._start_fetch(*one) for one in islice(to_come, _NUM_SLOTS - 1))
+        to_come = iter(self._offloaded)
+        coming = deque(self._start_fetch(param) for param in islice(to_come, 1 + _NUM_AHEAD))
         while coming:
-            param, shard, arrived = coming.popleft()
-            for following in islice(to_come, 1):
-                self._copies.wait_stream(reader)  # of the slot's last shard
-                coming.append(self._start_fetch(*following))
-            reader.wait_event(arrived)
-            yield param, shard
+            get_accelerator().current_stream().wait_event(coming[0].arrived)
+            yield coming[0].param, coming.popleft().shard
+            coming.extend(self._start_fetch(param) for param in islice(to_come, 1))
 
-    def _new_slot(self) -> Tensor:
-        return torch.empty(self._largest_numel, dtype=self._dtype, device=self._device)
-
-    def _start_fetch(self, param: Parameter, slot: Tensor) -> _Coming:
+    def _start_fetch(self, param: Parameter) -> _Coming:
         accelerator = get_accelerator()
+        shard = torch.empty(self._shard_numel[param], dtype=self.dtype, device=self._device)
+        self._copies.wait_stream(accelerator.current_stream())  # it may have just used this memory
         arrived = accelerator.Event()
         with accelerator.stream(self._copies):
-            shard = self._copy_in(param, slot.narrow(0, 0, self._shard_numel[param]))
+            self._copy_in(param, shard)
             arrived.record()
         return _Coming(param, shard, arrived)
 

@@ -51,7 +51,6 @@ class FakeBuffer:
     """Adds gradients up, as the buffers do."""
 
     num_bytes, num_file_bytes = 12, 34
-    lends = True
 
     def __init__(self) -> None:
         self.sums: dict[Parameter, Tensor] = {}
