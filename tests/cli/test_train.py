@@ -110,7 +110,7 @@ def test_number_of_ranks_and_overrides_are_passed_to_the_ranks(recipe_path: Path
 
 def test_the_launcher_decides_on_the_dtype(recipe_path: Path, no_launch: list, capsys: pytest.CaptureFixture):
     assert main([str(recipe_path), "dtype=auto"]) == 0
-    (command,) = no_launch
+    ((command, _),) = no_launch
     assert command[-2] == "dtype=auto" and command[-1] in ("dtype=bf16", "dtype=fp32")
     reason = capsys.readouterr().out
     assert reason.startswith(f"computing in {command[-1].removeprefix('dtype=')}: this CPU ")
