@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import runpy
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from lomo_ds.allocator_settings import use_expandable_segments
 
+_SECONDS_TO_END = 8.0
 USAGE = "usage: LAUNCHER -m lomo_ds.run SCRIPT.py [its arguments]"
 
 
@@ -65,5 +67,18 @@ def main() -> None:
         raise
 
 
+def end_soon() -> None:
+    """Let this process end within 8 s, with exit code 1 and its stacks, whatever its clean-up waits for.
+
+    Python ends by itself after an exception, but a process group's clean-up may wait for ranks that wait for
+    this one.
+    """
+    faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        end_soon()
+        raise

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from lomo_ds.allocator_settings import use_expandable_segments
 from lomo_ds.cli.launcher import (
     add_num_ranks,
-    end_process,
+    end_process_after,
     inside_launch,
     launch,
     num_accelerators,
@@ -105,4 +105,4 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    end_process_after(main)

@@ -104,17 +104,23 @@ def _group(rank: int, world_size: int) -> Iterator[None]:
 
 @contextmanager
 def _values_never_asked() -> Iterator[None]:
-    """Replace calls that need other ranks' values or a real device by this rank's own values.
+    """Replace calls that need other ranks or a real device by what this rank knows.
 
     transformers takes fake tensors for a trace and then builds masks that a real run leaves out.
     """
     from transformers.utils import import_utils
+
+    new_group = dist.new_group
+
+    def new_fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        return new_group(*args, **kwargs)
 
     def all_gather_object(objects: list[Any], own: Any, group: Any = None) -> None:
         objects[:] = [own] * len(objects)
 
     with (
         mock.patch.object(dist, "all_gather_object", all_gather_object),
+        mock.patch.object(dist, "new_group", new_fake_group),
         mock.patch.object(import_utils, "is_fake_tensor", lambda value: False),
     ):
         yield

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = {"stage3.py": "R", "parameter_offload.py": "G", "host_buffer.py": "C", "nvme_buffer.py": "C"}
+_NAMES = {"stage3.py": "R", "parameter_offload.py": "G", "pinned_buffer.py": "C", "nvme_buffer.py": "C"}
 """File that makes a stream -> its name: reduces and writes shards, gathers, copies to the host."""
 _VALUE_OF = torch.ops.aten._local_scalar_dense.default
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
