@@ -19,6 +19,7 @@ from lomo_ds.optimizers import rule_of
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.planner.model_shape import ModelShape
 from lomo_ds.planner.rule_state import rule_state_bytes
+from lomo_ds.rules.param_spec import ParamSpec
 from lomo_ds.rules.rounding import Rounding, chunk_numel, resolve_rounding
 from lomo_ds.rules.rule import Rule
 from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
@@ -233,7 +234,8 @@ class _Terms:
         if self._defers:
             num_copies = 2 if job.num_micro_batches > 1 else 1  # the sum so far comes back to the device
             return copy + num_copies * _ITEM * shard
-        numbers = 3 if self._rule.needs_sums or self._rounding == "stochastic" else 2
+        spec = ParamSpec(shape=(1, numel), rank=0, world_size=job.num_gpus)
+        numbers = 3 if self._rule.needs_sums(spec) or self._rounding == "stochastic" else 2
         return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
 
     @functools.cached_property

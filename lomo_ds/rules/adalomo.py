@@ -41,7 +41,6 @@ class AdaLomoRule:
     Reference: AdaLomo (arXiv 2310.10195), algorithm 1; Adafactor (arXiv 1804.04235), algorithms 4 and 5.
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset({"row", "column"})
     eps: tuple[float, float] = (1e-30, 1e-3)
@@ -54,6 +53,9 @@ class AdaLomoRule:
                 f"decay_rate: {self.decay_rate} is above 0, which gives a new gradient a weight above 1: "
                 "set it to 0 or less, such as -0.8"
             )
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return True
 
     def is_scale_free(self, role: Role) -> bool:
         return False

@@ -25,11 +25,13 @@ class AdamWRule:
     Reference: Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2, as in torch.
     """
 
-    needs_sums: ClassVar[bool] = False
     keeps_master_weights: ClassVar[bool] = True
     replicated_state: ClassVar[frozenset[str]] = frozenset()
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return False
 
     def is_scale_free(self, role: Role) -> bool:
         return False

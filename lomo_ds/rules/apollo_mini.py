@@ -49,7 +49,6 @@ class ApolloMiniRule:
         and one factor for each tensor; the limiter is Fira's (arXiv 2410.01623).
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset({"moment", "moment_sq", "norm"})
     betas: tuple[float, float] = (0.9, 0.999)
@@ -66,6 +65,9 @@ class ApolloMiniRule:
             raise ValueError(f"norm_growth has to be at least 1, not {self.norm_growth}")
         if self.projection_steps < 1:
             raise ValueError(f"projection_steps has to be at least 1, not {self.projection_steps}")
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return spec.role != "vector"
 
     def is_scale_free(self, role: Role) -> bool:
         return False

@@ -20,9 +20,11 @@ class LomoRule:
     Reference: LOMO (arXiv 2306.09782), algorithm 1; weight decay as in torch.optim.SGD.
     """
 
-    needs_sums: ClassVar[bool] = False
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return False
 
     def is_scale_free(self, role: Role) -> bool:
         return False

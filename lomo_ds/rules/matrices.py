@@ -43,9 +43,8 @@ class Matrices:
         return self._spec.blocks(max_numel=chunk_numel(self._device))
 
     def cut_rows(self) -> list[int]:
-        """The rows that lie on more than one rank, at most ranks - 1; the same list on every rank."""
-        cuts = range(self._spec.partition_numel, self._spec.numel, self._spec.partition_numel)
-        return sorted({at // self.num_columns for at in cuts if at % self.num_columns})
+        """``ShardSpec.cut_rows``."""
+        return self._spec.cut_rows()
 
     def is_cut(self, block: Block) -> bool:
         """Whether the block is a part of one row."""

@@ -41,7 +41,6 @@ class ScaleRule:
     Reference: A Minimalist Optimizer Design for LLM Pretraining (arXiv 2506.16659), algorithm 1.
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = REPLICATED
     momentum: float = 0.9
@@ -49,6 +48,9 @@ class ScaleRule:
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum has to be at least 0 and below 1, not {self.momentum}")
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return spec.role in ("embedding", "head") or (spec.role == "matrix" and bool(spec.cut_rows()))
 
     def is_scale_free(self, role: Role) -> bool:
         return role != "head"

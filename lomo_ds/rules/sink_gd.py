@@ -48,7 +48,6 @@ class SinkGDRule:
         algorithms 3 (SR-Sinkhorn) and 4 (SinkGD).
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
     sweeps: int = 1
@@ -56,6 +55,9 @@ class SinkGDRule:
     def __post_init__(self) -> None:
         if not 1 <= self.sweeps <= 5:
             raise ValueError(f"sweeps has to be 1 to 5, not {self.sweeps}")
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return spec.role != "vector"
 
     def is_scale_free(self, role: Role) -> bool:
         return True

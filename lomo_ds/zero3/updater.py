@@ -143,7 +143,7 @@ class Updater:
         entry.num_updates += 1
         self.shards_changed = True
         clips_alone = self._clip.per_parameter and not entry.is_scale_free
-        waits = entry.rule.needs_sums or clips_alone
+        waits = entry.rule.needs_sums(entry.spec) or clips_alone
         shard = self._shard(param, grad_shard.clone() if is_view and waits else grad_shard, entry)
         factor = 1.0 if entry.is_scale_free else self._clip.factor(norm)
         settings = self._settings(entry, factor / loss_scale)
