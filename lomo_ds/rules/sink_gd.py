@@ -101,8 +101,8 @@ def rows_then_columns(
         cut_rows: row -> the sum of squares of diag(column) times it, over all ranks.
 
     Returns:
-        The factors of the shard's rows, shape (num_local_rows,), and this shard's part of the sums of squares of
-        the columns of diag(row) G diag(column), shape (num_matrices, num_columns); fp32.
+        The factors of the shard's rows, shape (num_local_rows,), and this shard's part of the sums of squares
+        of the columns of diag(row) G diag(column), shape (num_matrices, num_columns); fp32.
     """
     matrices = Matrices(shard)
     row, sums = matrices.zeros_by_row(), matrices.zeros_by_column()

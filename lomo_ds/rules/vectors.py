@@ -1,4 +1,6 @@
-"""Updates by elements: of vectors (norms, biases), for rules whose maths is about matrices, and of rules alone."""
+"""Updates by elements: of vectors (norms, biases), for rules whose maths is about matrices, and of rules
+alone.
+"""
 
 from __future__ import annotations
 

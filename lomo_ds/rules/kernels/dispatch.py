@@ -1,4 +1,6 @@
-"""Where kernels run: on CUDA devices with Triton. Everywhere else torch's operations do, and one line says so."""
+"""Where kernels run: on CUDA devices with Triton. Everywhere else torch's operations do, and one line
+says so.
+"""
 
 from __future__ import annotations
 

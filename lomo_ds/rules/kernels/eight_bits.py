@@ -30,7 +30,8 @@ def encoded(values, index, first, second):
     bits = values.to(tl.int32, bitcast=True)
     step = (tl.maximum(bits & 0x7F800000, 121 << 23) - (3 << 23)).to(tl.float32, bitcast=True)
     parts = tl.div_rn(tl.abs(values), step) + noise
-    size = tl.floor(parts) * step
+    whole = tl.where(parts < 32.0, parts, 0.0).to(tl.int32).to(tl.float32)  # finite parts are at most 17
+    size = tl.where(parts < 32.0, whole, parts) * step
     size = tl.where(size > 448.0, 448.0, size)
     normal = (size.to(tl.int32, bitcast=True) >> 20) - (_BIAS << 3)
     least = (tl.where(size < _LEAST_NORMAL, size, 0.0) * 512.0).to(tl.int32)

@@ -1,7 +1,7 @@
 """What happens to an element on its way: loaded to fp32, its gradient scaled and clipped, rounded, stored.
 
-Where torch's own operations fuse a product and a sum (``add_`` with ``alpha``, ``lerp_``, ``addcmul_``), so do
-kernels, by ``tl.fma``; nothing else is fused (``enable_fp_fusion=False``).
+Where torch's own operations fuse a product and a sum (``add_`` with ``alpha``, ``lerp_``, ``addcmul_``), so
+do kernels, by ``tl.fma``; nothing else is fused (``enable_fp_fusion=False``).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load(pointer, at, inside):
 
 @triton.jit
 def load_grad(grad, grad_scale, scale, clip_value, at, inside):
-    """``Shard.scaled_grad``: times a number and a 0-dim tensor (or None), and no larger than ``clip_value``."""
+    """``Shard.scaled_grad``: times a number and a 0-dim tensor (or None), bounded by ``clip_value``."""
     values = load(grad, at, inside) * scale
     if grad_scale is not None:
         values = values * tl.load(grad_scale)
@@ -66,20 +66,15 @@ def moved_to(start, end, weight):
 def _spacing(rounded, dtype: tl.constexpr):
     """``rounding._spacing`` of values of a 16-bit dtype, given in fp32."""
     bits = rounded.to(tl.int32, bitcast=True) & 0x7F800000
-    if dtype == tl.bfloat16:
-        bits = bits - (7 << 23)
-    else:
-        bits = bits - (10 << 23)
+    mantissa_bits: tl.constexpr = 7 if dtype == tl.bfloat16 else 10
+    bits = bits - (mantissa_bits << 23)
     return tl.maximum(bits, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _stochastic(exact, noise, dtype: tl.constexpr):
     """``rounding._round_stochastically``."""
-    if dtype == tl.bfloat16:
-        below = 0xFFFF
-    else:
-        below = 0x1FFF
+    below: tl.constexpr = 0xFFFF if dtype == tl.bfloat16 else 0x1FFF
     bits = ((noise & below) + exact.to(tl.int32, bitcast=True)) & ~below
     is_finite = (exact < float("inf")) & (exact > -float("inf"))
     return tl.where(is_finite, bits.to(tl.float32, bitcast=True), exact)

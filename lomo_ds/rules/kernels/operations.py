@@ -1,11 +1,12 @@
-"""Kernels as operations of torch: what each reads and writes is in its schema, for whoever watches operations.
+"""Kernels as operations of torch: what each reads and writes is in its schema, for whoever watches
+operations.
 
 On tensors without data they do nothing. ``implement`` gives them their kernels on a device.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from ctypes import c_float
 from itertools import chain
 from typing import Any
 
@@ -22,20 +23,20 @@ SCHEMAS = {
     "adam_step": f"{_WEIGHTS}, {_GRAD}, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? master, "
     "float[] numbers, int[] grid",
     "learn_variance": f"{_GRAD}, Tensor(a!) variance, float eps, float weight, int[] grid",
-    "factored_step": f"{_WEIGHTS}, {_GRAD}, {_FACTORS}, Tensor? step_size, float step, float decay, int[] grid",
+    "factored_step": f"{_WEIGHTS}, {_GRAD}, {_FACTORS}, Tensor? step_size, float step, float decay, "
+    "int[] grid",
     "momentum_step": f"{_WEIGHTS}, {_GRAD}, Tensor(c!) momentum, Tensor size, float weight, Tensor new_size, "
     "int[] noise, Tensor? row, Tensor? column, float step, float decay, int[] grid",
     "squares": "Tensor values, Tensor(a!) partials, int[] grid",
     "tile_sums": f"{_GRAD}, {_FACTORS}, Tensor? momentum, Tensor? size, float weight, bool squared, "
     "Tensor(a!)? by_row, Tensor(b!)? by_column, int[] grid",
 }
-"""Kernel -> its arguments, in the kernel's order, lists flattened. The last number of ``grid`` is how many programs
-run; the kernel does not see it."""
+"""Kernel -> its arguments, in the kernel's order, lists flattened. The last number of ``grid`` is how many
+programs run; the kernel does not see it."""
 
 ONLY_WRITTEN = frozenset({"partials", "by_row", "by_column"})
 """Arguments that a kernel writes and does not read. What else it writes it also reads."""
 
-_MODULES = ("steps", "sums")
 _LIBRARY = torch.library.Library("lomo_ds", "DEF")
 for _name, _arguments in SCHEMAS.items():
     _LIBRARY.define(f"{_name}({_arguments}) -> ()")
@@ -51,9 +52,10 @@ def implement(dispatch_key: str) -> None:
     Raises:
         ImportError: there is no Triton.
     """
-    modules = [import_module(f"lomo_ds.rules.kernels.{name}") for name in _MODULES]
+    from lomo_ds.rules.kernels import steps, sums
+
     for name in SCHEMAS:
-        kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
+        kernel = next(getattr(module, name) for module in (steps, sums) if hasattr(module, name))
         _LIBRARY.impl(name, _launcher(kernel), dispatch_key)
 
 
@@ -61,9 +63,14 @@ def _launcher(kernel: Any) -> Any:
     def launch(*args: Any) -> None:
         *flat, num_programs = chain.from_iterable(arg if isinstance(arg, list) else [arg] for arg in args)
         if num_programs:
-            kernel[(num_programs,)](*flat, enable_fp_fusion=False)
+            kernel[(num_programs,)](*map(_as_fp32, flat), enable_fp_fusion=False)
 
     return launch
+
+
+def _as_fp32(value: Any) -> Any:
+    """A number as a kernel on a GPU gets it; Triton's interpreter would keep its 64 bits."""
+    return c_float(value).value if isinstance(value, float) else value
 
 
 def traffic_bytes(operation: Any, args: tuple[Any, ...]) -> int:

@@ -1,8 +1,8 @@
 """Kernels that write: one for each way in which rules step. Arguments come in the order of ``operations``.
 
-Of all of them: ``param``, ``error``, ``is_written``, ``ROUNDING``, ``first``, ``second`` and ``start`` say where and
-how weights are written (``elements.write``); ``grad``, ``grad_scale``, ``scale`` and ``clip_value`` are the gradient
-(``elements.load_grad``).
+Of all of them: ``param``, ``error``, ``is_written``, ``ROUNDING``, ``first``, ``second`` and ``start`` say
+where and how weights are written (``elements.write``); ``grad``, ``grad_scale``, ``scale`` and ``clip_value``
+are the gradient (``elements.load_grad``).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def momentum_step(
 
 @triton.jit
 def with_momentum(values, momentum, size, weight, rows, at, inside):
-    """The momentum of the last step, in 8 bits times the size of its row, moved to the gradient by ``weight``."""
+    """The kept momentum, in 8 bits times the size of its row, moved to the gradient by ``weight``."""
     of_row = tl.load(size + rows, mask=tl.max(inside.to(tl.int32), 1) > 0, other=1.0)
     kept = decoded(tl.load(momentum + at, mask=inside, other=0)) * of_row[:, None]
     return moved_to(kept, values, weight)

@@ -1,5 +1,5 @@
-"""Kernels that read alone: partial sums, which one more operation of torch adds up. No atomics: the same order
-in every run.
+"""Kernels that read alone: partial sums, which one more operation of torch adds up. No atomics: the same
+order in every run.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def tile_sums(
         values = tl.where(inside, values, 0.0)
         total += values
         if by_row is not None:
-            is_in_shard = tl.max(inside.to(tl.int32), 1) > 0
-            tl.store(by_row + rows * num_blocks + block_of(num_blocks), tl.sum(values, 1), mask=is_in_shard)
+            is_local = is_row & (rows >= 0) & (rows * num_columns < numel + lead)
+            tl.store(by_row + rows * num_blocks + block_of(num_blocks), tl.sum(values, 1), mask=is_local)
     if by_column is not None:
         of_group = by_column + group_of(num_blocks).to(tl.int64) * num_columns
         tl.store(of_group + columns, tl.sum(total, 0), mask=columns < num_columns)

@@ -1,7 +1,8 @@
-"""A shard as tiles of the matrices that it is a part of: no division for an element, and cut rows like others.
+"""A shard as tiles of the matrices that it is a part of: no division for an element, and cut rows like
+others.
 
-A program has a group of rows of one matrix and a block of columns. Rows are counted from the shard's first, cut
-or not; what a tile has before the shard's beginning or after its end is left out.
+A program has a group of rows of one matrix and a block of columns. Rows are counted from the shard's first,
+cut or not; what a tile has before the shard's beginning or after its end is left out.
 """
 
 from __future__ import annotations
@@ -80,9 +81,8 @@ def normalized(
         if ROOT:
             of_column = _inverse_root(of_column)
         values = values * of_column[None, :]
-    if row is not None:
-        if not ROW_FIRST:
-            values = values * of_row[:, None]
+    if row is not None and not ROW_FIRST:
+        values = values * of_row[:, None]
     return values
 
 
