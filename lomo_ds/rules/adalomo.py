@@ -69,27 +69,43 @@ class AdaLomoRule:
         return {"row": torch.zeros(rows, **new), "column": torch.zeros(columns, **new)}
 
     def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
-        param_sq = sum_of_squares(shard.param).float()
         if "variance" in shard.state:
+            param_sq = sum_of_squares(shard.param).float()
             learn_variance_(shard, settings, self.eps[0], settings.step**self.decay_rate)
             totals = yield torch.stack([param_sq, sum_of_update_squares(shard, settings)])
             param_sq, update_sq = totals.unbind()
         else:
             row, column = shard.state["row"], shard.state["column"]
-            totals = yield torch.cat([*squares_by_row_and_column(shard, settings), param_sq[None]])
+            totals = yield sums_to_learn_from(shard, settings)
             row_sq, column_sq, param_sq = totals.split([row.numel(), column.numel(), 1])
             self._learn_matrix(shard, settings, row_sq, column_sq)
             update_sq = yield sum_of_update_squares(shard, settings)[None]
-        numel = shard.spec.numel
-        rms_param = (param_sq / numel).sqrt().clamp(min=self.eps[1])
-        bound = ((update_sq / numel).sqrt() / self.clip_threshold).clamp(min=1.0)
-        step_by_second_moments_(shard, settings, settings.lr * rms_param / bound)
+        step_size = bounded_step_size(
+            param_sq, update_sq, shard.spec.numel, settings.lr, self.eps[1], self.clip_threshold
+        )
+        step_by_second_moments_(shard, settings, step_size)
 
     def _learn_matrix(self, shard: Shard, settings: StepSettings, row_sq: Tensor, column_sq: Tensor) -> None:
         num_rows, num_columns = shard.spec.shape[-2:]
         weight = settings.step**self.decay_rate
-        shard.state["row"].lerp_(row_sq / num_columns + self.eps[0], weight)
-        shard.state["column"].lerp_(column_sq / num_rows + self.eps[0], weight)
+        learn_mean_(shard.state["row"], row_sq, num_columns, self.eps[0], weight)
+        learn_mean_(shard.state["column"], column_sq, num_rows, self.eps[0], weight)
+
+
+@fused
+def learn_mean_(state: Tensor, sums: Tensor, num: int, eps: float, weight: float) -> None:
+    """Move running means by ``weight`` to the means of ``num`` numbers, given their sums, plus eps."""
+    state.lerp_(sums / num + eps, weight)
+
+
+@fused
+def bounded_step_size(
+    param_sq: Tensor, update_sq: Tensor, numel: int, lr: float, least_rms: float, clip_threshold: float
+) -> Tensor:
+    """lr * max(least_rms, RMS(p)) / max(1, RMS(u) / clip_threshold), from sums of squares: one number."""
+    rms_param = (param_sq / numel).sqrt().clamp(min=least_rms)
+    bound = ((update_sq / numel).sqrt() / clip_threshold).clamp(min=1.0)
+    return lr * rms_param / bound
 
 
 @fused
@@ -149,8 +165,8 @@ def _column_rows(per_matrix: Tensor, block: Block, num_rows: int) -> Tensor:
 
 
 @fused
-def squares_by_row_and_column(shard: Shard, settings: StepSettings) -> tuple[Tensor, Tensor]:
-    """This shard's part of the row and column sums of g^2, in the shapes of the state."""
+def sums_to_learn_from(shard: Shard, settings: StepSettings) -> Tensor:
+    """This shard's part of the row and column sums of g^2, as long as the state, and of the sum of p^2."""
     num_rows, num_columns = shard.spec.shape[-2:]
     row = torch.zeros_like(shard.state["row"])
     column = torch.zeros_like(shard.state["column"]).view(-1, num_columns)
@@ -162,4 +178,4 @@ def squares_by_row_and_column(shard: Shard, settings: StepSettings) -> tuple[Ten
         else:
             matrix = torch.arange(block.rows.start, block.rows.stop, device=row.device) // num_rows
             column[:, block.columns].index_add_(0, matrix, squares)
-    return row, column.flatten()
+    return torch.cat([row, column.flatten(), sum_of_squares(shard.param).float()[None]])

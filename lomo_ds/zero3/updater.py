@@ -168,8 +168,10 @@ class Updater:
         checked, self._skipped = self._skipped, {}
         if not checked:
             return []
-        flags = torch.stack(list(checked.values())).tolist()
-        return [self.entries[param].spec.name for param, flag in zip(checked, flags, strict=True) if flag]
+        made = torch.stack(list(checked.values())).tolist()
+        return [
+            self.entries[param].spec.name for param, is_made in zip(checked, made, strict=True) if not is_made
+        ]
 
     def _settings(self, entry: Entry, grad_scale: float) -> StepSettings:
         group = self._optimizer.param_groups[entry.group_index]
@@ -202,7 +204,8 @@ class Updater:
         if not self._pending:
             return
         waiting, self._pending = self._pending, []
-        totals = torch.cat([pending.sums for pending in waiting])
+        sums = [pending.sums for pending in waiting]
+        totals = torch.cat(sums) if len(sums) > 1 else sums[0]
         dist.all_reduce(totals, group=self._group)
         parts = totals.split([pending.sums.numel() for pending in waiting])
         for pending, part in zip(waiting, parts, strict=True):

@@ -61,7 +61,7 @@ def decay_of(settings: StepSettings) -> float:
     return 1.0 - settings.lr * settings.weight_decay
 
 
-def sums_over(
+def partial_sums(
     shard: Shard,
     settings: StepSettings,
     tiles: Tiles,
@@ -70,13 +70,14 @@ def sums_over(
     momentum: Momentum | None = None,
     squared: bool = True,
 ) -> list[Tensor]:
-    """Sums over the shard's part of each row and column.
+    """Sums over the shard's part of each row and column, in parts that remain to be added up.
 
     Args:
         wanted: "rows", "columns" or "rows and columns".
 
     Returns:
-        Of those the first with shape (num_local_rows,), the second (num_local_matrices, num_columns).
+        Of those the first with shape (num_local_rows, parts), the second (num_local_matrices, parts,
+        num_columns).
     """
     new = {"dtype": torch.float32, "device": shard.param.device}
     num_columns = shard.spec.shape[-1] if len(shard.spec.shape) > 1 else tiles.numbers[4]
@@ -87,7 +88,12 @@ def sums_over(
     OPERATIONS.tile_sums(
         *grad_of(shard, settings), *factors.arguments, *old, squared, by_row, by_column, tiles.numbers
     )
-    return [partials.sum(1) for partials in (by_row, by_column) if partials is not None]
+    return [partials for partials in (by_row, by_column) if partials is not None]
+
+
+def sums_over(*args: Any, **more: Any) -> list[Tensor]:
+    """``partial_sums``, added up: shapes (num_local_rows,) and (num_local_matrices, num_columns)."""
+    return [partials.sum(1) for partials in partial_sums(*args, **more)]
 
 
 def whole_of(part: Tensor, first: int, length: int) -> Tensor:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from lomo_ds.shards import ShardSpec
 
 _BLOCK, _SPAN = 1024, 16
-_TILE_NUMEL, _MAX_COLUMNS, _MIN_COLUMNS = 4096, 256, 16
+_MAX_COLUMNS, _MIN_COLUMNS = 256, 16
+_STEP_NUMEL, _SUM_NUMEL = 1024, 4096
+"""Elements of a tile: as few as leave a thread's registers room for what a step does."""
 _SUM_ROWS = 128
 """Rows that a program of sums adds up before it writes: of the gradient's bytes, sums are 1.6 %."""
 
@@ -59,7 +61,7 @@ def tiles_of(spec: ShardSpec, for_sums: bool) -> Tiles:
     if num_matrices > 1:
         num_rows, before = rows_of_matrix, first_matrix * rows_of_matrix - first_row
     columns = min(_MAX_COLUMNS, max(_MIN_COLUMNS, 1 << (num_columns - 1).bit_length()))
-    rows = _TILE_NUMEL // columns
+    rows = (_SUM_NUMEL if for_sums else _STEP_NUMEL) // columns
     group = max(rows, _SUM_ROWS) if for_sums else rows
     num_groups, num_blocks = -(-num_rows // group), -(-num_columns // columns)
     lead = spec.start - first_row * num_columns

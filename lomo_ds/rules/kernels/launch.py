@@ -21,6 +21,7 @@ from lomo_ds.rules.kernels.calls import (
     grad_of,
     local_matrices,
     local_rows,
+    partial_sums,
     sums_over,
     weights_of,
     whole_of,
@@ -33,10 +34,14 @@ from lomo_ds.rules.rule import Shard, StepSettings
 
 
 def sum_of_squares(shard: Tensor) -> Tensor:
-    grid = over_spans(shard.numel())
-    partials = torch.empty(grid[-1], dtype=torch.float32, device=shard.device)
-    OPERATIONS.squares(shard, partials, grid)
-    return partials.sum(dtype=torch.float64)
+    return _partial_squares(shard).sum(dtype=torch.float64)
+
+
+def _partial_squares(values: Tensor) -> Tensor:
+    grid = over_spans(values.numel())
+    partials = torch.empty(grid[-1], dtype=torch.float32, device=values.device)
+    OPERATIONS.squares(values, partials, grid)
+    return partials
 
 
 # Steps by elements --------------------------------------------------------------------------------
@@ -78,12 +83,29 @@ def learn_variance_(shard: Shard, settings: StepSettings, eps: float, weight: fl
     OPERATIONS.learn_variance(*grad_of(shard, settings), shard.state["variance"], eps, weight, grid)
 
 
-def squares_by_row_and_column(shard: Shard, settings: StepSettings) -> tuple[Tensor, Tensor]:
+def learn_mean_(state: Tensor, sums: Tensor, num: int, eps: float, weight: float) -> None:
+    OPERATIONS.learn_mean(state, sums, float(num), eps, weight, over_elements(state.numel()))
+
+
+def bounded_step_size(
+    param_sq: Tensor, update_sq: Tensor, numel: int, lr: float, least_rms: float, clip_threshold: float
+) -> Tensor:
+    size = torch.empty_like(update_sq)
+    numbers = [float(numel), lr, least_rms, clip_threshold]
+    OPERATIONS.step_size(param_sq, update_sq, numbers, size, [1, 1])
+    return size
+
+
+def sums_to_learn_from(shard: Shard, settings: StepSettings) -> Tensor:
     tiles = tiles_of(shard.spec, for_sums=True)
-    row, column = sums_over(shard, settings, tiles, Factors(), "rows and columns")
-    num_matrices = math.prod(shard.spec.shape[:-2])
-    whole_row = whole_of(row, tiles.first_local_row, shard.state["row"].numel())
-    return whole_row, whole_of(column, tiles.first_matrix, num_matrices).flatten()
+    num_rows, num_columns = (shard.state[name].numel() for name in ("row", "column"))
+    whole = torch.zeros(num_rows + num_columns + 1, dtype=torch.float32, device=shard.param.device)
+    row, column, param_sq = whole.split([num_rows, num_columns, 1])
+    by_row, by_column = partial_sums(shard, settings, tiles, Factors(), "rows and columns")
+    torch.sum(by_row, 1, out=local_rows(tiles, row))
+    torch.sum(by_column, 1, out=local_matrices(tiles, column.view(-1, shard.spec.shape[-1])))
+    torch.sum(_partial_squares(shard.param), 0, out=param_sq[0])
+    return whole
 
 
 def _second_moments(shard: Shard, for_sums: bool) -> tuple[Tiles, Factors]:
@@ -104,7 +126,7 @@ def _second_moments(shard: Shard, for_sums: bool) -> tuple[Tiles, Factors]:
 
 def sum_of_update_squares(shard: Shard, settings: StepSettings) -> Tensor:
     tiles, factors = _second_moments(shard, for_sums=True)
-    (by_row,) = sums_over(shard, settings, tiles, factors, "rows")
+    (by_row,) = partial_sums(shard, settings, tiles, factors, "rows")
     return by_row.sum()
 
 

@@ -22,6 +22,8 @@ SCHEMAS = {
     "sign_step": f"{_WEIGHTS}, {_GRAD}, float lr, float decay, int[] grid",
     "adam_step": f"{_WEIGHTS}, {_GRAD}, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? master, "
     "float[] numbers, int[] grid",
+    "learn_mean": "Tensor(a!) means, Tensor sums, float num, float eps, float weight, int[] grid",
+    "step_size": "Tensor param_sq, Tensor update_sq, float[] numbers, Tensor(a!) size, int[] grid",
     "learn_variance": f"{_GRAD}, Tensor(a!) variance, float eps, float weight, int[] grid",
     "factored_step": f"{_WEIGHTS}, {_GRAD}, {_FACTORS}, Tensor? step_size, float step, float decay, "
     "int[] grid",
@@ -34,7 +36,7 @@ SCHEMAS = {
 """Kernel -> its arguments, in the kernel's order, lists flattened. The last number of ``grid`` is how many
 programs run; the kernel does not see it."""
 
-ONLY_WRITTEN = frozenset({"partials", "by_row", "by_column"})
+ONLY_WRITTEN = frozenset({"partials", "by_row", "by_column", "size"})
 """Arguments that a kernel writes and does not read. What else it writes it also reads."""
 
 _LIBRARY = torch.library.Library("lomo_ds", "DEF")

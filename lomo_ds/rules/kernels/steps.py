@@ -94,6 +94,25 @@ def learn_variance(
 
 
 @triton.jit
+def learn_mean(means, sums, num, eps, weight, numel, BLOCK: tl.constexpr):
+    """m <- m + weight * (sum / num + eps - m)."""
+    at, inside = _own_elements(numel, BLOCK)
+    mean = tl.div_rn(load(sums, at, inside), num) + eps
+    tl.store(means + at, moved_to(load(means, at, inside), mean, weight), mask=inside)
+
+
+@triton.jit
+def step_size(param_sq, update_sq, numel, lr, least_rms, clip_threshold, size, BLOCK: tl.constexpr):
+    """AdaLomo's: the least and the bound pass NaN on, as torch's clamp does."""
+    rms = tl.sqrt_rn(tl.div_rn(tl.load(param_sq + tl.arange(0, BLOCK)), numel))
+    rms = tl.where(rms < least_rms, least_rms, rms)
+    of_update = tl.sqrt_rn(tl.div_rn(tl.load(update_sq + tl.arange(0, BLOCK)), numel))
+    bound = tl.div_rn(of_update, clip_threshold)
+    bound = tl.where(bound < 1.0, 1.0, bound)
+    tl.store(size + tl.arange(0, BLOCK), tl.div_rn(lr * rms, bound))
+
+
+@triton.jit
 def factored_step(
     param, error, is_written, ROUNDING: tl.constexpr, first, second, start,
     grad, grad_scale, scale, clip_value,

@@ -145,6 +145,17 @@ def without_nan(shard: Shard) -> Shard:
     )
 
 
+def on_tensors(hard: bool) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Functions of tensors alone, with their arguments; the first is updated, or the result counts."""
+    means, totals = numbers(1500, 12).square(), numbers(1500, 13, hard).square() * 40
+    sums = [(0.3, 90.0), (90.0, 0.3), (0.0, 0.0), (float("inf"), 1.0), (1.0, float("nan"))]
+    cases = {"means": (adalomo.learn_mean_, (means, totals, 40, 1e-30, 0.4))}
+    for one, other in sums:
+        numbers_of = (torch.tensor([one]), torch.tensor([other]), 37, 0.02, 1e-3, 0.9)
+        cases[f"step size of {one} and {other}"] = (adalomo.bounded_step_size, numbers_of)
+    return cases
+
+
 def sums(shard: Shard) -> dict[str, Call]:
     """Those whose results are sums of squares over a shard of matrices."""
     at = matrices.Matrices(shard)
@@ -155,7 +166,7 @@ def sums(shard: Shard) -> dict[str, Call]:
     by_variance = replace(shard, state={"variance": numbers(numel, 6).square() + 0.1})
     return {
         "all": (clipping.sum_of_squares, shard, ()),
-        "rows and columns": (adalomo.squares_by_row_and_column, with_second_moments(shard), (SETTINGS,)),
+        "rows and columns": (adalomo.sums_to_learn_from, with_second_moments(shard), (SETTINGS,)),
         "updates": (adalomo.sum_of_update_squares, with_second_moments(shard), (SETTINGS,)),
         "updates by variance": (adalomo.sum_of_update_squares, by_variance, (SETTINGS,)),
         "columns": (matrices.squares_by_column, shard, (SETTINGS,)),

@@ -142,6 +142,14 @@ def step_by_sums_differs(call: Call) -> str:
     return ""
 
 
+def result_differs(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """A function of tensors: the first argument afterwards, or what is returned, to the bit."""
+    expected, found = ([arg.clone() if isinstance(arg, Tensor) else arg for arg in args] for _ in range(2))
+    results = torch_version(function)(*expected), function(*found)
+    pair = (expected[0], found[0]) if results[0] is None else results
+    return bits_differ("result", *pair)
+
+
 def all_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     """Name -> what compares."""
     for (dtype, rounding), is_written in itertools.product(cases.CELLS, (None, True, False)):
@@ -153,6 +161,9 @@ def all_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         shard = cases.shard_of(cases.MATRIX, dtype, rounding, hard=True, offset=1)
         for name, call in cases.steps_by_tiles(shard).items():
             yield f"{name}, {dtype} {rounding}", partial(step_differs, call)
+    for hard in (False, True):
+        for name, call in cases.on_tensors(hard).items():
+            yield f"{name}, {hard=}", partial(result_differs, *call)
     for shape in cases.SHAPES:
         for name, call in cases.steps_by_tiles(cases.shard_of(shape, "bf16", "stochastic")).items():
             yield f"{name}, {shape}", partial(step_differs, call)
