@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -26,39 +24,29 @@ from lomo_ds.rules.rule import Rule, Shard, StepSettings
 _NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias")
 
 
-@dataclass
-class Count:
-    """What was counted.
+class CountLaunches(TorchDispatchMode):
+    """Counts every operation that is more than a view or an allocation.
 
     Attributes:
         launches: kernels.
         num_bytes: read and written by them.
     """
 
-    launches: int = 0
-    num_bytes: int = 0
-
-
-class Counter_(TorchDispatchMode):
-    """Counts every operation that is more than a view or an allocation: what it reads and what it writes."""
-
     def __init__(self) -> None:
         super().__init__()
-        self.count = Count()
-        self.names: Counter[str] = Counter()
+        self.launches = self.num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if func.is_view or name in _NO_LAUNCH:
             return result
-        self.count.launches += 1
-        self.names[name] += 1
+        self.launches += 1
         if func.namespace == "lomo_ds":
-            self.count.num_bytes += traffic_bytes(func, args)
+            self.num_bytes += traffic_bytes(func, args)
         else:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            self.count.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result
 
 
@@ -69,7 +57,7 @@ def kernels_on_meta(fused: bool) -> Iterator[None]:
         yield
 
 
-def count_update(rule: Rule, spec: ParamSpec, rounding: Rounding, is_guarded: bool) -> Counter_:
+def count_update(rule: Rule, spec: ParamSpec, rounding: Rounding, is_guarded: bool) -> CountLaunches:
     """One bf16 parameter's update on one rank, with the measuring of its gradient.
 
     As the engine does it for a bucket of one parameter: a gradient that has to outlive the bucket is copied,
@@ -83,7 +71,7 @@ def count_update(rule: Rule, spec: ParamSpec, rounding: Rounding, is_guarded: bo
     grad = torch.empty_like(param)
     state, error = rule.init_state(spec, param), error_state(rounding, param)
     settings = StepSettings(lr=1e-3, weight_decay=0.1, grad_scale=0.5)
-    with Counter_() as counter:
+    with CountLaunches() as counter:
         squares = sum_of_squares(grad)
         if is_guarded and rule.needs_sums(spec):
             grad = grad.clone()
