@@ -6,6 +6,7 @@ Usage: python -m benchmarks.kernels.run [--model llama-65b] [--ranks 8]
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import get_args
@@ -45,12 +46,9 @@ def params_of(model: str) -> Counter[tuple[tuple[int, ...], Role]]:
     params[(hidden,), "vector"] += 1
     params[(shape.vocabulary, hidden), "embedding"] += 1
     params[(shape.vocabulary, hidden), "head"] += 1
-    assert sum(_numel(shape) * number for (shape, _), number in params.items()) == sum(shape.all_sizes())
+    numel = sum(math.prod(one) * number for (one, _), number in params.items())
+    assert numel == sum(shape.all_sizes())
     return params
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)
 
 
 def count_step(

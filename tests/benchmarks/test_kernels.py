@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import pytest
@@ -25,9 +26,7 @@ def test_a_step_of_a_large_model(name: str, rounding: Rounding, policy: str) -> 
     launches, tera_bytes = MOST[name]
     with kernels_on_meta(fused=True):
         found = count_step(RULES[name].rule(), params, 8, rounding, policy)
-    numel = sum(
-        number * shape[0] * (shape[1] if len(shape) > 1 else 1) for (shape, _), number in params.items()
-    )
+    numel = sum(number * math.prod(shape) for (shape, _), number in params.items())
     of_errors = ERROR_BYTES[rounding] * numel / 8
     assert found.launches <= launches
     assert 6 * numel / 8 < found.num_bytes <= tera_bytes * 1e12 + of_errors
