@@ -49,7 +49,7 @@ def names_in(found: dict[str, str]) -> set[str]:
 
 
 def test_every_kernel_compiles_without_spills() -> None:
-    """For the oldest and the newest of the targets; what kernels share, the epilogue, in all roundings."""
+    """For the oldest and the latest of the targets; what kernels share, the epilogue, in all roundings."""
     found = findings("compiled", "some", "80,90", TRITON_INTERPRET="0")
     assert names_in(found) == set(operations.SCHEMAS)
     assert_none_wrong(found)
