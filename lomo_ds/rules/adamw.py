@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lomo_ds.rules.param_spec import ParamSpec, Role
-from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
+from lomo_ds.rules.rule import MASTER_WEIGHTS, Shard, ShardUpdate, StepSettings
 from lomo_ds.rules.vectors import step_by_adam_
 
 
@@ -39,7 +39,7 @@ class AdamWRule:
     def init_state(self, spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
         exact = param_shard.float().clone()
         return {
-            "param": exact,
+            MASTER_WEIGHTS: exact,
             "exp_avg": exact.new_zeros(exact.shape),
             "exp_avg_sq": exact.new_zeros(exact.shape),
         }

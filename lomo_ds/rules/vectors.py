@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.rules.kernels.dispatch import fused
-from lomo_ds.rules.rule import Shard, StepSettings
+from lomo_ds.rules.rule import MASTER_WEIGHTS, Shard, StepSettings
 
 
 @fused
@@ -35,7 +35,7 @@ def step_by_adam_(shard: Shard, settings: StepSettings, betas: tuple[float, floa
     Reference: Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2.
     """
     first, second = betas
-    master = shard.state.get("param")
+    master = shard.state.get(MASTER_WEIGHTS)
     step_size = settings.lr / (1 - first**settings.step)
     root_correction = math.sqrt(1 - second**settings.step)
     for at in shard.chunks():

@@ -30,7 +30,7 @@ from lomo_ds.rules.kernels.grids import Tiles, over_elements, over_spans, tiles_
 from lomo_ds.rules.matrices import Matrices, inverse_rms
 from lomo_ds.rules.momentum8 import noise_key, power_of_two
 from lomo_ds.rules.noise import seeds_of
-from lomo_ds.rules.rule import Shard, StepSettings
+from lomo_ds.rules.rule import MASTER_WEIGHTS, Shard, StepSettings
 
 
 def sum_of_squares(shard: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def step_by_adam_(shard: Shard, settings: StepSettings, betas: tuple[float, floa
         *weights_of(shard),
         *grad_of(shard, settings),
         *state,
-        shard.state.get("param"),
+        shard.state.get(MASTER_WEIGHTS),
         numbers,
         over_elements(shard.param.numel()),
     )
