@@ -137,7 +137,8 @@ def launch(recipe_path: Path, *overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "lomo_ds.cli.train", str(recipe_path), *overrides, "--num-ranks", "2"]
     return subprocess.run(
         command,
-        env=environment | {"DS_ACCELERATOR": "cpu"},
+        env=environment
+        | {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(recipe_path.parent / "cache")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -149,6 +150,7 @@ def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
 
     done = launch(recipe_path, "seed=5")
     assert done.returncode == 0, done.stderr
+    assert not (recipe_path.parent / "cache").exists(), "something was compiled"
     out = recipe_path.parent / "out"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
