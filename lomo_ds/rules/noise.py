@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 
-def _mix(state: Tensor) -> Tensor:
-    """Scramble int32 values in place by shifts and odd multipliers, so that near inputs end far apart."""
+def mix(state: Tensor) -> Tensor:
+    """Scramble int32 values in place by shifts and odd multipliers, so that near inputs end far apart.
+
+    Reference: the multipliers are those of the "lowbias32" integer hash (C. Wellons, Hash Prospector).
+    """
     for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, -0x7B935975)):
         state.bitwise_xor_((state >> shift).bitwise_and_(mask))
         state.mul_(factor)
     return state.bitwise_xor_((state >> 16).bitwise_and_(0xFFFF))
 
 
-def _as_int32(value: int) -> int:
+def as_int32(value: int) -> int:
+    """The lowest 32 bits of ``value`` as a signed number."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value >= 1 << 31 else value
 
@@ -36,13 +40,11 @@ def random_int32(key: tuple[int, ...], start: int, numel: int, device: torch.dev
         int32, shape (numel,).
 
     Cost: 4 bytes per element and as much again for a temporary.
-
-    Reference: the multipliers are those of the "lowbias32" integer hash (C. Wellons, Hash Prospector).
     """
-    counter = torch.arange(numel, dtype=torch.int32, device=device).add_(_as_int32(start))
+    counter = torch.arange(numel, dtype=torch.int32, device=device).add_(as_int32(start))
     for word in key:
-        counter = _mix(counter.add_(_as_int32(0x9E3779B9 * (word + 1))))
-    return _mix(counter)
+        counter = mix(counter.add_(as_int32(0x9E3779B9 * (word + 1))))
+    return mix(counter)
 
 
 def random_normal(key: tuple[int, ...], start: int, numel: int, device: torch.device) -> Tensor:

@@ -1,0 +1,164 @@
+"""Forwards at other points than the weights: each module runs on perturbed copies of what ZeRO-3 gathered.
+
+The shards are never written to, so that nothing has to be restored and nothing drifts. What a module's forward
+gets is one of two things:
+
+* the gathered copy itself, perturbed in place, where ZeRO-3 is to drop it after the forward anyway;
+* a copy of it for as long as the module runs, where the gathered one is used again: small parameters that
+  ZeRO-3 keeps whole, the only rank's (whose gathered copy is its shard), secondary copies (hpZ are made from
+  it), and forwards in lockstep, of which a second one needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lomo_ds.zero3._internals import gathered_for, hooked_modules, is_gathered, is_persistent
+from lomo_ds.zo.point import Term, add_terms_
+
+TermsOf = Callable[[Parameter], list[Term]]
+"""What leads a trained parameter from its weights to a point."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Side:
+    """A forward at one point.
+
+    Attributes:
+        terms_of: what leads there.
+        copies: parameter -> (what ZeRO-3 gathered, the perturbed copy), of the modules that are being run.
+        entered: for each of these modules the parameters of which it made copies.
+    """
+
+    terms_of: TermsOf
+    copies: dict[Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    entered: list[tuple[Module, list[Parameter]]] = field(default_factory=list)
+
+    def open(self, param: Parameter, terms: list[Term]) -> None:
+        """Let ``param`` be a perturbed copy."""
+        copy = param.data.clone()
+        add_terms_(copy.view(-1), terms, start=0)
+        self.copies[param] = (param.data, copy)
+        param.data = copy
+
+    def close(self, param: Parameter) -> None:
+        """Let ``param`` be what ZeRO-3 gathered, to the bit."""
+        param.data = self.copies.pop(param)[0]
+
+    def install(self) -> None:
+        """Let every parameter that is open be its copy."""
+        for param, (_, copy) in self.copies.items():
+            param.data = copy
+
+    def uninstall(self) -> None:
+        """Let every parameter that is open be what ZeRO-3 gathered, for another side."""
+        for param, (original, _) in self.copies.items():
+            param.data = original
+
+
+class PerturbedModules:
+    """Hooks on the modules of a model that ZeRO-3 has its own hooks on.
+
+    Args:
+        model: cut by ZeRO-3.
+        params: that are perturbed.
+        in_place: whether gathered copies may be perturbed themselves where only one forward runs.
+
+    Attributes:
+        side: the forward that runs now; None for one on the weights themselves.
+        persistent: of ``params`` those that ZeRO-3 keeps whole.
+        on_leave: called after a module's forward, while what it needed is still gathered.
+    """
+
+    def __init__(self, model: Module, params: list[Parameter], in_place: bool) -> None:
+        self.side: Side | None = None
+        self.on_leave: Callable[[Module], None] | None = None
+        self.modules = list(hooked_modules(model))
+        self._params = dict.fromkeys(params)
+        self.persistent = [param for param in params if is_persistent(param)]
+        self._in_place = in_place
+        self._spent: dict[Parameter, None] = {}
+        for module in self.modules:
+            module.register_forward_pre_hook(self._enter)
+            module.register_forward_hook(self._leave, prepend=True)  # before ZeRO-3 lets go of its parameters
+            module.register_forward_hook(self._after_release)
+
+    @contextmanager
+    def running(self, side: Side) -> Iterator[None]:
+        """Let the forward in the block run at the point of ``side``."""
+        for param in self.persistent:
+            side.open(param, side.terms_of(param))
+        self.side = side
+        try:
+            yield
+        finally:
+            self.side = None
+            for param in list(side.copies):
+                side.close(param)
+
+    @property
+    def has_spent(self) -> bool:
+        """Whether gathered copies are left that were perturbed in place; they have to be dropped."""
+        return bool(self._spent)
+
+    def forget_spent(self) -> None:
+        """Note that all gathered copies have been dropped."""
+        self._spent.clear()
+
+    @torch.no_grad()
+    def _enter(self, module: Module, args: tuple) -> None:
+        side = self.side
+        if side is None:
+            return
+        opened = []
+        for param in gathered_for(module):
+            if not is_gathered(param):
+                raise NotGathered(module)
+            if param not in self._params or param in side.copies or param in self._spent:
+                continue
+            terms = side.terms_of(param)
+            if not terms:
+                continue
+            if self._in_place and self.on_leave is None:
+                add_terms_(param.data.view(-1), terms, start=0)
+                self._spent[param] = None
+            else:
+                side.open(param, terms)
+                opened.append(param)
+        side.entered.append((module, opened))
+
+    def _leave(self, module: Module, args: tuple, output: Any) -> None:
+        side = self.side
+        if side is None:
+            return
+        entered, opened = side.entered.pop()
+        assert entered is module, "modules end in the reverse order in which they begin"
+        for param in opened:
+            side.close(param)
+        if self.on_leave is not None:
+            self.on_leave(module)
+
+    def _after_release(self, module: Module, args: tuple, output: Any) -> None:
+        if self._spent:
+            for param in gathered_for(module):
+                if not is_gathered(param):
+                    self._spent.pop(param, None)
+
+
+class NotGathered(Exception):
+    """A forward came to a module whose parameters nobody has gathered.
+
+    Args:
+        module: which.
+    """
+
+    def __init__(self, module: Module) -> None:
+        super().__init__(type(module).__name__)
+        self.module = module
