@@ -156,7 +156,9 @@ CONTRACT: tuple[PrivateName, ...] = (
         "shutdown_init_context",
         "restore_init_context",
     ),
-    *_attributes(_PARAMS, "perturbing gathered parameters", "ds_status", "ds_persist", "ds_active_sub_modules"),
+    *_attributes(
+        _PARAMS, "perturbing gathered parameters", "ds_status", "ds_persist", "ds_active_sub_modules"
+    ),
     *_attributes(_STAGE3, "perturbing gathered parameters", "zero_hpz_partition_size", "parameter_offload"),
     *_methods(
         f"{_OFFLOAD}:DeepSpeedZeRoOffload",

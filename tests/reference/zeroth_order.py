@@ -1,7 +1,8 @@
 """Zeroth order on whole tensors in one process, each method straight from its equation.
 
-The directions are those of ``lomo_ds.zo.noise``, whose own test has an independent reference. A step is predicted
-from the parameters that the run under test had before it; the tolerance is what errors of the losses make of it.
+The directions are those of ``lomo_ds.zo.noise``, whose own test has an independent reference. A step is
+predicted from the parameters that the run under test had before it; the tolerance is what errors of the
+losses make of it.
 """
 
 from __future__ import annotations
@@ -105,9 +106,10 @@ class Step:
 class Predictor:
     """Predicts each step of a run.
 
-    A loss comes from ``FP32_OPERATIONS`` operations in another order, each rounding by ``FP32_UNIT``, so that a
-    difference quotient is off by at most twice that, relative to the loss, over the distance of its points.
-    Methods run once more for each way in which all slopes can be off by as much; the farthest is the tolerance.
+    A loss comes from ``FP32_OPERATIONS`` operations in another order, each rounding by ``FP32_UNIT``, so that
+    a difference quotient is off by at most twice that, relative to the loss, over the distance of its points.
+    Methods run once more for each way in which all slopes can be off by as much; the farthest is the
+    tolerance.
 
     Args:
         model: of the run; its weights are overwritten.
@@ -125,7 +127,7 @@ class Predictor:
 
     @torch.no_grad()
     def step(self, before: Named, number: int, batches: Sequence[Tensor]) -> Step:
-        """Predict step ``number`` from the parameters ``before``; ``batches`` of all ranks and micro-batches."""
+        """Predict step ``number`` from ``before``; ``batches`` of all ranks and micro-batches."""
         start = {name: before[name] for name in self._trained}
         z = [self._directions(number, sample) for sample in range(self._settings.num_samples)]
         eps = self._settings.eps
@@ -197,5 +199,3 @@ def worst(actual: Named, step: Step) -> float:
         float(((actual[name] - whole).abs() / step.tolerance[name]).max())
         for name, whole in step.after.items()
     )
-
-

@@ -28,7 +28,7 @@ def is_gathered(param: Parameter) -> bool:
 
 @contextmanager
 def kept_gathered(params: Iterable[Parameter]) -> Iterator[None]:
-    """Let ZeRO-3 release none of ``params`` within the block; it does so with all while it records a forward."""
+    """Let ZeRO-3 release none of ``params`` within the block, as it does while it records a forward."""
     for param in params:
         param.ds_active_sub_modules.add(_NO_MODULE)
     try:

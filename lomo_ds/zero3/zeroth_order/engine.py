@@ -41,12 +41,12 @@ class ZerothOrderEngine(LomoEngine):
     def train_batch(self, closures: Sequence[LossClosure], phase: Phase = no_phase) -> Tensor:
         """Make one step; see ``StepEngine``. Collective.
 
-        Each closure is called at several points around the weights, without a graph, on the same data and with
-        the same random numbers. Its loss need not be differentiable: accuracy will do.
+        Each closure is called at several points around the weights, without a graph, on the same data and
+        with the same random numbers. Its loss need not be differentiable: accuracy will do.
 
         Args:
-            closures: one for each micro-batch of the step, each returning one number: the mean over this rank's
-                examples, as a tensor or a Python number.
+            closures: one for each micro-batch of the step, each returning one number: the mean over this
+                rank's examples, as a tensor or a Python number.
             phase: surrounds its parts.
 
         Returns:

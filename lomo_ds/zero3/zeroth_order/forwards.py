@@ -11,6 +11,7 @@ from lomo_ds.zero3._internals import (
     ForwardHooks,
     Stage3Base,
     is_gathered,
+    is_persistent,
     kept_gathered,
     modules_in_forward,
     num_external_params,
@@ -33,6 +34,7 @@ class Forwards:
 
     def __init__(self, optimizer: Stage3Base, params: Sequence[Parameter], paired: bool) -> None:
         self._optimizer, self._paired = optimizer, paired
+        self._persistent = [param for param in optimizer.module.parameters() if is_persistent(param)]
         alone = process_group_size(params[0]) == 1
         in_place = not (paired or alone or optimizer.has_secondary_copies)
         self._modules = PerturbedModules(optimizer.module, list(params), in_place)
@@ -53,9 +55,10 @@ class Forwards:
     def _until_known(
         self, closure: Callable[[], Any], points: Sequence[TermsOf], start: RandomState
     ) -> list[Any]:
-        """Run forwards; again where ZeRO-3 met a parameter in a module that does not own it for the first time.
+        """Run forwards; again where ZeRO-3 for the first time met a parameter in another module than its own.
 
-        It was gathered in the middle of the module then, and not perturbed. From now on it comes with the module.
+        It was gathered in the middle of the module then, and not perturbed. From now on it comes with the
+        module.
         """
         while True:
             num_known = num_external_params(self._modules.modules)
@@ -66,12 +69,12 @@ class Forwards:
             self._drop_gathered()
 
     def _run(self, closure: Callable[[], Any], points: Sequence[TermsOf]) -> list[Any]:
-        if not all(map(is_gathered, self._modules.persistent)):
+        if not all(map(is_gathered, self._persistent)):
             self._optimizer.gather_persistent_params()
         stack = modules_in_forward()
         sides = [Side(terms_of=terms_of) for terms_of in points]
         try:
-            with kept_gathered(self._modules.persistent):
+            with kept_gathered(self._persistent):
                 if self._lockstep is not None and len(sides) == 2:
                     return self._lockstep.run(closure, (sides[0], sides[1]))
                 return [self._run_alone(closure, side) for side in sides]

@@ -1,8 +1,8 @@
 """Two forwards in lockstep: they run through the model together, and share what is gathered for each module.
 
 The first one leads: ZeRO-3's hooks gather for it. When it has run a module and before ZeRO-3 lets go of the
-module's parameters, it pauses, and the second one follows up to the end of the same module. Each forward has a
-thread of its own, of which one runs at a time, and its own view of the weights and of the random numbers.
+module's parameters, it pauses, and the second one follows up to the end of the same module. Each forward has
+a thread of its own, of which one runs at a time, and its own view of the weights and of the random numbers.
 A module sees the batch of one forward, never both: nothing can mix them.
 """
 
@@ -139,10 +139,10 @@ class _Pair:
             return self._closure()
 
     def _parted(self, second: Module | None, first: Module | None) -> RuntimeError:
-        names = ["its end" if m is None else repr(self._names.get(m, "?")) for m in (first, second)]
+        ends = ["the end" if m is None else repr(self._names.get(m, "?")) for m in (first, second)]
         return RuntimeError(
-            'the two forwards of a step part: one came to the end of {} where the other came to {}. Set "paired" '
-            'to false in "optimizer.params": the forwards then run one after the other'.format(*names)
+            f"the two forwards of a step part: one came to {ends[0]} and the other to {ends[1]}. Set "
+            '"optimizer.params.paired" to false: they then run one after the other'
         )
 
 

@@ -21,8 +21,8 @@ def mean_losses(returned: Sequence[Sequence[Any]], device: torch.device) -> tupl
         device: of this rank.
 
     Returns:
-        (this rank's mean over micro-batches at each point, fp64 on the device; the means over all ranks). Every
-        rank adds up the same table in the same order, so that the means are equal to the bit.
+        (this rank's mean over micro-batches at each point, fp64 on the device; the means over all ranks).
+        Every rank adds up the same table in the same order, so that the means are equal to the bit.
 
     Raises:
         ValueError: a closure of any rank returned something other than one finite number; on every rank.
@@ -33,7 +33,7 @@ def mean_losses(returned: Sequence[Sequence[Any]], device: torch.device) -> tupl
     is_fine = all(value is not None for of_points in values for value in of_points)
     own = torch.zeros(1 + len(values[0]), dtype=torch.float64, device=device)
     if is_fine:
-        own[1:] = torch.stack([torch.stack(of_points) for of_points in values]).mean(0)  # type: ignore[arg-type]
+        own[1:] = torch.stack([torch.stack(of_points) for of_points in values]).mean(0)
     else:
         own[0] = _NOT_ONE_NUMBER
     table = own.new_zeros(dist.get_world_size(), len(own))
@@ -68,12 +68,12 @@ def _refuse(rows: Sequence[Sequence[float]], own: str) -> None:
         if status != _FINE:
             given = f", not {own}" if rank == dist.get_rank() else ""
             raise ValueError(
-                f"engine.train_batch: a closure on rank {rank} did not return one number{given}: return the mean "
-                "over that rank's examples. Nothing has changed"
+                f"engine.train_batch: a closure on rank {rank} did not return one number{given}: return the "
+                "mean over that rank's examples. Nothing has changed"
             )
         strange = [loss for loss in losses if not math.isfinite(loss)]
         if strange:
             raise ValueError(
-                f"engine.train_batch: a loss on rank {rank} is {strange[0]}: nothing has changed. Try a lower "
-                '"lr" or "eps" in "optimizer.params", and look at the data'
+                f"engine.train_batch: a loss on rank {rank} is {strange[0]}: nothing has changed. "
+                'Try a lower "lr" or "eps" in "optimizer.params", and look at the data'
             )

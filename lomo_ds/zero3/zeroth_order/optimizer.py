@@ -23,8 +23,8 @@ from lomo_ds.zo.settings import ZerothOrderSettings
 from lomo_ds.zo.table import CONSERVATIVE
 
 HOW_TO_STEP = (
-    "makes its steps from forwards alone: call engine.train_batch([closure]), where closure() runs the model and "
-    "returns the loss, in place of engine.backward(loss) and engine.step()"
+    "makes its steps from forwards alone: call engine.train_batch([closure]), where closure() runs the model "
+    "and returns the loss, in place of engine.backward(loss) and engine.step()"
 )
 
 

@@ -1,7 +1,7 @@
 """Forwards at other points than the weights: each module runs on perturbed copies of what ZeRO-3 gathered.
 
-The shards are never written to, so that nothing has to be restored and nothing drifts. What a module's forward
-gets is one of two things:
+The shards are never written to, so that nothing has to be restored and nothing drifts. What a module's
+forward gets is one of two things:
 
 * the gathered copy itself, perturbed in place, where ZeRO-3 is to drop it after the forward anyway;
 * a copy of it for as long as the module runs, where the gathered one is used again: small parameters that

@@ -23,12 +23,14 @@ def refuse_for_zeroth_order(
     clipping = ds_json.get("gradient_clipping")
     if clipping:
         raise ValueError(
-            f'"gradient_clipping": {shown(clipping)} does not go with {name}: the norm of its estimate grows with '
+            f'"gradient_clipping": {shown(clipping)} does not go with {name}: the norm of its estimate grows '
+            "with "
             "the number of parameters. Set it to 0 or delete it"
         )
     if (ds_json.get("tiled_vocabulary") or {}).get("enabled"):
         raise ValueError(
-            f'"tiled_vocabulary.enabled" does not go with {name}: its forwards have no gradients that could be in '
+            f'"tiled_vocabulary.enabled" does not go with {name}: its forwards have no gradients that could '
+            "be in "
             "tiles. Delete the section"
         )
     if settings.sides == 1 and (ds_json.get("gradient_accumulation_steps") or 1) > 1:
@@ -43,12 +45,13 @@ def refuse_for_zeroth_order(
 def _refuse_group(name: str, group: Mapping[str, Any]) -> None:
     if group["type"] not in METHODS:
         raise ValueError(
-            f'"param_groups": a group of type {group["type"]} needs gradients, and {name} has none: delete its type'
+            f'"param_groups": a group of type {group["type"]} needs gradients, and {name} has none: delete '
+            "its type"
         )
     if (group["type"] == CONSERVATIVE) != (name == CONSERVATIVE):
         raise ValueError(f'"param_groups": {name} and {group["type"]} do not go together: delete the type')
     if name == CONSERVATIVE and group["weight_decay"]:
         raise ValueError(
-            f"weight_decay: {group['weight_decay']} does not go with {name}, which compares losses at the points "
-            "of its steps: set it to 0"
+            f"weight_decay: {group['weight_decay']} does not go with {name}, which compares losses at the "
+            "points of its steps: set it to 0"
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from tests.reference.model import rank_batch
 from tests.reference.sgd import Run
 from tests.zero3 import jobs
 
 
-def zo_json(method: str = "ZO-SGD", lr: float = 1e-3, micro_batches: int = 1, **params: Any) -> dict[str, Any]:
+def zo_json(
+    method: str = "ZO-SGD", lr: float = 1e-3, micro_batches: int = 1, **params: Any
+) -> dict[str, Any]:
     """A DeepSpeed JSON; ``zero`` adds to "zero_optimization", ``top`` to the top level."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0} | params.pop("zero", {})
     top = params.pop("top", {})
