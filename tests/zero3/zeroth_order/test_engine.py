@@ -258,12 +258,12 @@ def forwards_that_part(paired: bool) -> tuple[list[str], bool]:
     after = engine_jobs.whole_params(engine.module)
     stayed = all(torch.equal(before[name], after[name]) for name in before)
     engine.train_batch([lambda: closure([], "same")])
-    return messages, stayed and evaluated == evaluated
+    return messages, stayed and evaluated > 0
 
 
 def test_forwards_that_part_are_refused_in_lockstep() -> None:
     for messages, stayed in run_ranks(2, forwards_that_part, True):
-        assert "one came to 'branch' and the other to 'embedding'" in messages[0]
+        assert "one came to 'branch' and the other to 'head'" in messages[0]
         assert '"optimizer.params.paired" to false' in messages[0] and "of the user" in messages[1] and stayed
     for messages, stayed in run_ranks(2, forwards_that_part, False):
         assert messages[0] == "" and "of the user" in messages[1] and stayed
