@@ -10,7 +10,8 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-_FINE, _NOT_ONE_NUMBER = 0.0, 1.0
+_FINE = 1.0
+"""Begins the row of a rank whose closures returned one number each; that of another is all 0."""
 
 
 def mean_losses(returned: Sequence[Sequence[Any]], device: torch.device) -> tuple[Tensor, list[float]]:
@@ -34,8 +35,7 @@ def mean_losses(returned: Sequence[Sequence[Any]], device: torch.device) -> tupl
     own = torch.zeros(1 + len(values[0]), dtype=torch.float64, device=device)
     if is_fine:
         own[1:] = torch.stack([torch.stack(of_points) for of_points in values]).mean(0)
-    else:
-        own[0] = _NOT_ONE_NUMBER
+        own[0] = _FINE
     table = own.new_zeros(dist.get_world_size(), len(own))
     table[dist.get_rank()] = own
     dist.all_reduce(table)  # each element is one rank's, and 0 of all others: nothing is rounded
