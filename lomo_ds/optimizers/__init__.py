@@ -127,6 +127,11 @@ OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {
 globals().update(OPTIMIZERS)
 
 
+def is_zeroth_order(name: str) -> bool:
+    """Whether the optimizer of that name, in any case, trains with forwards alone."""
+    return str(name).lower() in {method.lower() for method in METHODS}
+
+
 def rule_of(group: Mapping[str, Any]) -> Rule:
     """The update rule of a parameter group.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -106,20 +107,25 @@ class _MicroBatch:
         factor: on the sum over the answers' tokens, to make the mean over the global batch of it.
 
     Attributes:
-        loss_sum: that sum, as it was computed last; 0-dim, without a graph.
         num_tokens: in the micro-batch, without padding.
     """
 
     def __init__(self, engine: Any, data: TrainingSet, indices: Sequence[int], factor: float) -> None:
         self._engine, self._data, self._indices, self._factor = engine, data, indices, factor
         self.num_tokens = 0
+        self._loss_sums: list[Tensor] = []
 
     def __call__(self) -> Tensor:
         batch = collate([self._data.answers[index] for index in self._indices], self._data.pad_token_id)
         self.num_tokens = int(batch.attention_mask.sum())
         loss_sum = token_loss_sum(self._engine, batch.to(self._engine.device))
-        self.loss_sum = loss_sum.detach()
+        self._loss_sums.append(loss_sum.detach())
         return loss_sum * self._factor
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """That sum, 0-dim and without a graph: the mean over the forwards of the step."""
+        return torch.stack(self._loss_sums).mean()
 
 
 def used_lr(engine: Any) -> float:
