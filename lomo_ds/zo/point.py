@@ -75,6 +75,31 @@ def add_terms_(values: Tensor, terms: Sequence[Term], start: int) -> Tensor:
     return values
 
 
+def part_(values: Tensor, first: Sequence[Term], second: Sequence[Term], start: int) -> Tensor:
+    """Both of two points at once, bit for bit as of ``add_terms_``; a direction of both is drawn once.
+
+    Args:
+        values, start: as of ``add_terms_``; ``values`` becomes the second point.
+        first, second: what leads to them.
+
+    Returns:
+        The first point: a new tensor like ``values``.
+    """
+    other, factors, own = torch.empty_like(values), dict(first), dict(second)
+    for at in chunks(values.numel(), values.device):
+        one = values[at].to(torch.float32, copy=True)
+        two = values[at].float()
+        for key in factors | own:
+            z = normal(key, start + at.start, one.numel(), values.device)
+            if key in factors:
+                one.add_(z * factors[key])
+            if key in own:
+                two.add_(z.mul_(own[key]))
+        other[at].copy_(one)
+        values[at].copy_(two)
+    return other
+
+
 def combination(terms: Sequence[Term], start: int, numel: int, device: torch.device) -> Tensor:
     """The sum of coefficient * z for the elements ``start`` to ``start + numel``: fp32, shape (numel,)."""
     return add_terms_(torch.zeros(numel, dtype=torch.float32, device=device), terms, start)

@@ -15,7 +15,7 @@ from lomo_ds.zo.conservative import CANDIDATES, chosen
 from lomo_ds.zo.estimate import RandomGradientEstimator
 from lomo_ds.zo.momentum import MomentumRule
 from lomo_ds.zo.noise import normal
-from lomo_ds.zo.point import Directions, Point, add_terms_, combination
+from lomo_ds.zo.point import Directions, Point, add_terms_, combination, part_
 from lomo_ds.zo.settings import ZerothOrderSettings
 from tests.reference.shards import CutParameter
 
@@ -84,6 +84,17 @@ def test_points_are_rounded_once() -> None:
     part = add_terms_(values[100:400].clone(), terms, start=100)
     assert torch.equal(part, exact.bfloat16()[100:400])
     assert torch.equal(add_terms_(values.clone(), [], start=0), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_points_at_once_are_each_point(dtype: torch.dtype) -> None:
+    """Longer than a chunk; directions of both points, and of one alone."""
+    values = torch.randn(40_000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    first = [((1, 2, 0, 3), 0.3), ((1, 2, 1, 3), 0.1)]
+    for second in ([((1, 2, 0, 3), -0.3), ((1, 2, 1, 3), -0.1)], [((1, 2, 1, 3), 0.5)], []):
+        changed = values.clone()
+        assert torch.equal(part_(changed, first, second, start=9), add_terms_(values.clone(), first, start=9))
+        assert torch.equal(changed, add_terms_(values.clone(), second, start=9))
 
 
 def test_a_point_may_count_in_learning_rates() -> None:

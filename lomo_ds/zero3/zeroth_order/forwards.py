@@ -36,7 +36,7 @@ class Forwards:
         self._optimizer, self._paired = optimizer, paired
         self._persistent = [param for param in optimizer.module.parameters() if is_persistent(param)]
         alone = process_group_size(params[0]) == 1
-        in_place = not (paired or alone or optimizer.has_secondary_copies)
+        in_place = not (alone or optimizer.has_secondary_copies)
         self._modules = PerturbedModules(optimizer.module, list(params), in_place)
         names = {module: name for name, module in optimizer.module.named_modules()}
         self._lockstep = Lockstep(self._modules, ForwardHooks(optimizer), names) if paired else None
@@ -55,18 +55,23 @@ class Forwards:
     def _until_known(
         self, closure: Callable[[], Any], points: Sequence[TermsOf], start: RandomState
     ) -> list[Any]:
-        """Run forwards; again where ZeRO-3 for the first time met a parameter in another module than its own.
+        """Run forwards; again where they showed how a parameter is used, which was not known before.
 
-        It was gathered in the middle of the module then, and not perturbed. From now on it comes with the
-        module.
+        Either ZeRO-3 met it in another module than its own, and gathered it there without perturbing it; from
+        now on it comes with that module. Or see ``PerturbedModules.num_used_again``.
         """
         while True:
-            num_known = num_external_params(self._modules.modules)
+            known = self._num_known
             start.restore()
             returned = self._run(closure, points)
-            if num_external_params(self._modules.modules) == num_known:
+            if self._num_known == known:
                 return returned
             self._drop_gathered()
+
+    @property
+    def _num_known(self) -> int:
+        """How much is known about where parameters are used; it only grows."""
+        return num_external_params(self._modules.modules) + self._modules.num_used_again
 
     def _run(self, closure: Callable[[], Any], points: Sequence[TermsOf]) -> list[Any]:
         if not all(map(is_gathered, self._persistent)):

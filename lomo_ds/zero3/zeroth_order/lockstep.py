@@ -55,11 +55,11 @@ class Lockstep:
             RuntimeError: the two calls do not run the same modules in the same order; names the key.
         """
         pair = _Pair(self._modules, self._hooks, self._names, closure, sides)
-        self._modules.on_leave = pair.on_leave
+        self._modules.on_leave, self._modules.follower = pair.on_leave, sides[1]
         try:
             return pair.run()
         finally:
-            self._modules.on_leave = self._modules.side = None
+            self._modules.on_leave = self._modules.follower = self._modules.side = None
 
 
 class _Pair:

@@ -3,7 +3,8 @@
 The shards are never written to, so that nothing has to be restored and nothing drifts. What a module's
 forward gets is one of two things:
 
-* the gathered copy itself, perturbed in place, where ZeRO-3 is to drop it after the forward anyway;
+* the gathered copy itself, perturbed in place, where ZeRO-3 is to drop it after the forward anyway; of two
+  forwards in lockstep the second one gets it, and the first one a copy;
 * a copy of it for as long as the module runs, where the gathered one is used again: small parameters that
   ZeRO-3 keeps whole, the only rank's (whose gathered copy is its shard), secondary copies (hpZ are made from
   it), and forwards in lockstep, of which a second one needs it.
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds.zero3._internals import gathered_for, hooked_modules, is_gathered, is_persistent
-from lomo_ds.zo.point import Term, add_terms_
+from lomo_ds.zo.point import Term, add_terms_, part_
 
 TermsOf = Callable[[Parameter], list[Term]]
 """What leads a trained parameter from its weights to a point."""
@@ -44,7 +45,14 @@ class Side:
     def open(self, param: Parameter, terms: list[Term]) -> None:
         """Let ``param`` be a perturbed copy."""
         copy = param.data.clone()
-        add_terms_(copy.view(-1), terms, start=0)
+        self._replace(param, add_terms_(copy.view(-1), terms, start=0))
+
+    def open_with(self, follower: Side, param: Parameter, terms: list[Term]) -> None:
+        """Let ``param`` be a perturbed copy, and what ZeRO-3 gathered the one of a side that follows."""
+        self._replace(param, part_(param.data.view(-1), terms, follower.terms_of(param), start=0))
+
+    def _replace(self, param: Parameter, copy: Tensor) -> None:
+        copy = copy.view(param.shape)
         self.copies[param] = (param.data, copy)
         param.data = copy
 
@@ -69,22 +77,25 @@ class PerturbedModules:
     Args:
         model: cut by ZeRO-3.
         params: that are perturbed.
-        in_place: whether gathered copies may be perturbed themselves where only one forward runs.
+        in_place: whether gathered copies may be perturbed themselves.
 
     Attributes:
         side: the forward that runs now; None for one on the weights themselves.
         persistent: of ``params`` those that ZeRO-3 keeps whole.
+        follower: the side that follows ``side`` in lockstep; None where one forward runs.
         on_leave: called after a module's forward, while what it needed is still gathered.
     """
 
     def __init__(self, model: Module, params: list[Parameter], in_place: bool) -> None:
         self.side: Side | None = None
+        self.follower: Side | None = None
         self.on_leave: Callable[[Module], None] | None = None
         self.modules = list(hooked_modules(model))
         self._params = dict.fromkeys(params)
         self.persistent = [param for param in params if is_persistent(param)]
         self._in_place = in_place
         self._spent: dict[Parameter, None] = {}
+        self._used_again: dict[Parameter, None] = {}
         for module in self.modules:
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave, prepend=True)  # before ZeRO-3 lets go of its parameters
@@ -112,6 +123,14 @@ class PerturbedModules:
         """Note that all gathered copies have been dropped."""
         self._spent.clear()
 
+    @property
+    def num_used_again(self) -> int:
+        """Parameters that a leading side needed again where ZeRO-3 had kept what the other side used up.
+
+        What it computed is then worth nothing. From the next forward on they are copied for both sides.
+        """
+        return len(self._used_again)
+
     @torch.no_grad()
     def _enter(self, module: Module, args: tuple) -> None:
         side = self.side
@@ -121,18 +140,29 @@ class PerturbedModules:
         for param in gathered_for(module):
             if not is_gathered(param):
                 raise NotGathered(module)
-            if param not in self._params or param in side.copies or param in self._spent:
-                continue
-            terms = side.terms_of(param)
-            if not terms:
-                continue
-            if self._in_place and self.on_leave is None:
-                add_terms_(param.data.view(-1), terms, start=0)
-                self._spent[param] = None
-            else:
-                side.open(param, terms)
+            if param in self._params and param not in side.copies and self._perturb(side, param):
                 opened.append(param)
         side.entered.append((module, opened))
+
+    def _perturb(self, side: Side, param: Parameter) -> bool:
+        """Bring a gathered parameter to the point of ``side``; whether by a copy."""
+        leads = self.follower not in (None, side)
+        if param in self._spent:
+            if leads:
+                self._used_again[param] = None
+            return False
+        terms = side.terms_of(param)
+        in_place = self._in_place and param not in self._used_again
+        if in_place and leads:
+            assert self.follower is not None
+            side.open_with(self.follower, param, terms)
+        elif in_place:
+            add_terms_(param.data.view(-1), terms, start=0)
+        elif terms:
+            side.open(param, terms)
+        if in_place:
+            self._spent[param] = None
+        return param in side.copies
 
     def _leave(self, module: Module, args: tuple, output: Any) -> None:
         side = self.side
