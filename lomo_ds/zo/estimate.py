@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lomo_ds.zo.point import Point
+from lomo_ds.zo.point import Point, Sample
 
 Sides = Literal[1, 2]
 HERE = Point(coefficients={})
@@ -23,6 +23,8 @@ class RandomGradientEstimator:
         eps: how far from the weights the loss is asked for.
         num_samples: directions of a step.
         sides: 1 or 2.
+        num_blocks: of parameters, each of which has difference quotients of its own: as many times the
+            forwards.
 
     Reference: arXiv 2305.17333, definition 1 (SPSA and n-SPSA); arXiv 2402.11592, section 3 (RGE).
     """
@@ -30,17 +32,23 @@ class RandomGradientEstimator:
     eps: float
     num_samples: int = 1
     sides: Sides = 2
+    num_blocks: int = 1
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Of all blocks."""
+        return [(block, sample) for block in range(self.num_blocks) for sample in range(self.num_samples)]
 
     @property
     def points(self) -> list[Point]:
         """Where the loss is needed, in the order in which ``coefficients`` expects it."""
-        ups = [Point(coefficients={sample: self.eps}) for sample in range(self.num_samples)]
+        ups = [Point(coefficients={sample: self.eps}) for sample in self.samples]
         if self.sides == 1:
             return [HERE, *ups]
-        downs = [Point(coefficients={sample: -self.eps}) for sample in range(self.num_samples)]
+        downs = [Point(coefficients={sample: -self.eps}) for sample in self.samples]
         return [point for pair in zip(ups, downs, strict=True) for point in pair]
 
-    def coefficients(self, losses: Sequence[float]) -> dict[int, float]:
+    def coefficients(self, losses: Sequence[float]) -> dict[Sample, float]:
         """Sample -> the factor of its direction in the estimate, which is their sum.
 
         Args:
@@ -52,4 +60,4 @@ class RandomGradientEstimator:
             slopes = [
                 (up - down) / (2 * self.eps) for up, down in zip(losses[::2], losses[1::2], strict=True)
             ]
-        return {sample: slope / self.num_samples for sample, slope in enumerate(slopes)}
+        return {sample: slope / self.num_samples for sample, slope in zip(self.samples, slopes, strict=True)}

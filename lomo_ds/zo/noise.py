@@ -70,11 +70,11 @@ def _mixed(state: int) -> int:
 
 
 _CHUNK_NUMEL = {"cpu": 1 << 15}
-_CHUNK_NUMEL_ACCELERATOR = 1 << 21
+_CHUNK_NUMEL_ACCELERATOR = 1 << 22
 
 
 def chunks(numel: int, device: torch.device) -> Iterator[slice]:
-    """Slices that bound the temporaries of noise: to a CPU's cache, to 40 MiB of an accelerator."""
+    """Slices that bound the temporaries of noise: to a CPU's cache, to 80 MiB of an accelerator."""
     step = _CHUNK_NUMEL.get(device.type, _CHUNK_NUMEL_ACCELERATOR)
     for start in range(0, numel, step):
         yield slice(start, min(start + step, numel))

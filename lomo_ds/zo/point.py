@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lomo_ds.zo.noise import chunks, normal
+from lomo_ds.zo.sparsity import Kept
 
 Term = tuple[tuple[int, ...], float]
 """(key of a direction in one parameter, coefficient)."""
+Sample = tuple[int, int]
+"""(number of a block of parameters, number of a direction in it)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """What leads one parameter to a point.
+
+    Attributes:
+        terms: of the parameter; none where it stays.
+        kept: its entries that move; None for all.
+    """
+
+    terms: list[Term]
+    kept: Kept | None = None
+
+    def direction(self, key: tuple[int, ...], values: Tensor, start: int) -> Tensor:
+        """z of these entries: fp32, shape (numel,)."""
+        z = normal(key, start, values.numel(), values.device)
+        return z if self.kept is None else z.mul_(self.kept.mask(values, start))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +39,11 @@ class Point:
     """theta + sum over samples of coefficient * z.
 
     Attributes:
-        coefficients: sample -> what its direction is multiplied by; empty for theta itself.
+        coefficients: sample -> what its direction is multiplied by in its block; empty for theta itself.
         times_lr: each parameter's coefficients are multiplied by its learning rate.
     """
 
-    coefficients: dict[int, float]
+    coefficients: dict[Sample, float]
     times_lr: bool = False
 
 
@@ -39,27 +59,29 @@ class Directions:
     seed: int
     step: int
 
-    def terms(self, point: Point, param_index: int, lr: float) -> list[Term]:
+    def terms(self, point: Point, param_index: int, lr: float, block: int = 0) -> list[Term]:
         """What leads to ``point`` in one parameter.
 
         Args:
             point: of this step.
             param_index: among the trained parameters.
             lr: of the parameter.
+            block: that it belongs to.
         """
         factor = lr if point.times_lr else 1.0
         return [
             ((self.seed, self.step, sample, param_index), factor * coefficient)
-            for sample, coefficient in point.coefficients.items()
+            for (of_block, sample), coefficient in point.coefficients.items()
+            if of_block == block
         ]
 
 
-def add_terms_(values: Tensor, terms: Sequence[Term], start: int) -> Tensor:
+def add_(values: Tensor, move: Move, start: int) -> Tensor:
     """values += sum of coefficient * z, in fp32 and rounded once to the nearest.
 
     Args:
         values: 1-D, of any floating dtype, contiguous; changed in place.
-        terms: of the parameter that ``values`` belong to.
+        move: of the parameter that ``values`` belong to.
         start: flat index of the first of them in the whole parameter.
 
     Returns:
@@ -68,29 +90,29 @@ def add_terms_(values: Tensor, terms: Sequence[Term], start: int) -> Tensor:
     Cost: temporaries of a chunk (``noise.chunks``).
     """
     for at in chunks(values.numel(), values.device):
-        exact = values[at].float()
-        for key, coefficient in terms:
-            exact.add_(normal(key, start + at.start, exact.numel(), values.device).mul_(coefficient))
+        exact = values[at].to(torch.float32, copy=True)
+        for key, coefficient in move.terms:
+            exact.add_(move.direction(key, values[at], start + at.start).mul_(coefficient))
         values[at].copy_(exact)
     return values
 
 
-def part_(values: Tensor, first: Sequence[Term], second: Sequence[Term], start: int) -> Tensor:
-    """Both of two points at once, bit for bit as of ``add_terms_``; a direction of both is drawn once.
+def part_(values: Tensor, first: Move, second: Move, start: int) -> Tensor:
+    """Both of two points at once, bit for bit as of ``add_``; a direction of both is drawn once.
 
     Args:
-        values, start: as of ``add_terms_``; ``values`` becomes the second point.
-        first, second: what leads to them.
+        values, start: as of ``add_``; ``values`` becomes the second point.
+        first, second: what leads to them, for the same entries.
 
     Returns:
         The first point: a new tensor like ``values``.
     """
-    other, factors, own = torch.empty_like(values), dict(first), dict(second)
+    other, factors, own = torch.empty_like(values), dict(first.terms), dict(second.terms)
     for at in chunks(values.numel(), values.device):
         one = values[at].to(torch.float32, copy=True)
-        two = values[at].float()
+        two = one.clone()
         for key in factors | own:
-            z = normal(key, start + at.start, one.numel(), values.device)
+            z = first.direction(key, values[at], start + at.start)
             if key in factors:
                 one.add_(z * factors[key])
             if key in own:
@@ -100,6 +122,19 @@ def part_(values: Tensor, first: Sequence[Term], second: Sequence[Term], start: 
     return other
 
 
-def combination(terms: Sequence[Term], start: int, numel: int, device: torch.device) -> Tensor:
-    """The sum of coefficient * z for the elements ``start`` to ``start + numel``: fp32, shape (numel,)."""
-    return add_terms_(torch.zeros(numel, dtype=torch.float32, device=device), terms, start)
+def combination(values: Tensor, move: Move, start: int) -> Tensor:
+    """The sum of coefficient * z for some of a parameter's elements.
+
+    Args:
+        values: these elements, 1-D; not changed.
+        move: of the parameter.
+        start: flat index of the first of them in the whole parameter.
+
+    Returns:
+        fp32, shape (numel,).
+    """
+    total = torch.zeros_like(values, dtype=torch.float32)
+    for at in chunks(values.numel(), values.device):
+        for key, coefficient in move.terms:
+            total[at] += move.direction(key, values[at], start + at.start).mul_(coefficient)
+    return total

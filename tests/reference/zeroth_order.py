@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lomo_ds.rules.noise import random_int32
 from lomo_ds.zo.noise import normal
 from tests.reference.sgd import FP32_OPERATIONS, FP32_UNIT
 
@@ -33,6 +35,8 @@ class Settings:
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
+    block_wise: bool = False
+    sparsity: dict[str, Any] | None = None
 
 
 @dataclass
@@ -62,7 +66,8 @@ class Whole:
         """The parameters after a step, given the difference quotients along ``z``."""
         off = [slope + bound * sign for slope, sign in zip(slopes, self.corner, strict=True)]
         grads = {
-            name: sum(slope * of_sample[name] for slope, of_sample in zip(off, z, strict=True)) / len(z)
+            name: sum(slope * of_sample[name] for slope, of_sample in zip(off, z, strict=True))
+            / self.settings.num_samples
             for name in before
         }
         return {name: self._updated(name, before[name], grads[name]) for name in before}
@@ -119,17 +124,23 @@ class Predictor:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model, self._settings = model, settings
         self._trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        nowhere = (0,) * settings.num_samples
-        self._whole = Whole(settings, nowhere)
-        self._corners = [
-            Whole(settings, corner) for corner in itertools.product((-1, 1), repeat=settings.num_samples)
-        ]
+        self._blocks = [list(self._trained)]
+        if settings.block_wise:  # of TinyModel
+            layers = [[name for name in self._trained if f"blocks.{n}." in name] for n in range(3)]
+            self._blocks = [[name for name in self._trained if "blocks" not in name], *layers]
+        num_slopes = settings.num_samples * len(self._blocks)
+        self._whole = Whole(settings, (0,) * num_slopes)
+        self._corners = [Whole(settings, corner) for corner in itertools.product((-1, 1), repeat=num_slopes)]
 
     @torch.no_grad()
     def step(self, before: Named, number: int, batches: Sequence[Tensor]) -> Step:
         """Predict step ``number`` from ``before``; ``batches`` of all ranks and micro-batches."""
         start = {name: before[name] for name in self._trained}
-        z = [self._directions(number, sample) for sample in range(self._settings.num_samples)]
+        z = [
+            self._directions(number, sample, block, start)
+            for block in self._blocks
+            for sample in range(self._settings.num_samples)
+        ]
         eps = self._settings.eps
         ups = [self._loss(self._moved(start, eps, of_sample), batches) for of_sample in z]
         if self._settings.sides == 2:
@@ -176,13 +187,26 @@ class Predictor:
         }
         return Step(after=after, tolerance=tolerance, loss=loss)
 
-    def _directions(self, number: int, sample: int) -> Named:
-        return {
-            name: normal(
-                (self._settings.seed, number, sample, index), 0, param.numel(), torch.device("cpu")
-            ).view(param.shape)
-            for index, (name, param) in enumerate(self._trained.items())
-        }
+    def _directions(self, number: int, sample: int, block: Sequence[str], start: Named) -> Named:
+        """z, 0 outside of the block and where it is sparse."""
+        seed = self._settings.seed
+        z = {}
+        for index, (name, param) in enumerate(self._trained.items()):
+            flat = normal((seed, number, sample, index), 0, param.numel(), torch.device("cpu"))
+            if self._settings.sparsity is not None:
+                flat = flat * self._first(start[name].flatten(), (seed, number, index))
+            z[name] = flat.view(param.shape) * (name in block)
+        return z
+
+    def _first(self, values: Tensor, key: tuple[int, int, int]) -> Tensor:
+        """1 for the entries that come first, 0 for others: by random numbers, or the largest, by sorting."""
+        given = self._settings.sparsity
+        assert given is not None
+        ranked = -values.abs().double()
+        if given["kind"] == "random":
+            ranked = random_int32(key, 0, values.numel(), torch.device("cpu")).double()
+        order = torch.argsort(ranked, stable=True)[: max(1, round(given["share"] * values.numel()))]
+        return torch.zeros_like(values).index_fill(0, order, 1.0)
 
     def _moved(self, start: Named, by: float, z: Named) -> Named:
         return {name: value + by * z[name] for name, value in start.items()}

@@ -15,7 +15,7 @@ from lomo_ds.zo.conservative import CANDIDATES, chosen
 from lomo_ds.zo.estimate import RandomGradientEstimator
 from lomo_ds.zo.momentum import MomentumRule
 from lomo_ds.zo.noise import normal
-from lomo_ds.zo.point import Directions, Point, add_terms_, combination, part_
+from lomo_ds.zo.point import Directions, Move, Point, add_, combination, part_
 from lomo_ds.zo.settings import ZerothOrderSettings
 from tests.reference.shards import CutParameter
 
@@ -26,7 +26,7 @@ def losses_along(estimator: RandomGradientEstimator, loss: Any, theta: Tensor, s
     """The coefficients of a step's estimate on a whole parameter, and the terms that make it."""
     directions = Directions(seed=3, step=step)
     points = [directions.terms(point, 0, lr=0.1) for point in estimator.points]
-    losses = [float(loss(add_terms_(theta.clone(), terms, start=0))) for terms in points]
+    losses = [float(loss(add_(theta.clone(), Move(terms=terms), start=0))) for terms in points]
     coefficients = estimator.coefficients(losses)
     return coefficients, directions.terms(Point(coefficients=coefficients), 0, lr=0.1)
 
@@ -41,7 +41,7 @@ def test_it_is_the_difference_quotient(sides: Any) -> None:
     for sample in range(3):
         z = normal((3, 4, sample, 0), 0, 9, CPU).double()
         expected = z @ (slope + theta) + (eps * z @ z / 2 if sides == 1 else 0.0)
-        assert coefficients[sample] * 3 == pytest.approx(float(expected), rel=1e-5)
+        assert coefficients[0, sample] * 3 == pytest.approx(float(expected), rel=1e-5)
 
 
 NUM_ESTIMATES = 1500
@@ -65,7 +65,7 @@ def test_its_mean_is_the_gradient() -> None:
     estimator = RandomGradientEstimator(eps=1e-3)
     estimates = torch.stack(
         [
-            combination(losses_along(estimator, loss, theta, step)[1], 0, 33, CPU)
+            combination(theta, Move(terms=losses_along(estimator, loss, theta, step)[1]), 0)
             for step in range(NUM_ESTIMATES)
         ]
     ).double()
@@ -81,9 +81,9 @@ def test_points_are_rounded_once() -> None:
     exact = values.float()
     for key, factor in terms:
         exact = exact + factor * normal(key, 0, 500, CPU)
-    part = add_terms_(values[100:400].clone(), terms, start=100)
+    part = add_(values[100:400].clone(), Move(terms=terms), start=100)
     assert torch.equal(part, exact.bfloat16()[100:400])
-    assert torch.equal(add_terms_(values.clone(), [], start=0), values)
+    assert torch.equal(add_(values.clone(), Move(terms=[]), start=0), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,13 +93,15 @@ def test_two_points_at_once_are_each_point(dtype: torch.dtype) -> None:
     first = [((1, 2, 0, 3), 0.3), ((1, 2, 1, 3), 0.1)]
     for second in ([((1, 2, 0, 3), -0.3), ((1, 2, 1, 3), -0.1)], [((1, 2, 1, 3), 0.5)], []):
         changed = values.clone()
-        assert torch.equal(part_(changed, first, second, start=9), add_terms_(values.clone(), first, start=9))
-        assert torch.equal(changed, add_terms_(values.clone(), second, start=9))
+        moves = [Move(terms=terms) for terms in (first, second)]
+        expected = [add_(values.clone(), move, start=9) for move in moves]
+        assert torch.equal(part_(changed, *moves, start=9), expected[0])
+        assert torch.equal(changed, expected[1])
 
 
 def test_a_point_may_count_in_learning_rates() -> None:
     directions = Directions(seed=1, step=2)
-    point = Point(coefficients={0: 2.0, 3: -1.0}, times_lr=True)
+    point = Point(coefficients={(0, 0): 2.0, (0, 3): -1.0, (1, 0): 5.0}, times_lr=True)
     assert directions.terms(point, 7, lr=0.5) == [((1, 2, 0, 7), 1.0), ((1, 2, 3, 7), -0.5)]
 
 
@@ -107,9 +109,9 @@ def test_a_point_may_count_in_learning_rates() -> None:
     ("losses", "sign"), [([1, 2, 3], 0), ([2, 1, 3], 1), ([3, 2, 1], -1), ([1, 1, 1], 0)]
 )
 def test_the_conservative_step_goes_to_the_least_loss(losses: list[float], sign: float) -> None:
-    estimate = Point(coefficients={0: 2.0})
-    assert chosen(estimate, losses).coefficients == ({0: 2.0 * sign} if sign else {})
-    expected = [{}, {0: -2.0}, {0: 2.0}]
+    estimate = Point(coefficients={(0, 0): 2.0})
+    assert chosen(estimate, losses).coefficients == ({(0, 0): 2.0 * sign} if sign else {})
+    expected = [{}, {(0, 0): -2.0}, {(0, 0): 2.0}]
     assert [candidate.point(estimate).coefficients for candidate in CANDIDATES] == expected
 
 

@@ -19,7 +19,7 @@ from lomo_ds.zero3._internals import (
     set_modules_in_forward,
 )
 from lomo_ds.zero3.zeroth_order.lockstep import Lockstep
-from lomo_ds.zero3.zeroth_order.perturbation import PerturbedModules, Side, TermsOf
+from lomo_ds.zero3.zeroth_order.perturbation import MoveOf, PerturbedModules, Side
 from lomo_ds.zero3.zeroth_order.random_state import RandomState
 
 
@@ -41,7 +41,7 @@ class Forwards:
         names = {module: name for name, module in optimizer.module.named_modules()}
         self._lockstep = Lockstep(self._modules, ForwardHooks(optimizer), names) if paired else None
 
-    def at(self, closure: Callable[[], Any], points: Sequence[TermsOf]) -> list[Any]:
+    def at(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any]:
         """Call ``closure`` at each point; what it returned there.
 
         Whatever it draws from torch's generators is the same at each point.
@@ -53,7 +53,7 @@ class Forwards:
         return returned
 
     def _until_known(
-        self, closure: Callable[[], Any], points: Sequence[TermsOf], start: RandomState
+        self, closure: Callable[[], Any], points: Sequence[MoveOf], start: RandomState
     ) -> list[Any]:
         """Run forwards; again where they showed how a parameter is used, which was not known before.
 
@@ -73,11 +73,11 @@ class Forwards:
         """How much is known about where parameters are used; it only grows."""
         return num_external_params(self._modules.modules) + self._modules.num_used_again
 
-    def _run(self, closure: Callable[[], Any], points: Sequence[TermsOf]) -> list[Any]:
+    def _run(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any]:
         if not all(map(is_gathered, self._persistent)):
             self._optimizer.gather_persistent_params()
         stack = modules_in_forward()
-        sides = [Side(terms_of=terms_of) for terms_of in points]
+        sides = [Side(move_of=move_of) for move_of in points]
         try:
             with kept_gathered(self._persistent):
                 if self._lockstep is not None and len(sides) == 2:

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.zero3._internals import full_numel
+from lomo_ds.zero3._internals import full_numel, local_shard
 from lomo_ds.zero3.apply.choose import Choice
 from lomo_ds.zero3.optimizer import LomoZeroOptimizer
 from lomo_ds.zero3.step import LossClosure
 from lomo_ds.zero3.zeroth_order.forwards import Forwards
 from lomo_ds.zero3.zeroth_order.losses import mean_losses
+from lomo_ds.zo.blocks import blocks_by_layer
 from lomo_ds.zo.conservative import CANDIDATES, chosen
-from lomo_ds.zo.point import Directions, Point, Term, combination
+from lomo_ds.zo.point import Directions, Move, Point, combination
 from lomo_ds.zo.settings import ZerothOrderSettings
+from lomo_ds.zo.sparsity import Kept
 from lomo_ds.zo.table import CONSERVATIVE
 
 HOW_TO_STEP = (
@@ -47,7 +49,12 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
     def set_up(self) -> None:
         super().set_up()
         self._forwards = Forwards(self, list(self.updater.entries), self._settings.paired)
+        entries = self.updater.entries
+        names = [entry.spec.name if self._settings.block_wise else "" for entry in entries.values()]
+        self._blocks = dict(zip(entries, blocks_by_layer(names), strict=True))
+        self._estimator = self._settings.estimator(num_blocks=1 + max(self._blocks.values()))
         self._directions: Directions | None = None
+        self._kept: dict[Parameter, Kept] = {}
         self._update = Point(coefficients={})
 
     # The forwards ------------------------------------------------------------------------------
@@ -67,9 +74,9 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
             ValueError: see ``mean_losses``; nothing has changed then.
         """
         self._directions = Directions(seed=self.optimizer.seed, step=num_steps)
-        estimator = self._settings.estimator
-        own, losses = self._losses(closures, estimator.points)
-        self._update = Point(coefficients=estimator.coefficients(losses))
+        self._kept.clear()
+        own, losses = self._losses(closures, self._estimator.points)
+        self._update = Point(coefficients=self._estimator.coefficients(losses))
         if type(self.optimizer).__name__ == CONSERVATIVE:
             candidates = [candidate.point(self._update) for candidate in CANDIDATES]
             _, losses = self._losses(closures, candidates)
@@ -77,16 +84,28 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         return own.mean().float()
 
     def _losses(self, closures: Sequence[LossClosure], points: Sequence[Point]) -> tuple[Tensor, list[float]]:
-        terms = [partial(self._terms, point) for point in points]
-        returned = [self._forwards.at(closure, terms) for closure in closures]
+        moves = [partial(self._move_gathered, point) for point in points]
+        returned = [self._forwards.at(closure, moves) for closure in closures]
         return mean_losses(returned, torch.device(self.device))
 
-    def _terms(self, point: Point, param: Parameter) -> list[Term]:
-        """What leads one parameter to ``point``."""
+    def _move_gathered(self, point: Point, param: Parameter) -> Move:
+        """What leads one parameter, which is gathered, to ``point``."""
+        sparsity, directions = self._settings.sparsity, self._directions
+        assert directions is not None, "the step has begun"
+        if sparsity is not None and param not in self._kept:
+            key = (directions.seed, directions.step, self.updater.entries[param].index)
+            self._kept[param] = sparsity.kept(param.data.view(-1), key)
+        return self._move(point, param)
+
+    def _move(self, point: Point, param: Parameter) -> Move:
+        """The same for one that need not be gathered; if it is sparse and no forward used it, it stays."""
         assert self._directions is not None, "the step has begun"
-        entry = self.updater.entries[param]
+        entry, kept = self.updater.entries[param], self._kept.get(param)
+        if kept is None and self._settings.sparsity is not None:
+            return Move(terms=[])
         lr = float(self.optimizer.param_groups[entry.group_index]["lr"])
-        return self._directions.terms(point, entry.index, lr)
+        terms = self._directions.terms(point, entry.index, lr, self._blocks[param])
+        return Move(terms=terms, kept=kept)
 
     # The update --------------------------------------------------------------------------------
 
@@ -96,10 +115,9 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         self.begin_step()
         self.release_gathered_params()
         for param, entry in self.updater.entries.items():
-            terms = self._terms(self._update, param)
-            if terms:
-                spec, device = entry.spec, torch.device(self.device)
-                grad_shard = combination(terms, spec.start, spec.shard_numel, device)
+            move = self._move(self._update, param)
+            if move.terms:
+                grad_shard = combination(local_shard(param), move, entry.spec.start)
                 self.updater.begin(param, grad_shard, norm=None, loss_scale=1.0)
         self.updater.finish()
         self.updater.end_step()
@@ -108,8 +126,12 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
 
     def _expected_norm(self) -> float:
         """The estimate's 2-norm, with the squares of the directions' elements at their mean of 1."""
-        squares = sum(coefficient**2 for coefficient in self._update.coefficients.values())
-        return math.sqrt(squares * sum(full_numel(param) for param in self.updater.entries))
+        share = 1.0 if self._settings.sparsity is None else self._settings.sparsity.share
+        numel = dict.fromkeys(self._blocks.values(), 0)
+        for param, block in self._blocks.items():
+            numel[block] += full_numel(param)
+        squares = (c**2 * numel[block] for (block, _), c in self._update.coefficients.items())
+        return math.sqrt(share * sum(squares))
 
     # What there is none of ---------------------------------------------------------------------
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds.zero3._internals import gathered_for, hooked_modules, is_gathered, is_persistent
-from lomo_ds.zo.point import Term, add_terms_, part_
+from lomo_ds.zo.point import Move, add_, part_
 
-TermsOf = Callable[[Parameter], list[Term]]
-"""What leads a trained parameter from its weights to a point."""
+MoveOf = Callable[[Parameter], Move]
+"""What leads a trained parameter, gathered and as it is, to a point."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -33,23 +33,23 @@ class Side:
     """A forward at one point.
 
     Attributes:
-        terms_of: what leads there.
+        move_of: what leads there.
         copies: parameter -> (what ZeRO-3 gathered, the perturbed copy), of the modules that are being run.
         entered: for each of these modules the parameters of which it made copies.
     """
 
-    terms_of: TermsOf
+    move_of: MoveOf
     copies: dict[Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
     entered: list[tuple[Module, list[Parameter]]] = field(default_factory=list)
 
-    def open(self, param: Parameter, terms: list[Term]) -> None:
+    def open(self, param: Parameter, move: Move) -> None:
         """Let ``param`` be a perturbed copy."""
         copy = param.data.clone()
-        self._replace(param, add_terms_(copy.view(-1), terms, start=0))
+        self._replace(param, add_(copy.view(-1), move, start=0))
 
-    def open_with(self, follower: Side, param: Parameter, terms: list[Term]) -> None:
+    def open_with(self, param: Parameter, move: Move, of_follower: Move) -> None:
         """Let ``param`` be a perturbed copy, and what ZeRO-3 gathered the one of a side that follows."""
-        self._replace(param, part_(param.data.view(-1), terms, follower.terms_of(param), start=0))
+        self._replace(param, part_(param.data.view(-1), move, of_follower, start=0))
 
     def _replace(self, param: Parameter, copy: Tensor) -> None:
         copy = copy.view(param.shape)
@@ -105,7 +105,7 @@ class PerturbedModules:
     def running(self, side: Side) -> Iterator[None]:
         """Let the forward in the block run at the point of ``side``."""
         for param in self.persistent:
-            side.open(param, side.terms_of(param))
+            side.open(param, side.move_of(param))
         self.side = side
         try:
             yield
@@ -146,23 +146,24 @@ class PerturbedModules:
 
     def _perturb(self, side: Side, param: Parameter) -> bool:
         """Bring a gathered parameter to the point of ``side``; whether by a copy."""
-        leads = self.follower not in (None, side)
+        follower = None if self.follower is side else self.follower
         if param in self._spent:
-            if leads:
+            if follower is not None:
                 self._used_again[param] = None
             return False
-        terms = side.terms_of(param)
-        in_place = self._in_place and param not in self._used_again
-        if in_place and leads:
-            assert self.follower is not None
-            side.open_with(self.follower, param, terms)
-        elif in_place:
-            add_terms_(param.data.view(-1), terms, start=0)
-        elif terms:
-            side.open(param, terms)
-        if in_place:
-            self._spent[param] = None
-        return param in side.copies
+        move = side.move_of(param)
+        of_follower = None if follower is None else follower.move_of(param)
+        if not move.terms and not (of_follower and of_follower.terms):
+            return False
+        if not self._in_place or param in self._used_again:
+            side.open(param, move)
+            return True
+        self._spent[param] = None
+        if of_follower is not None:
+            side.open_with(param, move, of_follower)
+        else:
+            add_(param.data.view(-1), move, start=0)
+        return of_follower is not None
 
     def _leave(self, module: Module, args: tuple, output: Any) -> None:
         side = self.side

@@ -21,6 +21,9 @@ CASES: list[dict[str, Any]] = [
     {"method": "ZO-SGD", "lr": LRS["ZO-SGD"], "num_samples": 2, "weight_decay": 0.1, "seed": 5},
     {"method": "ZO-Adam", "lr": LRS["ZO-Adam"], "num_samples": 2, "sides": 1, "weight_decay": 0.1},
     {"method": "ZO-SGD-Cons", "lr": LRS["ZO-SGD-Cons"], "sides": 1},
+    {"method": "ZO-SGD", "lr": LRS["ZO-SGD"], "block_wise": True},
+    {"method": "ZO-SGD", "lr": LRS["ZO-SGD"], "sparsity": {"kind": "random", "share": 0.3}},
+    {"method": "ZO-SGD-MMT", "lr": LRS["ZO-SGD-MMT"], "sparsity": {"kind": "magnitude", "share": 0.6}},
 ]
 
 
