@@ -96,8 +96,7 @@ def initialize(
         tiling = _checked_model(model, ds_json)
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
         nvme = NvmeSettings.of(optimizer.nvme_path, ds_json.get("aio")) if optimizer.nvme_path else None
-        if optimizer.zeroth_order is not None:
-            refuse_for_zeroth_order(ds_json, optimizer, optimizer.zeroth_order)
+        refuse_for_zeroth_order(ds_json, optimizer)
         refuse_unreadable(ds_json)
     check_ranks(ds_json, ranks := dist.get_world_size())
     with init_context_suspended():

@@ -7,19 +7,18 @@ from typing import Any
 
 from lomo_ds.config import shown
 from lomo_ds.optimizers import ShardedOptimizer
-from lomo_ds.zo.settings import ZerothOrderSettings
 from lomo_ds.zo.table import CONSERVATIVE, METHODS
 
 
-def refuse_for_zeroth_order(
-    ds_json: Mapping[str, Any], optimizer: ShardedOptimizer, settings: ZerothOrderSettings
-) -> None:
-    """Check the JSON and the parameter groups.
+def refuse_for_zeroth_order(ds_json: Mapping[str, Any], optimizer: ShardedOptimizer) -> None:
+    """Check the JSON and the parameter groups, where the optimizer is a zeroth-order one.
 
     Raises:
         ValueError: says what was given and which key to change.
     """
-    name = type(optimizer).__name__
+    settings, name = optimizer.zeroth_order, type(optimizer).__name__
+    if settings is None:
+        return
     clipping = ds_json.get("gradient_clipping")
     if clipping:
         raise ValueError(
