@@ -6,8 +6,8 @@ forward gets is one of two things:
 * the gathered copy itself, perturbed in place, where ZeRO-3 is to drop it after the forward anyway; of two
   forwards in lockstep the second one gets it, and the first one a copy;
 * a copy of it for as long as the module runs, where the gathered one is used again: small parameters that
-  ZeRO-3 keeps whole, the only rank's (whose gathered copy is its shard), secondary copies (hpZ are made from
-  it), and forwards in lockstep, of which a second one needs it.
+  ZeRO-3 keeps whole, those of a single rank (what is gathered is its shard) and of hpZ (secondary copies are
+  made from it), and what the first of two forwards needs again.
 """
 
 from __future__ import annotations

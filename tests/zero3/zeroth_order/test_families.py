@@ -1,4 +1,4 @@
-"""The families and tuning schemes of the benchmark paper, each as a tiny random model of its real architecture."""
+"""The families and tuning schemes of the benchmark paper, as tiny random models of their architectures."""
 
 from __future__ import annotations
 
