@@ -97,29 +97,27 @@ def add_(values: Tensor, move: Move, start: int) -> Tensor:
     return values
 
 
-def part_(values: Tensor, first: Move, second: Move, start: int) -> Tensor:
-    """Both of two points at once, bit for bit as of ``add_``; a direction of both is drawn once.
+def part_(values: Tensor, other: Tensor, of_other: Move, own: Move, start: int) -> None:
+    """Two points at once, bit for bit as of ``add_``; a direction of both is drawn once.
 
     Args:
-        values, start: as of ``add_``; ``values`` becomes the second point.
-        first, second: what leads to them, for the same entries.
-
-    Returns:
-        The first point: a new tensor like ``values``.
+        values: 1-D, of any floating dtype, contiguous; becomes the point of ``own``.
+        other: like it; becomes the point of ``of_other``, whatever it was.
+        of_other, own: what leads from ``values`` to them, for the same entries.
+        start: flat index of the first of them in the whole parameter.
     """
-    other, factors, own = torch.empty_like(values), dict(first.terms), dict(second.terms)
+    factors, own_factors = dict(of_other.terms), dict(own.terms)
     for at in chunks(values.numel(), values.device):
         one = values[at].to(torch.float32, copy=True)
         two = one.clone()
-        for key in factors | own:
-            z = first.direction(key, values[at], start + at.start)
+        for key in factors | own_factors:
+            z = own.direction(key, values[at], start + at.start)
             if key in factors:
                 one.add_(z * factors[key])
-            if key in own:
-                two.add_(z.mul_(own[key]))
+            if key in own_factors:
+                two.add_(z.mul_(own_factors[key]))
         other[at].copy_(one)
         values[at].copy_(two)
-    return other
 
 
 def combination(values: Tensor, move: Move, start: int) -> Tensor:

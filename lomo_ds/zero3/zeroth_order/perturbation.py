@@ -45,14 +45,16 @@ class Side:
     def open(self, param: Parameter, move: Move) -> None:
         """Let ``param`` be a perturbed copy."""
         copy = param.data.clone()
-        self._replace(param, add_(copy.view(-1), move, start=0))
+        add_(copy.view(-1), move, start=0)
+        self._replace(param, copy)
 
     def open_with(self, param: Parameter, move: Move, of_follower: Move) -> None:
         """Let ``param`` be a perturbed copy, and what ZeRO-3 gathered the one of a side that follows."""
-        self._replace(param, part_(param.data.view(-1), move, of_follower, start=0))
+        copy = torch.empty_like(param.data)
+        part_(param.data.view(-1), copy.view(-1), move, of_follower, start=0)
+        self._replace(param, copy)
 
     def _replace(self, param: Parameter, copy: Tensor) -> None:
-        copy = copy.view(param.shape)
         self.copies[param] = (param.data, copy)
         param.data = copy
 
