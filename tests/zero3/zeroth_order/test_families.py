@@ -24,7 +24,7 @@ DECODER = {
     "max_position_embeddings": 32,
 }
 NUM_STEPS = 2
-LR = 1e-4
+LR, EPS = 1e-4, 1e-2
 
 
 def roberta() -> nn.Module:
@@ -93,7 +93,7 @@ def train(name: str, paired: bool) -> list[dict[str, Tensor]]:
     import lomo_ds
 
     ds_json: dict[str, Any] = jobs.zo_json(
-        lr=LR, paired=paired, zero={"stage3_param_persistence_threshold": 20}
+        lr=LR, eps=EPS, paired=paired, zero={"stage3_param_persistence_threshold": 20}
     )
     engine = lomo_ds.initialize(model=Scored(name), config=ds_json)[0]
     engine.eval()
@@ -113,7 +113,7 @@ def test_a_step_is_the_equation(name: str) -> None:
         pytest.importorskip("peft")
     history = run_ranks(2, train, name, True)[0]
     model = Scored(name)
-    predictor = Predictor(model, Settings(lr=LR))
+    predictor = Predictor(model, Settings(lr=LR, eps=EPS))
     before = {key: param.detach().clone() for key, param in model.named_parameters()}
     for number, after in enumerate(history):
         step = predictor.step(before, number, [rank_batch(number, rank, 2) for rank in range(2)])
