@@ -18,7 +18,7 @@ from tests.zero3 import jobs as engine_jobs
 from tests.zero3.zeroth_order import jobs
 from tests.zero3.zeroth_order.test_methods import seeded_model
 
-MODES = [(True, 0), (True, 20), (False, 0), (False, 20)]
+MODES = [(True, 20), (False, 20)]
 """(paired, elements up to which parameters stay gathered)."""
 
 
@@ -127,7 +127,7 @@ def train_functional(ds_json: dict[str, Any]) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("paired", [True, False])
 def test_parameters_used_outside_their_modules_are_perturbed_too(paired: bool) -> None:
     """Whether ZeRO-3 keeps them gathered or meets them in the middle of another module's forward."""
-    for persistence in (0, 100, 1000):
+    for persistence in (0, 1000):
         history = run_ranks(2, train_functional, json_of((paired, persistence), lr=1e-3))[0]
         predictor = Predictor(functional_model(), Settings(lr=1e-3))
         before = {name: param.detach() for name, param in functional_model().named_parameters()}

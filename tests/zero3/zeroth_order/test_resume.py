@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def resumed(method: str, folder: Path) -> Any:
     return train(engine, SAVED_AT, NUM_STEPS), checkpoint_jobs.outcome(engine), at_load
 
 
-def of_all_methods(job: Any, folder: Path) -> dict[str, Any]:
-    return {method: job(method, folder) for method in METHODS}
+def of_methods(job: Any, folder: Path, methods: Sequence[str] = tuple(METHODS)) -> dict[str, Any]:
+    return {method: job(method, folder) for method in methods}
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +65,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(2, of_all_methods, straight, folder)
+    return run_ranks(2, of_methods, straight, folder)
 
 
 @pytest.mark.ranks
 def test_resumed_training_is_bit_identical(saved: list[dict[str, Any]], folder: Path) -> None:
-    again = run_ranks(2, of_all_methods, resumed, folder)
+    again = run_ranks(2, of_methods, resumed, folder)
     for of_rank, of_rank_again in zip(saved, again, strict=True):
         assert same_tree(of_rank, of_rank_again)
     for method, (losses, final, at_save) in saved[0].items():
@@ -79,8 +80,9 @@ def test_resumed_training_is_bit_identical(saved: list[dict[str, Any]], folder: 
 
 @pytest.mark.ranks
 def test_a_checkpoint_of_two_ranks_loads_on_three(saved: list[dict[str, Any]], folder: Path) -> None:
-    loaded = run_ranks(3, of_all_methods, resumed, folder)
-    for method in METHODS:
+    with_state = ("ZO-SGD-MMT", "ZO-Adam")
+    loaded = run_ranks(3, of_methods, resumed, folder, with_state)
+    for method in with_state:
         at_save = [of_rank[method][2] for of_rank in saved]
         at_load = [of_rank[method][2] for of_rank in loaded]
         for outcome in at_load:
