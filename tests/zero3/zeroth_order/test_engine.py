@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,3 +302,19 @@ def test_json_that_cannot_be_is_refused(change: dict[str, Any], message: str) ->
     with pytest.raises(ValueError) as refusal:
         lomo_ds.initialize(model=TinyModel(), config=ds_json)
     assert message in str(refusal.value)
+
+
+def step_of_shipped(path: str) -> tuple[float, bool]:
+    import lomo_ds
+
+    engine = lomo_ds.initialize(model=seeded_model(), config=path)[0]
+    before = engine_jobs.whole_params(engine.module)
+    loss = engine.train_batch(jobs.closures_of(engine, 0)).item()
+    after = engine_jobs.whole_params(engine.module)
+    return loss, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_shipped_json_makes_a_step() -> None:
+    path = Path(__file__).parents[3] / "ds_configs" / "zo_sgd_fp32.json"
+    for loss, unmoved in run_ranks(2, step_of_shipped, str(path)):
+        assert loss > 0 and not unmoved
