@@ -22,6 +22,7 @@ from lomo_ds.zero3._internals.forward import (
 )
 from lomo_ds.zero3._internals.params import (
     accumulation_dtype,
+    all_gathered,
     full_numel,
     full_shape,
     init_context_suspended,
@@ -51,6 +52,7 @@ __all__ = [
     "ReducedGradient",
     "Stage3Base",
     "accumulation_dtype",
+    "all_gathered",
     "check_contract",
     "forget_module_state",
     "full_numel",

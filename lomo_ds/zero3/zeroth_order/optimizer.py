@@ -114,15 +114,20 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         """Update every shard once, and make gathered copies new. Collective."""
         self.begin_step()
         self.release_gathered_params()
+        with self.stream.writing():
+            self._update_shards()
+            self.updater.end_step()
+        self.stream.publish()
+        self._global_grad_norm = self._expected_norm()
+        self.gather_persistent_params()
+
+    def _update_shards(self) -> None:
         for param, entry in self.updater.entries.items():
             move = self._move(self._update, param)
             if move.terms:
                 grad_shard = combination(local_shard(param), move, entry.spec.start)
                 self.updater.begin(param, grad_shard, norm=None, loss_scale=1.0)
         self.updater.finish()
-        self.updater.end_step()
-        self._global_grad_norm = self._expected_norm()
-        self.gather_persistent_params()
 
     def _expected_norm(self) -> float:
         """The estimate's 2-norm, with the squares of the directions' elements at their mean of 1."""
