@@ -98,10 +98,13 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         return self._move(point, param)
 
     def _move(self, point: Point, param: Parameter) -> Move:
-        """The same for one that need not be gathered; if it is sparse and no forward used it, it stays."""
+        """The same for one that need not be gathered.
+
+        It stays where it is frozen for the time being, or sparse and no forward used it.
+        """
         assert self._directions is not None, "the step has begun"
         entry, kept = self.updater.entries[param], self._kept.get(param)
-        if kept is None and self._settings.sparsity is not None:
+        if not param.requires_grad or kept is None and self._settings.sparsity is not None:
             return Move(terms=[])
         lr = float(self.optimizer.param_groups[entry.group_index]["lr"])
         terms = self._directions.terms(point, entry.index, lr, self._blocks[param])
