@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -77,9 +76,9 @@ def _step(
     factor = dist.get_world_size() * len(parts) / num_targets
     closures = [_MicroBatch(engine, data, part, factor) for part in parts]
     lr = used_lr(engine)
-    engine.train_batch(closures)
+    mean_loss = engine.train_batch(closures)
     own = Share(
-        loss_sum=sum(closure.loss_sum.item() for closure in closures),
+        loss_sum=_loss_sum(engine, closures, mean_loss, num_targets),
         num_tokens=sum(closure.num_tokens for closure in closures),
         peak_bytes=peak_bytes(),
         stop_requested=stop.requested,
@@ -97,6 +96,13 @@ def _step(
     return metrics, share.stop_requested
 
 
+def _loss_sum(engine: Any, closures: Sequence[_MicroBatch], mean_loss: Tensor, num_targets: int) -> float:
+    """This rank's sum over answer tokens; from the mean where closures were called at several points."""
+    if getattr(engine, "owns_forwards", False):
+        return mean_loss.item() * num_targets / dist.get_world_size()
+    return sum(closure.loss_sum.item() for closure in closures)
+
+
 class _MicroBatch:
     """The loss of one micro-batch of this rank, as ``engine.train_batch`` asks for it.
 
@@ -107,25 +113,20 @@ class _MicroBatch:
         factor: on the sum over the answers' tokens, to make the mean over the global batch of it.
 
     Attributes:
+        loss_sum: that sum, as it was computed last; 0-dim, without a graph.
         num_tokens: in the micro-batch, without padding.
     """
 
     def __init__(self, engine: Any, data: TrainingSet, indices: Sequence[int], factor: float) -> None:
         self._engine, self._data, self._indices, self._factor = engine, data, indices, factor
         self.num_tokens = 0
-        self._loss_sums: list[Tensor] = []
 
     def __call__(self) -> Tensor:
         batch = collate([self._data.answers[index] for index in self._indices], self._data.pad_token_id)
         self.num_tokens = int(batch.attention_mask.sum())
         loss_sum = token_loss_sum(self._engine, batch.to(self._engine.device))
-        self._loss_sums.append(loss_sum.detach())
+        self.loss_sum = loss_sum.detach()
         return loss_sum * self._factor
-
-    @property
-    def loss_sum(self) -> Tensor:
-        """That sum, 0-dim and without a graph: the mean over the forwards of the step."""
-        return torch.stack(self._loss_sums).mean()
 
 
 def used_lr(engine: Any) -> float:

@@ -12,6 +12,7 @@ forward gets is one of two things:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ class PerturbedModules:
         self.persistent = [param for param in params if is_persistent(param)]
         self._in_place = in_place
         self._spent: dict[Parameter, None] = {}
-        self._used_again: dict[Parameter, None] = {}
+        num_uses = Counter(param for module in self.modules for param in gathered_for(module))
+        self._used_again = {param: None for param, count in num_uses.items() if count > 1}
         for module in self.modules:
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave, prepend=True)  # before ZeRO-3 lets go of its parameters

@@ -93,7 +93,7 @@ def test_secondary_copies_never_hold_what_was_perturbed(paired: bool) -> None:
 
 
 class Functional(nn.Module):
-    """Parameters that are used without a call of the module that owns them, or in two places."""
+    """Parameters that are used without a call of the module that owns them, in two places, or twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Functional(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.norm(self.embedding(tokens)) * self.scale
         hidden = torch.tanh(F.linear(hidden, self.inner.weight, self.inner.bias))
-        logits = F.linear(hidden, self.embedding.weight)
+        logits = F.linear(self.norm(hidden), self.embedding.weight)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
