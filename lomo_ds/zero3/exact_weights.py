@@ -68,7 +68,6 @@ class ExactWeights:
         with self._updater.stream.writing(*before.values()), torch.no_grad():
             for param, old in before.items():
                 self._forget_where_changed(param, old)
-        self._updater.stream.publish()
         self._updater.shards_changed = self._updater.shards_changed or bool(own)
 
     def _keeps_more(self, param: Parameter) -> bool:

@@ -56,9 +56,7 @@ class ParamAccess:
         if not param.requires_grad:
             return None
         spec = self._entry(param).spec
-        with self.stream.writing():
-            grad_shard = self.policy.gradient_of(param)
-        self.stream.publish()
+        grad_shard = self.policy.gradient_of(param)
         return None if grad_shard is None else _padded(spec, grad_shard.float())
 
     def set_fp32_grad_for_param(self, value: Tensor, param: Parameter) -> None:
@@ -83,7 +81,6 @@ class ParamAccess:
     def _replace_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
         with self.stream.writing(grad_shard):
             self.policy.replace_gradient(param, grad_shard)
-        self.stream.publish()
 
     # Weights and states ------------------------------------------------------------------------
 

@@ -25,7 +25,6 @@ class ZerothOrderAdamRule:
     Reference: arXiv 2402.11592, section 3, ZO-Adam; the moments of AdamW (arXiv 1711.05101), algorithm 2.
     """
 
-    needs_sums: ClassVar[bool] = False
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
     betas: tuple[float, float] = (0.9, 0.999)
@@ -33,6 +32,9 @@ class ZerothOrderAdamRule:
 
     def __post_init__(self) -> None:
         require_betas(self.betas, self.adam_eps)
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return False
 
     def is_scale_free(self, role: Role) -> bool:
         return False

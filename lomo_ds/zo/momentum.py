@@ -25,7 +25,6 @@ class MomentumRule:
         (arXiv 1910.06513), algorithm 1.
     """
 
-    needs_sums: ClassVar[bool] = False
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
     momentum: float = 0.9
@@ -33,6 +32,9 @@ class MomentumRule:
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum has to be at least 0 and below 1, not {self.momentum}")
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return False
 
     def is_scale_free(self, role: Role) -> bool:
         return False

@@ -11,6 +11,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+)
 
 from lomo_ds.planner.dry_run import _quiet, build_engine
 from lomo_ds.planner.fake_rank import fake_rank
@@ -164,6 +170,26 @@ def _write_by_hand(engine: Any, job: Job) -> None:
             param.mul_(0.5)
 
 
+def _write_to_shards(engine: Any, job: Job) -> None:
+    """After the step the user changes this rank's shards where they are, on D."""
+    _step(engine, job)
+    with torch.no_grad():
+        for param in engine.optimizer.updater.entries:
+            local_shard(param).mul_(0.5)
+
+
+def _set_weights(engine: Any, job: Job) -> None:
+    """Gradients are read and replaced before the step, weights after it; then the model is called."""
+    engine.backward(_loss(engine, job))
+    params = list(engine.optimizer.updater.entries)
+    for param in params:
+        safe_set_full_grad(param, 2 * safe_get_full_grad(param))
+    engine.step()
+    for param in params:
+        safe_set_full_fp32_param(param, 2 * safe_get_full_fp32_param(param))
+    _call(engine, job)
+
+
 def _fail_in_backward(engine: Any, job: Job) -> None:
     """After the step a backward that raises when some gradients have been applied, and a forward."""
     _step(engine, job)
@@ -203,6 +229,8 @@ SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
     "evaluate in step": _evaluate_in_step,
     "call module": _call_module,
     "write by hand": _write_by_hand,
+    "write to shards": _write_to_shards,
+    "set weights": _set_weights,
     "fail in backward": _fail_in_backward,
     "fetch early": _fetch_early,
     "replace shards": _replace_shards,

@@ -112,6 +112,8 @@ class ApplyPolicy(ABC):
     def gradient_of(self, param: Parameter) -> Tensor | None:
         """This rank's shard of a parameter's gradient since the last step, scaled; None where there is none.
 
+        A copy, made on the current stream.
+
         Raises:
             RuntimeError: it has been applied already.
         """
