@@ -13,7 +13,7 @@ PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults lint format quickstart clean \
 	bench bench-checkpoint bench-adapters bench-quality bench-rounding bench-plan bench-checkpoint-memory \
-	bench-wire
+	bench-wire bench-zeroth-order
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-plan: $(STAMP)  ## the tables of docs/benchmarks/plan.md: large models, th
 
 bench-wire: $(STAMP)  ## bytes on the wire of one clipped step
 	$(RUN) -m benchmarks.wire.run --ranks 2
+
+bench-zeroth-order: $(STAMP)  ## memory, bytes on the wire and time of a ZO-SGD step, and of a forward
+	$(RUN) -m benchmarks.zeroth_order.run
 
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py

@@ -17,11 +17,10 @@ import deepspeed
 import torch
 
 from lomo_ds.initialization import initialize
-from lomo_ds.optimizers import NOT_YET_USED, ShardedOptimizer
-from lomo_ds.rules.table import OWN_OPTIMIZERS
+from lomo_ds.optimizers import NOT_YET_USED, OPTIMIZERS, ShardedOptimizer
 from lomo_ds.zero3._internals import load_ds_config
 
-_OWN_TYPES = {name.lower() for name in OWN_OPTIMIZERS}
+_OWN_TYPES = {name.lower() for name in OPTIMIZERS}
 
 
 class Enabled:
@@ -46,7 +45,7 @@ class Enabled:
 def enable() -> Enabled:
     """Let ``deepspeed.initialize`` build our engine for the optimizers of lomo_ds, from now on.
 
-    A call goes to ``lomo_ds.initialize`` where its JSON names an optimizer of ``OWN_OPTIMIZERS``, in upper or
+    A call goes to ``lomo_ds.initialize`` where its JSON names an optimizer of ``OPTIMIZERS``, in upper or
     lower case, or its ``optimizer`` is one of ours. Modules that have imported the function by name already
     get the new one as well. A call that would train by another optimizer a model for which one of ours was
     built, and given to no engine, raises a ValueError.
