@@ -11,11 +11,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+
+from lomo_ds.model_io.remote_code import plain_refusals
 
 Read = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -101,9 +104,7 @@ def _stacks_entries(operations: list[Any]) -> bool:
     if not isinstance(first, MergeModulelist) or first.dim != 0:
         return False
     dims = {Concatenate: ("dim",), Transpose: ("dim0", "dim1")}
-    return all(
-        type(one) in dims and all(getattr(one, dim) > 0 for dim in dims[type(one)]) for one in others
-    )
+    return all(type(one) in dims and all(getattr(one, dim) > 0 for dim in dims[type(one)]) for one in others)
 
 
 def _single(tensor: Any) -> Tensor:
@@ -137,11 +138,6 @@ class HubLayout:
     def converted(self) -> dict[str, Conversion]:
         """Model's tensor -> what makes it."""
         return {name: conversion for conversion in self.conversions for name in conversion.names}
-
-    @property
-    def stored_names(self) -> tuple[str, ...]:
-        """Of all tensors of the folder."""
-        return (*self.names, *(name for one in self.conversions for name in one.stored_names))
 
 
 def layout_of(model: Module, known: Collection[str], stored_names: Collection[str]) -> HubLayout:
@@ -202,7 +198,9 @@ class _Naming:
         if fitted not in self.known and stored in self.known:
             return stored, None, stored
         if fitted != name:
-            inner = f"{self.prefix}.{inner}" if fitted.endswith(name) else inner.removeprefix(f"{self.prefix}.")
+            inner = (
+                f"{self.prefix}.{inner}" if fitted.endswith(name) else inner.removeprefix(f"{self.prefix}.")
+            )
         return fitted, pattern, inner
 
     def _fitted(self, name: str) -> str:
@@ -267,3 +265,27 @@ def layout_for_export(model: Module, shapes: Shapes) -> HubLayout:
         return layout or HubLayout()
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     return layout_of(model, list(shapes), list(revert_weight_conversion(model, tensors)))
+
+
+def layout_of_config(folder: Path, shapes: Shapes, stored_names: Collection[str]) -> HubLayout:
+    """The layout of a model of which only the configuration is there.
+
+    Args:
+        folder: with its ``config.json``.
+        shapes: of the model's tensors.
+        stored_names: of ``layout_of``.
+
+    Raises:
+        ValueError: the configuration is of no class of transformers' own.
+
+    Cost: the model is built on the meta device.
+    """
+    import transformers
+
+    with plain_refusals(folder):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model_class = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            raise ValueError(f"its architectures {config.architectures} are not transformers' own")
+        with torch.device("meta"):
+            return layout_of(model_class(config), shapes, stored_names)

@@ -13,8 +13,8 @@ _LLAMA = _SHARED | _IDS | {"intermediate_size": 18, "num_key_value_heads": 1}
 _NEOX = _SHARED | _IDS | {"intermediate_size": 18}
 _OPT = _SHARED | _IDS | {"ffn_dim": 18, "word_embed_proj_dim": 12}
 _GPT2 = {"vocab_size": 60, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32}
-_MIXTRAL = _LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}
-_QWEN3_MOE = _LLAMA | {"head_dim": 6, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 7}
+_MIXTRAL = _LLAMA | {"intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2}
+_QWEN3_MOE = _LLAMA | {"head_dim": 6, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
