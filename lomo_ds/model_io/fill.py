@@ -19,6 +19,7 @@ from lomo_ds.model_io.hub_layout import layout_of, remember_layout
 from lomo_ds.model_io.hub_source import HubSource
 from lomo_ds.model_io.misfits import WRONG_SHAPE, refuse_misfits, wrong_shape
 from lomo_ds.model_io.named_tensors import flat_part, named_buffers, whole_shape
+from lomo_ds.model_io.new_heads import initialize_heads, is_of_another_head
 from lomo_ds.model_io.universal import UniversalFolder
 from lomo_ds.zero3.collective_errors import failing_together
 
@@ -62,7 +63,9 @@ def load_shards(model: Module, source: WeightSource) -> None:
         for name, buffer in named_buffers(model).items():
             if not isinstance(source, UniversalFolder) or name in source.files:
                 names_of.setdefault(buffer, []).append(name)
-        _fill(_match(model, source, names_of), source)
+        targets, new = _match(model, source, names_of)
+        _fill(targets, source)
+    initialize_heads(model, new)
 
 
 @torch.no_grad()
@@ -101,8 +104,10 @@ def _names_of_params(model: Module) -> dict[Tensor, list[str]]:
     return names_of
 
 
-def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[str]]) -> dict[str, Tensor]:
-    """Tensor name in the files -> what it fills: a parameter (cut or whole) or a buffer.
+def _match(
+    model: Module, source: WeightSource, names_of: Mapping[Tensor, list[str]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensor name in the files -> what it fills: a parameter, cut or whole, or a buffer; what is new).
 
     A tied one is found under the first of its names that is there.
     """
@@ -110,9 +115,11 @@ def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[s
     known = {name for names in names_of.values() for name in names}
     targets = {names[0]: tensor for tensor, names in present.items() if names}
     shapes = {name: whole_shape(tensor) for name, tensor in targets.items()}
+    missing = [names_of[tensor][0] for tensor, names in present.items() if not names]
+    new = [name for name in missing if is_of_another_head(model, name)]
     _refuse_misfits(
         source,
-        missing=[names_of[tensor][0] for tensor, names in present.items() if not names],
+        missing=sorted(set(missing) - set(new)),
         unexpected=[n for n in source.files if n not in known and not _may_be_ignored(model, n)],
         wrong=[
             wrong_shape(name, source.shape(name), shape)
@@ -120,10 +127,12 @@ def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[s
             if not source.fits(name, shape)
         ],
     )
-    return targets
+    return targets, new
 
 
 def _may_be_ignored(model: Module, name: str) -> bool:
+    if is_of_another_head(model, name):
+        return True
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     return bool(_OUTDATED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
 

@@ -18,8 +18,10 @@ from torch.nn import Module
 
 from lomo_ds.model_io.fill import load_remaining_buffers, load_shards
 from lomo_ds.model_io.folder import read_folder
+from lomo_ds.model_io.model_class import CAUSAL_LM, build, find_model_class
 from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
 from lomo_ds.model_io.universal import read_universal
+from lomo_ds.model_io.zero3_known import make_zero3_known
 from lomo_ds.zero3.collective_errors import failing_together
 
 
@@ -28,10 +30,14 @@ def load_pretrained(
     ds_json: Mapping[str, Any],
     trust_remote_code: bool = False,
     weights: str | os.PathLike | None = None,
+    model_class: str = CAUSAL_LM,
+    settings: Mapping[str, Any] | None = None,
 ) -> Module:
-    """A causal language model from a folder or the hub, cut over the ranks. Collective.
+    """A model from a folder or the hub, cut over the ranks. Collective.
 
-    Call it before ``lomo_ds.initialize``, with ``torch.distributed`` initialized.
+    Call it before ``lomo_ds.initialize``, with ``torch.distributed`` initialized. While the model lives,
+    transformers knows that ZeRO-3 is in use: ``generate`` keeps the ranks together, and a ``from_pretrained``
+    cuts its model, too. An export has the names of the folder.
 
     Args:
         name: folder in Hugging Face format, or name on the hub.
@@ -39,9 +45,13 @@ def load_pretrained(
         trust_remote_code: allow a model that brings its own code.
         weights: a universal checkpoint of DeepSpeed with all parameters, which then take the place of
             the folder's; the folder's own need not be there.
+        model_class: of transformers, an auto class or a model's own. Another class than the folder's may have
+            a head that the folder has not: rank 0 draws its initial values from torch's global generator.
+        settings: of the model's configuration, in place of the folder's, such as ``num_labels``.
 
     Raises:
-        ValueError: on all ranks alike, where the folder is not there or its tensors are not the model's.
+        ValueError: on all ranks alike, where the folder is not there, its tensors are not the model's, or a
+            causal language model is asked for and it holds another kind.
 
     Cost: host memory for the rank's shard and one tensor in the model's dtype: a parameter is whole for a
         moment when it is made. Each rank reads its own part of the files and no more.
@@ -50,13 +60,16 @@ def load_pretrained(
     with failing_together():
         source = read_folder(path) if weights is None else read_universal(Path(weights))
         config = _read_config(path, trust_remote_code)
+        for key, value in (settings or {}).items():
+            setattr(config, key, value)
     with plain_refusals(path):
-        model = build_sharded(config, ds_json, trust_remote_code)
+        model = build_sharded(config, ds_json, trust_remote_code, model_class)
     load_shards(model, source)
     if weights is not None:
         load_remaining_buffers(model, source, path)
+    make_zero3_known(model, ds_json)
     generation = path / "generation_config.json"
-    if generation.is_file():
+    if generation.is_file() and model.can_generate():
         model.generation_config = type(model.generation_config).from_pretrained(path)
     return model
 
@@ -70,21 +83,23 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def build_sharded(config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool = False) -> Module:
-    """A causal language model of a config, cut over the ranks as it is made, without values. Collective.
+def build_sharded(
+    config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool = False, model_class: str = CAUSAL_LM
+) -> Module:
+    """A model of a config, cut over the ranks as it is made, without values. Collective.
 
     Args:
         config: of transformers; its dtype is set.
         ds_json: DeepSpeed JSON with ZeRO stage 3; its bf16 and fp16 sections give the dtype.
         trust_remote_code: allow a model that brings its own code.
+        model_class: of transformers, an auto class or a model's own.
 
     Cost: on the device the rank's shard and one whole parameter.
     """
-    from transformers import AutoModelForCausalLM
-
+    found = find_model_class(model_class, config, trust_remote_code)
     config.dtype = model_dtype(ds_json)
     with _sharded_construction(ds_json):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = build(found, config, trust_remote_code)
     model.tie_weights()
     return model
 
@@ -130,9 +145,10 @@ def _sharded_construction(ds_json: Mapping[str, Any]) -> Iterator[None]:
     ``zero.Init`` takes the dtype from the JSON; its argument ``dtype`` turns fp32 into bf16 on CPU ranks.
     """
     from transformers.initialization import no_init_weights
+    from transformers.modeling_utils import set_zero3_state  # with it transformers cuts nothing itself
 
     cutting = deepspeed.zero.Init(config_dict_or_path=dict(ds_json))
-    with no_init_weights(), _rotary_buffers_kept_exact(), cutting:
+    with no_init_weights(), _rotary_buffers_kept_exact(), set_zero3_state(), cutting:
         yield
 
 

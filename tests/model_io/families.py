@@ -11,8 +11,9 @@ _SHARED = {"vocab_size": 60, "hidden_size": 12, "num_hidden_layers": 2, "num_att
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 32}
 _LLAMA = _SHARED | _IDS | {"intermediate_size": 18, "num_key_value_heads": 1}
 _NEOX = _SHARED | _IDS | {"intermediate_size": 18}
-_OPT = _SHARED | _IDS | {"ffn_dim": 18, "word_embed_proj_dim": 12}
+_OPT = _SHARED | _IDS | {"ffn_dim": 18, "word_embed_proj_dim": 12, "dropout": 0.0}
 _GPT2 = {"vocab_size": 60, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32}
+_GPT2 |= {"bos_token_id": 0, "eos_token_id": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _MIXTRAL = _LLAMA | {"intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2}
 _QWEN3_MOE = _LLAMA | {"head_dim": 6, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
@@ -23,7 +24,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", _LLAMA | {"head_dim": 6}),
     "gemma3": ("Gemma3TextConfig", _LLAMA | {"head_dim": 6}),
     "phi3": ("Phi3Config", _LLAMA),
-    "gpt2": ("GPT2Config", _GPT2 | {"bos_token_id": 0, "eos_token_id": 1}),
+    "gpt2": ("GPT2Config", _GPT2),
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
     "opt": ("OPTConfig", _OPT),
     "mixtral": ("MixtralConfig", _MIXTRAL),
