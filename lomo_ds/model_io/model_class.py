@@ -7,7 +7,6 @@ from typing import Any
 from torch.nn import Module
 
 CAUSAL_LM = "AutoModelForCausalLM"
-SEQUENCE_CLASSIFICATION = "AutoModelForSequenceClassification"
 
 
 def find_model_class(name: str, config: Any, trust_remote_code: bool = False) -> Any:
@@ -27,7 +26,7 @@ def find_model_class(name: str, config: Any, trust_remote_code: bool = False) ->
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    found = getattr(transformers, name, None) if name.isidentifier() else None
+    found: Any = getattr(transformers, name, None)
     remote = getattr(config, "auto_map", None) or {}
     if name == CAUSAL_LM and name not in remote:
         _refuse_other_than_causal(config)
@@ -40,7 +39,7 @@ def find_model_class(name: str, config: Any, trust_remote_code: bool = False) ->
         mapping[type(config)]  # imports it
     elif not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(f"model_class: {name!r} is no class of models in transformers")
-    elif not isinstance(config, found.config_class):
+    elif not isinstance(config, getattr(found, "config_class", object)):
         raise ValueError(f"model_class: {name} is no class for a model of type {config.model_type}")
     return found
 

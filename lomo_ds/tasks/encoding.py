@@ -51,6 +51,18 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
     return EncodedAnswer(input_ids=input_ids, target_ids=target_ids)
 
 
+def encode_text(tokenizer: Any, text: str, max_length: int) -> tuple[int, ...]:
+    """Tokens of a text, without an end-of-text token; a longer one loses its beginning.
+
+    Raises:
+        ValueError: it has no token.
+    """
+    ids = _text_ids(tokenizer, text)
+    if not ids:
+        raise ValueError(f"task: the prompt {text[:60]!r} needs at least one token")
+    return _cut_beginning(ids, max_length, tokenizer.bos_token_id)
+
+
 def padding_id(tokenizer: Any) -> int:
     """A token for padding; which one does not matter, since padding is masked."""
     return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
