@@ -55,3 +55,23 @@ def write_family(path: Path, family: str) -> Any:
         tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(2)}
         save_file(tensors, file, metadata={"format": "pt"})
     return model
+
+
+def write_multimodal(path: Path) -> Any:
+    """Save a tiny LLaVA: a vision tower, a projector and a LLaMA; returns it."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    tower = CLIPVisionConfig(
+        hidden_size=12,
+        intermediate_size=18,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=4,
+        patch_size=2,
+        projection_dim=12,
+    )
+    config = LlavaConfig(vision_config=tower, text_config=LlamaConfig(**_LLAMA), image_token_index=59)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(path)
+    return model

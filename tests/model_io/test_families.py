@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lomo_ds.cli.export import main as export_main
 from tests.harness import run_ranks
-from tests.model_io.families import FAMILIES, write_family
+from tests.model_io.families import FAMILIES, write_family, write_multimodal
 from tests.model_io.test_load import zero3
 
 IDS = torch.arange(2, 14).view(2, 6)
@@ -93,3 +93,53 @@ def test_a_family_is_trained_resumed_and_exported(tmp_path: Path, family: str) -
     assert export_main([str(tmp_path / "checkpoints"), str(tmp_path / "offline")]) == 0
     first, offline = (tmp_path / one / "model.safetensors" for one in ("first", "offline"))
     assert first.read_bytes() == offline.read_bytes()
+
+
+PIXELS = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
+IMAGE_AND_TEXT = torch.tensor([[2, 59, 59, 59, 59, 3, 4, 5]])
+
+
+def train_with_frozen_tower(folder: str, out: str) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    import lomo_ds
+    from lomo_ds.model_io.export import export_pretrained
+    from lomo_ds.model_io.load import load_pretrained
+
+    deepspeed.init_distributed()
+    ds_json = zero3(0)
+    frozen = {"params": ["model.vision_tower.*"], "frozen": True}
+    ds_json["optimizer"]["params"]["param_groups"] = [frozen]
+    model = load_pretrained(folder, ds_json, model_class="AutoModelForImageTextToText")
+    engine = lomo_ds.initialize(model=model, config=ds_json)[0]
+    for _ in range(2):
+        inputs = {"input_ids": IMAGE_AND_TEXT, "labels": IMAGE_AND_TEXT, "pixel_values": PIXELS}
+        engine.backward(engine(**inputs, use_cache=False).loss)
+        engine.step()
+    export_pretrained(engine, out)
+    trained = gathered(engine.module)
+    engine.destroy()
+    return trained
+
+
+def test_a_multimodal_model_is_trained_with_its_tower_frozen(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    reference = write_multimodal(tmp_path / "in")
+    trained, _ = run_ranks(2, train_with_frozen_tower, str(tmp_path / "in"), str(tmp_path / "out"))
+    reference.model.vision_tower.requires_grad_(False)
+    params = [param for param in reference.parameters() if param.requires_grad]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        inputs = {"input_ids": IMAGE_AND_TEXT, "labels": IMAGE_AND_TEXT, "pixel_values": PIXELS}
+        reference(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+    for name, param in reference.named_parameters():
+        torch.testing.assert_close(trained[name], param, rtol=1e-5, atol=1e-6, msg=name)
+    stored, written = (load_file(tmp_path / one / "model.safetensors") for one in ("in", "out"))
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[name], stored[name]) for name in stored if "vision_tower" in name)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(param, trained[name]) for name, param in loaded.named_parameters())

@@ -46,7 +46,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def trained(recipe: Recipe, out: str) -> tuple[list[float], float, list[dict[str, Any]]]:
-    """(losses, share that is right, scores of each example) of a run on this rank, which exports the model."""
+    """(losses, share that is right, each example's scores) of a run on this rank; it exports the model."""
     from lomo_ds.model_io.export import export_pretrained
     from lomo_ds.training.interruption import StopFlag
     from lomo_ds.training.job import set_up
