@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lomo_ds.tasks.classes import class_queries
 from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, padding_id
-from lomo_ds.tasks.prompts import ResponseExample
+from lomo_ds.tasks.prompts import FREE_TEXT
 from lomo_ds.tasks.scoring import Query, accuracy, answer_loss, option_scores, queries_for, rank_batches
 
 Watched = Callable[[list[Any]], Iterable[Any]]
@@ -196,7 +196,7 @@ def evaluation_of(
 
     Args:
         tokenizer: of the model.
-        examples: at least one, all ``ChoiceExample`` or all ``ResponseExample``.
+        examples: at least one, all ``ChoiceExample`` or all of ``FREE_TEXT``.
         max_length: tokens of a text; longer prompts lose their beginning, longer responses their end.
         batch_size: queries of one forward on each rank.
         by_classifier: the model has a score for each option, and does not read them.
@@ -205,7 +205,7 @@ def evaluation_of(
         ValueError: an example without room for its answer.
     """
     pad_token_id = padding_id(tokenizer)
-    if isinstance(examples[0], ResponseExample):
+    if isinstance(examples[0], FREE_TEXT):
         answers = encode_responses(tokenizer, examples, max_length)
         return ResponseEvaluation(answers=answers, batch_size=batch_size, pad_token_id=pad_token_id)
     return ChoiceEvaluation(

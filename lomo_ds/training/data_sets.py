@@ -10,7 +10,7 @@ from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.classes import encode_classes
 from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, encode_right_answers, padding_id
 from lomo_ds.tasks.evaluation import Evaluation, evaluation_of
-from lomo_ds.tasks.prompts import ResponseExample
+from lomo_ds.tasks.prompts import FREE_TEXT
 from lomo_ds.training.plan import RunPlan
 
 
@@ -52,7 +52,7 @@ def _encoded(key: str, tokenizer: Any, examples: Sequence[Any], recipe: Recipe) 
     encode: Callable[..., list[EncodedAnswer]] = encode_right_answers
     if recipe.has_classifier:
         encode = encode_classes
-    elif isinstance(examples[0], ResponseExample):
+    elif isinstance(examples[0], FREE_TEXT):
         encode = encode_responses
     try:
         return encode(tokenizer, examples, recipe.max_sequence_length)

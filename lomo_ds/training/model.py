@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import lomo_ds
 from lomo_ds.integrations.peft import add_adapters
 from lomo_ds.model_io.load import load_pretrained, model_folder
-from lomo_ds.model_io.remote_code import plain_refusals
+from lomo_ds.model_io.tokenizer import load_tokenizer as tokenizer_of
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.classes import class_names
 from lomo_ds.tasks.encoding import padding_id
@@ -23,11 +23,9 @@ from lomo_ds.zero3.collective_errors import failing_together
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The model's tokenizer. Collective: a rank that fails lets the others fail, too."""
-    from transformers import AutoTokenizer
-
     folder = model_folder(recipe.model)
-    with failing_together(), plain_refusals(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+    with failing_together():
+        return tokenizer_of(folder, recipe.trust_remote_code)
 
 
 def load_model(plan: RunPlan) -> Any:
