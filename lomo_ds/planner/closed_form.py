@@ -281,10 +281,19 @@ class _Terms:
         """Temporaries of the update rule.
 
         DeepSpeed's own: gradients in fp32 (at most a sub-group's) and AdamW's two temporaries, or new 16-bit
-        weights after SGD. Ours: an offloaded shard and three fp32 copies of a chunk of it.
+        weights after SGD. Ours: an offloaded shard and the next two, which are on their way, and three fp32
+        copies of a chunk of one.
         """
         if self._job.is_own:
-            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._defers else 0
-            return _ITEM * shard + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
+            if not self._defers:
+                return 0
+            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus)
+            return _ITEM * self._three_shards() + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
         numel = min(self._shard_numel, int(1e9))
         return numel * {"AdamW": 3 * 4, "SGD": 4 + _ITEM}[self._job.optimizer]
+
+    def _three_shards(self) -> int:
+        """Elements of three shards that follow each other: a layer's, or the head's before a norm's."""
+        matrices = sorted(self._shape.matrices, reverse=True)
+        head = self._shape.vocabulary * self._shape.hidden + matrices[0]
+        return -(-max(head, sum(matrices[:3])) // self._job.num_gpus)

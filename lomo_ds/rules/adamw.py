@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lomo_ds.rules.param_spec import ParamSpec, Role
-from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
+from lomo_ds.rules.rule import MASTER_WEIGHTS, Shard, ShardUpdate, StepSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class AdamWRule:
     def init_state(self, spec: ParamSpec, param_shard: Tensor) -> dict[str, Tensor]:
         exact = param_shard.float().clone()
         return {
-            "param": exact,
+            MASTER_WEIGHTS: exact,
             "exp_avg": exact.new_zeros(exact.shape),
             "exp_avg_sq": exact.new_zeros(exact.shape),
         }
@@ -50,7 +50,7 @@ class AdamWRule:
             grad = shard.scaled_grad(at, settings)
             exp_avg = shard.state["exp_avg"][at].lerp_(grad, 1 - first)
             exp_avg_sq = shard.state["exp_avg_sq"][at].mul_(second).addcmul_(grad, grad, value=1 - second)
-            exact = shard.state["param"][at].mul_(1 - settings.lr * settings.weight_decay)
+            exact = shard.state[MASTER_WEIGHTS][at].mul_(1 - settings.lr * settings.weight_decay)
             exact.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / root_correction).add_(self.eps), value=-step_size)
             shard.write_back.copy(exact, shard.param, at)
         yield from ()

@@ -17,6 +17,10 @@ shards of the parameter; the engine adds up those of many parameters in one all-
 no sums yields nothing."""
 
 
+MASTER_WEIGHTS = "param"
+"""The fp32 copy of the weights in the state of a rule that keeps one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """The numbers of one update.
