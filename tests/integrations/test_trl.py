@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.harness import run_ranks
 from tests.integrations import script_jobs, trl_jobs
 from tests.integrations.test_scripts import assert_same, read_log, saved_model
+from tests.tiny import write_tiny_folder
 
 pytest.importorskip("trl")
 
@@ -26,6 +27,7 @@ def test_trl(name: str, tmp_path: Path) -> None:
 
 
 def test_grpo_trains_with_its_two_models(tmp_path: Path) -> None:
+    write_tiny_folder(tmp_path / "start")
     run_ranks(2, script_jobs.run, "grpo", str(tmp_path), deadline_s=240)
     log = read_log(tmp_path)
     assert len(log) == 3

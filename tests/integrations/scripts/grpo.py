@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.tiny import SENTENCES, tiny_tokenizer, write_tiny_folder
+from tests.tiny import SENTENCES, tiny_tokenizer
 
 DS_JSON = {
     "optimizer": {"type": "Lomo", "params": {"lr": "auto"}},
@@ -19,7 +19,6 @@ DS_JSON = {
 folder = sys.argv[1]
 tokenizer = tiny_tokenizer()
 tokenizer.pad_token = tokenizer.eos_token
-write_tiny_folder(Path(folder, "start"))
 
 
 def many_letters_a(completions: list[str], **others: object) -> list[float]:
