@@ -12,7 +12,6 @@ from typing import Any
 
 from lomo_ds.cli.main import USAGE_ERROR
 from lomo_ds.cli.outputs import refuse_unwritable
-from lomo_ds.config import first_few
 from lomo_ds.tasks.named import TASKS, named_task
 
 
@@ -110,6 +109,7 @@ def _load_model(path: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lomo_ds.model_io.misfits import refuse_misfits
     from lomo_ds.model_io.model_class import CAUSAL_LM, find_model_class
     from lomo_ds.model_io.remote_code import plain_refusals
 
@@ -118,8 +118,7 @@ def _load_model(path: Path) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    if found["missing_keys"]:
-        missing = first_few(sorted(found["missing_keys"]))
-        raise ValueError(f"model: {path} holds no causal language model: it lacks {missing}")
+    misfits = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"]}
+    refuse_misfits(f"model: the tensors in {path} are not those of a causal language model", misfits)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
