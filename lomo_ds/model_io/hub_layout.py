@@ -167,7 +167,8 @@ def layout_of(model: Module, known: Collection[str], stored_names: Collection[st
             names[stored] = name
         else:
             parts.setdefault(name, []).append(_Part(pattern, stored, inner))
-    model._weight_conversions = [one for one in transforms if one.was_used()]
+    if all(hasattr(one, "was_used") for one in transforms):  # of newer versions of transformers
+        model._weight_conversions = [one for one in transforms if one.was_used()]
     made = (_conversion(name, found, converters, model.config, known) for name, found in parts.items())
     return HubLayout(names=names, conversions=tuple(made))
 
@@ -190,10 +191,13 @@ class _Naming:
 
     def of(self, stored: str) -> tuple[str, str | None, str]:
         """(the model's tensor, pattern of the converter that makes it, name that the converter sees)."""
-        from transformers.core_model_loading import apply_converters, apply_renamings
-
-        inner = apply_renamings(stored, self.renamings)
-        name, pattern = apply_converters(inner, self.converters)
+        inner = stored
+        for renaming in self.renamings:  # each that matches
+            inner, _ = renaming.rename_source_key(inner)
+        name, pattern = inner, None
+        for converter in self.converters:  # the first that matches
+            if pattern is None:
+                name, pattern = converter.rename_source_key(inner)
         fitted = self._fitted(name)
         if fitted not in self.known and stored in self.known:
             return stored, None, stored
