@@ -73,7 +73,7 @@ EXCEPTIONS = {
     ("lomo_ds.cli.doctor", "zero3"): "reports the private names",
     ("lomo_ds.cli.doctor", "versions"): "reports the versions",
 }
-MAY_IMPORT_FROM_OUTSIDE = {"shards": set(), "rules": {"torch"}, "zo": {"torch"}}
+MAY_IMPORT_FROM_OUTSIDE = {"shards": set(), "rules": {"torch", "triton"}, "zo": {"torch"}}
 """Layers that may import no third-party package but these."""
 
 INTERNALS = "lomo_ds.zero3._internals"

@@ -164,7 +164,7 @@ class Updater:
         entry.num_updates += 1
         self.shards_changed = True
         clips_alone = self._clip.per_parameter and not entry.is_scale_free
-        waits = entry.rule.needs_sums or clips_alone
+        waits = entry.rule.needs_sums(entry.spec) or clips_alone
         shard = self._shard(param, grad_shard.clone() if is_view and waits else grad_shard, entry)
         factor = 1.0 if entry.is_scale_free else self._clip.factor(norm)
         settings = self._settings(entry, factor / loss_scale)
@@ -189,8 +189,10 @@ class Updater:
         checked, self._skipped = self._skipped, {}
         if not checked:
             return []
-        flags = torch.stack(list(checked.values())).tolist()
-        return [self.entries[param].spec.name for param, flag in zip(checked, flags, strict=True) if flag]
+        made = torch.stack(list(checked.values())).tolist()
+        return [
+            self.entries[param].spec.name for param, is_made in zip(checked, made, strict=True) if not is_made
+        ]
 
     def _settings(self, entry: Entry, grad_scale: float) -> StepSettings:
         group = self._optimizer.param_groups[entry.group_index]
@@ -224,7 +226,8 @@ class Updater:
             return
         assert self.stream.is_current, "shards are written on one stream"
         waiting, self._pending = self._pending, []
-        totals = torch.cat([pending.sums for pending in waiting])
+        sums = [pending.sums for pending in waiting]
+        totals = torch.cat(sums) if len(sums) > 1 else sums[0]
         dist.all_reduce(totals, group=self._group)
         parts = totals.split([pending.sums.numel() for pending in waiting])
         for pending, part in zip(waiting, parts, strict=True):
