@@ -227,6 +227,8 @@ class Recipe:
         dtype: of weights and computation, in place of the JSON's "bf16" and "fp16"; "auto" is bf16, or fp32
             where this machine is clearly faster in it. None leaves it to the JSON.
         trust_remote_code: allow a model that comes with its own code.
+        model_class: of transformers, an auto class or a model's own; one for sequence classification gets
+            a classifier of the task's options.
         weights: a universal checkpoint of DeepSpeed, whose parameters replace the model's own.
         max_sequence_length: in tokens; longer prompts lose their beginning.
         epochs: passes over the training examples; give either epochs or steps.
@@ -252,6 +254,7 @@ class Recipe:
     deepspeed: str
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None
     trust_remote_code: bool = False
+    model_class: str = "AutoModelForCausalLM"
     weights: str | None = None
     max_sequence_length: AtLeastOne = 512
     epochs: AtLeastOne | None = None
@@ -276,3 +279,10 @@ class Recipe:
             raise ValueError(
                 "resume has to be auto or the folder of a checkpoint, not empty; delete it to start a new run"
             )
+        if self.has_classifier and self.lora is not None:
+            raise ValueError("lora is for causal language models, not for a classifier: delete lora")
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the model scores the options without reading them."""
+        return self.model_class.endswith("ForSequenceClassification")

@@ -17,7 +17,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from lomo_ds.initialization import initialize
-from lomo_ds.model_io.load import build_sharded, load_shards
+from lomo_ds.model_io.fill import load_shards
+from lomo_ds.model_io.load import build_sharded
 from lomo_ds.planner.fake_rank import fake_rank
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger, Peak, Place, bytes_by_role

@@ -10,6 +10,7 @@ from typing import Any
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
 from lomo_ds.recipe import DatasetRecipe, Recipe, TaskRecipe
+from lomo_ds.tasks.classes import class_names
 from lomo_ds.tasks.data import Row, read_rows
 from lomo_ds.tasks.hub import load_rows, shown_source
 from lomo_ds.tasks.named import NamedTask, named_task
@@ -53,6 +54,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     ds_json = fill_ds_json(read_ds_json(recipe.deepspeed), recipe, world_size)
     optimizer_from_json(ds_json["optimizer"])  # for its checks
     train_examples, held_out_examples = _read_examples(recipe)
+    if recipe.has_classifier:
+        class_names([*train_examples, *held_out_examples])  # for its check
     per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
     num_steps = recipe.steps or (recipe.epochs or 0) * per_epoch  # one of them is given
     fill_scheduler(ds_json, recipe, num_steps)
