@@ -103,8 +103,17 @@ def _state(task: str, method: str, results: Sequence[Found]) -> float:
     return run["state_bytes"] / run["num_params"]
 
 
-def next_cells(task: str, methods: Sequence[str], results: Sequence[Found], with_all: bool) -> list[Cell]:
-    """What can run now, in order: all grids; then the seeds of the finalists, or of all methods.
+def grid_cells(task: str, methods: Sequence[str], results: Sequence[Found]) -> list[Cell]:
+    """What is missing of the grids; once it has run, ask again: a best at an edge asks for one more."""
+    return [
+        cell(task, name, lr, GRID_SEED)
+        for name in _of_task(task, methods)
+        for lr in missing_lrs(task, name, results)
+    ]
+
+
+def seed_cells(task: str, methods: Sequence[str], results: Sequence[Found], with_all: bool) -> list[Cell]:
+    """What is missing of the runs whose losses are reported; all grids have to be finished.
 
     Args:
         task: of ``BUDGETS``.
@@ -112,10 +121,11 @@ def next_cells(task: str, methods: Sequence[str], results: Sequence[Found], with
         results: of finished runs.
         with_all: whether methods that are no finalists get their seeds, too.
     """
-    own = [name for name in methods if METHODS[name].tasks is None or task in METHODS[name].tasks]
-    todo = [cell(task, name, lr, GRID_SEED) for name in own for lr in missing_lrs(task, name, results)]
-    if todo:
-        return todo
+    own = _of_task(task, methods)
     seeded = ranked(task, own, results) if with_all else finalists(task, own, results)
     runs = [cell(task, name, best_lr(task, name, results), seed) for name in seeded for seed in SEEDS]
     return [one for one in runs if found_of(one, results) is None]
+
+
+def _of_task(task: str, methods: Sequence[str]) -> list[str]:
+    return [name for name in methods if METHODS[name].tasks is None or task in METHODS[name].tasks]

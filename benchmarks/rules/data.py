@@ -61,7 +61,7 @@ def load(task: str, data: Path, downloads: Path, tokenizer: Any) -> TaskData:
 
 
 def pretraining(downloads: Path, vocabulary: int, length: int) -> TaskData:
-    """Shakespeare's works in sequences of ``length`` predictions; of 20 one is of the slice, one of validation."""
+    """Shakespeare's works in sequences of ``length`` predictions; 1 in 20 for slice and validation each."""
     sequences = [
         EncodedAnswer(input_ids=tuple(ids[start : stop - 1]), target_ids=tuple(ids[start + 1 : stop]))
         for ids in token_ids(works(downloads), vocabulary)

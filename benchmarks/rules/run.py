@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.machine import describe_machine, describe_versions
 from benchmarks.common.paths import PAGES, ROOT
-from benchmarks.rules.cells import Cell, Found, next_cells
+from benchmarks.rules.cells import Cell, Found, grid_cells, seed_cells
 from benchmarks.rules.data import TASKS, TaskData, load
 from benchmarks.rules.methods import METHODS
 from benchmarks.rules.training import Run, train
@@ -59,7 +60,7 @@ def load_all(args: argparse.Namespace) -> None:
     """The data of all tasks and the pretrained model."""
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.downloads / MODEL)
-    for task in args.tasks:
+    for task in TASKS:
         DATA[task] = load(task, args.data, args.downloads, tokenizer)
     PRETRAINED.append(AutoModelForCausalLM.from_pretrained(args.downloads / MODEL, dtype=torch.bfloat16))
 
@@ -124,9 +125,9 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     with ProcessPoolExecutor(args.workers, mp_context=get_context("fork")) as workers:
-        for with_all in (False, True):
+        for stage in (grid_cells, partial(seed_cells, with_all=False), partial(seed_cells, with_all=True)):
             for task in args.tasks:
-                while todo := next_cells(task, args.methods, results, with_all):
+                while todo := stage(task, args.methods, results):
                     for done in as_completed([workers.submit(run_cell, cell) for cell in todo]):
                         results.append(done.result())
                         write_results(path, results)
