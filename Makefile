@@ -59,6 +59,7 @@ format: $(STAMP)  ## fix style and formatting
 quickstart: $(STAMP)  ## fine-tune a real pretrained model with LOMO on two CPU ranks
 	$(RUN) recipes/prepare_quickstart.py
 	.venv/bin/lomo-ds train recipes/quickstart.yaml --num-ranks 2
+	@cat recipes/after_quickstart.md
 
 bench: $(STAMP)  ## memory, step time, bytes sent and growth, with ZeRO-3, plain torch and lomo-optim
 	$(RUN) -m benchmarks.bench.run

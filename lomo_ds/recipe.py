@@ -237,6 +237,8 @@ class Recipe:
         batch: examples of a step.
         output: folder for the results, relative to the working directory.
         deepspeed: path of the DeepSpeed JSON.
+        dtype: of weights and computation, in place of the JSON's "bf16" and "fp16"; "auto" is bf16, or fp32
+            where this machine is clearly faster in it. None leaves it to the JSON.
         trust_remote_code: allow a model that comes with its own code.
         weights: a universal checkpoint of DeepSpeed, whose parameters replace the model's own.
         max_sequence_length: in tokens; longer prompts lose their beginning.
@@ -262,6 +264,7 @@ class Recipe:
     batch: BatchRecipe
     output: str
     deepspeed: str
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None
     trust_remote_code: bool = False
     weights: str | None = None
     max_sequence_length: AtLeastOne = 512

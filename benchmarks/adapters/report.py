@@ -92,7 +92,7 @@ def markdown(results: dict[str, Any]) -> str:
         "## Each seed\n",
         _seeds_table(summary["methods"], seeds, cells),
         "## Settings\n",
-        "All cells: `recipes/quickstart.yaml`" + listed(run["common_overrides"]) + ".\n",
+        "All cells: `benchmarks/common/movie_reviews.yaml`" + listed(run["common_overrides"]) + ".\n",
         *(f"- {METHODS[method].label}{listed(overrides)}" for method, overrides in run["overrides"].items()),
         _SETTINGS_NOTE,
     ]

@@ -54,7 +54,7 @@ def argument_parser(description: str, runs: str, seeds: Sequence[int]) -> argpar
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for every cell")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "quickstart.yaml")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "benchmarks" / "common" / "movie_reviews.yaml")
     parser.add_argument("--runs", type=Path, default=RUNS / runs, help="one folder a cell")
     parser.add_argument("--out", type=Path, default=PAGES)
     return parser

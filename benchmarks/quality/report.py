@@ -174,7 +174,7 @@ def _settings(run: Found) -> str:
     methods = "\n".join(lines)
     example = json.dumps(ds_json(METHODS["lomo"], run["seeds"][0]), indent=2)
     return (
-        f"## Settings\n\nAll cells: `recipes/quickstart.yaml`{listed(COMMON)}.\n\n{methods}\n\n"
+        f"## Settings\n\nAll cells: `benchmarks/common/movie_reviews.yaml`{listed(COMMON)}.\n\n{methods}\n\n"
         "The grids of LoRA and AdamW were chosen in earlier trials of one seed on a slice of SST-2: a\n"
         "learning rate that was worse there than a higher one was replaced by a still higher one. That\n"
         "slice, of 200 rows, could not tell LOMO's two learning rates apart; slices were made larger after\n"

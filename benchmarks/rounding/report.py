@@ -122,7 +122,7 @@ def markdown(results: dict[str, Any]) -> str:
         _spread(summary["fp32_spread"]),
         "![training loss, and losses relative to fp32](rounding.png)\n",
         "## Settings\n",
-        f"`recipes/quickstart.yaml`{listed([*run['settings'], *run['common_overrides']])}.\n"
+        f"`benchmarks/common/movie_reviews.yaml`{listed([*run['settings'], *run['common_overrides']])}.\n"
         f"The last {run['moved']} training examples are also held out. The learning rate is the AdaLomo "
         "paper's; the warm-up was\nadded because even fp32, at 1e-3 without one, jumped in its first steps. "
         "Both were set before any bf16 run. The\nDeepSpeed JSON of seed 0 with stochastic rounding "

@@ -114,9 +114,24 @@ def accelerator() -> Iterator[Finding]:
     for index in range(device.device_count() if name != "cpu" else 0):
         memory = f"{device.total_memory(index) / GIB:.1f} GiB"
         yield _finding(f"{name}:{index}", memory)
-    bf16 = device.is_bf16_supported()
-    remedy = "" if bf16 else "bf16 recipes run slowly or not at all: train in fp32"
-    yield _finding("bf16", "supported" if bf16 else "not supported", "ok" if bf16 else "note", remedy)
+    yield _bf16_on_cpu() if name == "cpu" else _bf16_on_accelerator(device.is_bf16_supported())
+
+
+def _bf16_on_cpu() -> Finding:
+    from lomo_ds.training.compute_dtype import measure_cpu
+
+    speed = measure_cpu("bf16")
+    if speed.is_slow:
+        return _finding(
+            "bf16", speed.comparison("bf16"), "note", 'train in fp32: "dtype: fp32" in the recipe'
+        )
+    return _finding("bf16", speed.comparison("bf16"))
+
+
+def _bf16_on_accelerator(is_supported: bool) -> Finding:
+    if is_supported:
+        return _finding("bf16", "supported")
+    return _finding("bf16", "not supported", "note", 'train in fp32: "dtype: fp32" in the recipe')
 
 
 def build_tools() -> Iterator[Finding]:

@@ -90,10 +90,16 @@ def _launch(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     require_free_output(recipe)
     asked = arguments.num_ranks
+    from lomo_ds.training.compute_dtype import with_dtype
     from lomo_ds.training.plan import plan_run
 
+    overrides = [*arguments.overrides]
+    recipe, reason = with_dtype(recipe, on_cpu=num_accelerators() == 0)
+    if reason:
+        print(reason, flush=True)
+        overrides.append(f"dtype={recipe.dtype}")
     plan_run(recipe, num_ranks(asked, num_accelerators()))
-    return launch("lomo_ds.cli.train", [arguments.recipe, *arguments.overrides], asked)
+    return launch("lomo_ds.cli.train", [arguments.recipe, *overrides], asked)
 
 
 if __name__ == "__main__":

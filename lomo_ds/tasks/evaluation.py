@@ -14,6 +14,9 @@ from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, padding_id
 from lomo_ds.tasks.prompts import ResponseExample
 from lomo_ds.tasks.scoring import Query, accuracy, answer_loss, option_scores, queries_for, rank_batches
 
+Watched = Callable[[list[Any]], Iterable[Any]]
+"""Wraps a list of batches to show how far the work on it is, such as ``rich.progress.track``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
@@ -64,27 +67,29 @@ class Evaluation(ABC):
         """Number of answers that have lost their end."""
         return 0
 
-    def evaluate(self, engine: Any) -> EvaluationResult:
+    def evaluate(self, engine: Any, watched: Watched = iter) -> EvaluationResult:
         """Score all examples, split over the ranks; every rank returns the same result. Collective.
 
         The engine is in evaluation mode meanwhile, and then in the mode that it was in before.
+
+        Args:
+            engine: of ``lomo_ds.initialize``.
+            watched: wraps the list of this rank's batches to show progress.
         """
         batches = rank_batches(self.all_queries(), self.batch_size, dist.get_rank(), dist.get_world_size())
         was_training = engine.training
         engine.eval()
-        scores = option_scores(engine, batches, self.shape, self.pad_token_id).to(engine.device)
+        scores = option_scores(engine, watched(batches), self.shape, self.pad_token_id).to(engine.device)
         engine.train(was_training)
         dist.all_reduce(scores, dist.ReduceOp.MAX)
         return self.result(scores.cpu())
 
-    def evaluate_alone(
-        self, model: Any, watched: Callable[[list[Any]], Iterable[Any]] = iter
-    ) -> EvaluationResult:
+    def evaluate_alone(self, model: Any, watched: Watched = iter) -> EvaluationResult:
         """Score all examples in one process.
 
         Args:
             model: in evaluation mode.
-            watched: wraps the list of batches to show progress, such as ``rich.progress.track``.
+            watched: wraps the list of batches to show progress.
         """
         batches = rank_batches(self.all_queries(), self.batch_size, 0, 1)
         return self.result(option_scores(model, watched(batches), self.shape, self.pad_token_id))

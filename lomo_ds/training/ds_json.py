@@ -42,6 +42,7 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
     filled = copy.deepcopy({key: value for key, value in ds_json.items() if value is not None})
     if isinstance(filled.get("optimizer"), dict) and filled["optimizer"].get("params") is None:
         filled["optimizer"].pop("params", None)
+    _set_dtype(filled, recipe.dtype)
     micro, num_micro = recipe.batch.per_rank(world_size)
     _fill(filled, "train_batch_size", recipe.batch.train_batch_size)
     _fill(filled, "train_micro_batch_size_per_gpu", micro)
@@ -100,6 +101,20 @@ def _fill(ds_json: dict[str, Any], dotted: str, value: Any) -> None:
         place[last] = value
     elif place.get(last) == _AUTO:
         del place[last]
+
+
+def _set_dtype(ds_json: dict[str, Any], dtype: str | None) -> None:
+    """Let the recipe's dtype replace the JSON's, in place; the settings of the loss scale stay."""
+    assert dtype != _AUTO, "auto is replaced before a plan is made"
+    if dtype is None:
+        return
+    if "bfloat16" in ds_json:  # DeepSpeed's older name of the section
+        ds_json["bf16"] = ds_json.pop("bfloat16")
+    for name in ("bf16", "fp16"):
+        if name == dtype:
+            ds_json.setdefault(name, {})["enabled"] = True
+        elif name in ds_json:
+            ds_json[name]["enabled"] = False
 
 
 def _add_adapters(optimizer_params: dict[str, Any], lora: LoraRecipe) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lomo_ds.recipe import Recipe
+from lomo_ds.training.compute_dtype import computes_on_cpu, note_on_slow_dtype
 from lomo_ds.training.data_sets import DataSets, encode_data_sets
 from lomo_ds.training.interruption import StopFlag
 from lomo_ds.training.loop import TrainingSet
@@ -97,7 +98,13 @@ class Job:
         )
 
 
-def set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, start_s: float) -> Job:
+def set_up(
+    recipe: Recipe,
+    checkpoint: Path | None,
+    make_engine: EngineMaker,
+    start_s: float,
+    notes: Sequence[str] = (),
+) -> Job:
     """Check everything, claim the output folder, then load the model and build the engine. Collective.
 
     Args:
@@ -105,6 +112,7 @@ def set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, st
         checkpoint: folder to resume from; None starts from the beginning.
         make_engine: builds the engine from the plan.
         start_s: when the run began, by ``time.perf_counter``.
+        notes: lines for the user.
 
     Raises:
         ValueError: a setting that is wrong, before the model is loaded or anything is written.
@@ -117,6 +125,9 @@ def set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, st
         output = _claimed_output(plan, checkpoint)
     is_first = dist.get_rank() == 0
     progress = TrainingProgress(plan.num_steps, visible=is_first)
+    for note in (*notes, _note_on_speed(plan) if is_first else ""):
+        if note:
+            progress.say(note)
     if data.num_cut:
         progress.say(f"{data.num_cut} answers lose their end to max_sequence_length")
     job = Job(
@@ -133,6 +144,10 @@ def set_up(recipe: Recipe, checkpoint: Path | None, make_engine: EngineMaker, st
         _resume(job, checkpoint)
     job.end_phase("loading_s")
     return job
+
+
+def _note_on_speed(plan: RunPlan) -> str:
+    return note_on_slow_dtype(plan.ds_json) if computes_on_cpu() else ""
 
 
 def _claimed_output(plan: RunPlan, checkpoint: Path | None) -> OutputFolder:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from lomo_ds.byte_units import GIB
 from lomo_ds.training.metrics import StepMetrics
 
+_Item = TypeVar("_Item")
+
 _NUM_LINES = 16
 """About how many lines a run prints where there is no terminal."""
+
+_NUM_SCORING_LINES = 4
 
 
 def describe(metrics: StepMetrics) -> str:
@@ -60,6 +66,20 @@ class TrainingProgress:
             self._bar.update(self._task, completed=metrics.step, figures=describe(metrics))
         elif metrics.step in (1, self._num_steps) or metrics.step % self._every == 0:
             self._console.print(f"step {metrics.step:5d}/{self._num_steps}  {describe(metrics)}")
+
+    def scoring(self, batches: Sequence[_Item]) -> Iterable[_Item]:
+        """The batches, with how many of them are done on the screen."""
+        if self._bar.disable:
+            return self._scoring_in_lines(batches)
+        return track(batches, "scoring", console=self._console, transient=True)
+
+    def _scoring_in_lines(self, batches: Sequence[_Item]) -> Iterator[_Item]:
+        num_said = 0
+        for num_done, batch in enumerate(batches):
+            if num_done * _NUM_SCORING_LINES // len(batches) > num_said:
+                num_said += 1
+                self._console.print(f"scored {num_done}/{len(batches)} batches")
+            yield batch
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -12,6 +12,7 @@ from lomo_ds.checkpoint.directory import CheckpointRoot, require_tag
 from lomo_ds.checkpoint.latest_resumable import latest_resumable
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.evaluation import Evaluation
+from lomo_ds.training.compute_dtype import computes_on_cpu, with_agreed_dtype
 from lomo_ds.training.interruption import INTERRUPTED
 from lomo_ds.training.job import EngineMaker, Job, set_up
 from lomo_ds.training.loop import train
@@ -43,7 +44,8 @@ def run(recipe: Recipe, engine_maker: EngineMaker = make_engine) -> int:
         if _is_finished(recipe):
             return 0
         checkpoint = _checkpoint_to_resume(recipe)
-        job = set_up(with_found_lr(recipe, checkpoint), checkpoint, engine_maker, start_s)
+        recipe, reason = with_agreed_dtype(with_found_lr(recipe, checkpoint), computes_on_cpu())
+        job = set_up(recipe, checkpoint, engine_maker, start_s, notes=[reason])
         if job.plan.recipe.lr_search:
             search_lr(job)
         return 0 if _train_and_evaluate(job) else INTERRUPTED
@@ -116,7 +118,7 @@ def _evaluate(job: Job, evaluation: Evaluation | None, when: str) -> Figures:
     if evaluation is None:
         return {f"accuracy_{when}": None, f"loss_{when}": None}
     job.progress.say(f"scoring {len(job.plan.held_out_examples)} held-out examples {when} training")
-    found = evaluation.evaluate(job.engine)
+    found = evaluation.evaluate(job.engine, job.progress.scoring)
     accuracy = "" if found.accuracy is None else f"accuracy {found.accuracy:.3f}, "
     job.progress.say(f"{when} training: {accuracy}loss {found.loss:.4f}")
     with failing_together():

@@ -16,7 +16,7 @@ from lomo_ds.training.ds_json import fill_ds_json, read_ds_json
 from lomo_ds.training.recipe_file import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+RECIPE = ROOT / "benchmarks" / "common" / "movie_reviews.yaml"
 
 
 def cell(method: str, seed: int, accuracy: float) -> dict:
@@ -81,7 +81,7 @@ def test_a_cell_is_done_when_it_holds_this_recipes_results(
 ):
     monkeypatch.setattr("sys.argv", ["run.py", "--runs", str(tmp_path)])
     own = run.make_cell(run.parse_arguments(), method, 3)
-    recipe = parse_recipe(QUICKSTART, own.overrides)
+    recipe = parse_recipe(RECIPE, own.overrides)
     assert (recipe.lora is None) is (method == "lomo") and recipe.seed == 3
     assert not benchmark_cells.finished(own, 2)
     output = Path(recipe.output)

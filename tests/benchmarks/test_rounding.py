@@ -95,8 +95,8 @@ def recipe_path(tmp_path: Path) -> Path:
     for name, rows in (("train", 9), ("held_out", 3)):
         lines = ["label\ttext", *(f"{row % 2}\t{name} {row}" for row in range(rows))]
         (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    shipped = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
-    text = shipped.read_text().replace("../downloads/movie_reviews/", "")
+    shipped = Path(__file__).resolve().parents[2] / "benchmarks" / "common" / "movie_reviews.yaml"
+    text = shipped.read_text().replace("../../downloads/movie_reviews/", "")
     (tmp_path / "recipe.yaml").write_text(text)
     return tmp_path / "recipe.yaml"
 

@@ -102,6 +102,15 @@ def test_number_of_ranks_and_overrides_are_passed_to_the_launcher(recipe_path: P
     assert len(no_launch) == 1
 
 
+def test_the_launcher_decides_on_the_dtype(recipe_path: Path, no_launch: list, capsys: pytest.CaptureFixture):
+    assert main([str(recipe_path), "dtype=auto"]) == 0
+    (command,) = no_launch
+    assert command[-2] == "dtype=auto" and command[-1] in ("dtype=bf16", "dtype=fp32")
+    reason = capsys.readouterr().out
+    assert reason.startswith(f"computing in {command[-1].removeprefix('dtype=')}: this CPU ")
+    assert reason.count("\n") == 1
+
+
 def test_cpu_ranks_get_one_thread_unless_asked_otherwise():
     assert launch_environment({}, 0)["DS_ACCELERATOR"] == "cpu"
     assert launch_environment({"OMP_NUM_THREADS": "3"}, 0)["OMP_NUM_THREADS"] == "3"

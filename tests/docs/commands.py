@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes" / "after_quickstart.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 SHELLS = ("", "bash", "sh", "console")
 PROGRAMS = [
     "make",

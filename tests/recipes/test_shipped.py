@@ -13,6 +13,7 @@ import pytest
 
 from lomo_ds.tasks.data import read_rows
 from lomo_ds.tasks.prompts import ChoicePrompt
+from lomo_ds.training.compute_dtype import with_dtype
 from lomo_ds.training.ds_json import fill_ds_json, fill_scheduler, read_ds_json
 from lomo_ds.training.recipe_file import parse_recipe
 
@@ -31,7 +32,7 @@ def prepare() -> ModuleType:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_recipe_and_json_agree(path: Path, world_size: int):
-    recipe = parse_recipe(path)
+    recipe, _ = with_dtype(parse_recipe(path), on_cpu=True)
     ds_json = fill_ds_json(read_ds_json(recipe.deepspeed), recipe, world_size)
     fill_scheduler(ds_json, recipe, 100)
     assert ds_json["train_batch_size"] == recipe.batch.train_batch_size
