@@ -123,7 +123,7 @@ def seed_cells(task: str, methods: Sequence[str], results: Sequence[Found], with
     """
     own = _of_task(task, methods)
     seeded = ranked(task, own, results) if with_all else finalists(task, own, results)
-    runs = [cell(task, name, best_lr(task, name, results), seed) for name in seeded for seed in SEEDS]
+    runs = [cell(task, name, best_lr(task, name, results), seed) for seed in SEEDS for name in seeded]
     return [one for one in runs if found_of(one, results) is None]
 
 

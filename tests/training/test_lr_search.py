@@ -50,40 +50,55 @@ def test_a_search_that_ends_at_its_last_learning_rate_says_so():
     assert len(trials) == 7 and best_of(trials).lr == trials[-1].lr and is_at_end(trials)
 
 
-def test_the_run_after_a_search_is_the_run_at_the_learning_rate_found(tmp_path: Path):
-    """To the bit, with dropout, stochastic rounding and AdaLomo's state."""
-    recipe = write_inputs(tmp_path / "inputs")
-    out, plain = tmp_path / "out", tmp_path / "plain"
-    text = run_to_end(recipe, out, ["lr_search={steps: 4}", "optimizer.lr=7.0"])
-    found = json.loads((out / "lr_search.json").read_text())
-    assert found["default_lr"] == RULES["AdaLomo"].lr and found["num_steps"] == 4
-    assert found["num_examples"] == 12, "a fifth of 60"
+SHORT = ("steps=3", "checkpoint.every=3", "seed=3")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a search, in ``out``, and of its inputs: dropout and stochastic rounding."""
+    folder = tmp_path_factory.mktemp("lr_search")
+    recipe = write_inputs(folder / "inputs")
+    overrides = [*SHORT, "lr_search={steps: 2, num_examples: 6}", "optimizer.lr=7.0"]
+    text = run_to_end(recipe, folder / "out", overrides)
+    assert text.count("lr_search: ") == len(found_in(folder)["trials"]) + 1
+    return folder
+
+
+def found_in(folder: Path) -> dict:
+    return json.loads((folder / "out" / "lr_search.json").read_text())
+
+
+def test_a_search_leaves_its_table_its_plot_and_the_recipe_that_needs_no_search(searched: Path):
+    found, out = found_in(searched), searched / "out"
+    assert found["default_lr"] == RULES["AdaLomo"].lr
+    assert (found["num_steps"], found["num_examples"]) == (2, 6) and len(found["trials"]) >= 5
     assert found["lr"] == min(found["trials"], key=lambda trial: trial["loss"])["lr"]
-    assert text.count("lr_search: ") == len(found["trials"]) + 1 >= 6
     assert (out / "lr_search.png").read_bytes().startswith(b"\x89PNG")
     assert not (out / "lr_search_start").exists()
     written = yaml.safe_load((out / "recipe.yaml").read_text())
     assert written["optimizer"]["lr"] == found["lr"] and not written["lr_search"]
-    run_to_end(recipe, plain, [f"optimizer.lr={found['lr']}"])
-    assert same_run(out, plain)
 
 
-def test_a_try_is_a_short_run_without_the_examples_that_judge_it(tmp_path: Path):
+def test_the_run_after_a_search_is_the_run_at_the_learning_rate_found(searched: Path):
+    """To the bit."""
+    lr = found_in(searched)["lr"]
+    run_to_end(searched / "inputs" / "recipe.yaml", searched / "plain", [*SHORT, f"optimizer.lr={lr}"])
+    assert same_run(searched / "out", searched / "plain")
+
+
+def test_a_try_is_a_short_run_without_the_examples_that_judge_it(searched: Path):
     """Its loss is the held-out loss of such a run from the folder, on files of those examples."""
-    recipe = write_inputs(tmp_path / "inputs", "SinkGD")
-    run_to_end(recipe, tmp_path / "out", ["lr_search={steps: 4, num_examples: 6}", "seed=3", "steps=4"])
-    found = json.loads((tmp_path / "out" / "lr_search.json").read_text())
-    header, *rows = (tmp_path / "inputs" / "train.tsv").read_text().splitlines()
+    header, *rows = (searched / "inputs" / "train.tsv").read_text().splitlines()
     judging = random.Random(3).sample(range(60), 6)
     files = {"rest": [row for number, row in enumerate(rows) if number not in judging]}
     files["judging"] = [row for number, row in enumerate(rows) if number in judging]
     for name, kept in files.items():
-        (tmp_path / f"{name}.tsv").write_text("\n".join([header, *kept]) + "\n")
-    data = [f"data.train={tmp_path / 'rest.tsv'}", f"data.evaluation={tmp_path / 'judging.tsv'}"]
-    trial = found["trials"][-1]
-    run_to_end(recipe, tmp_path / "try", [*data, "seed=3", "steps=4", f"optimizer.lr={trial['lr']}"])
-    summary = json.loads((tmp_path / "try" / "summary.json").read_text())
-    assert summary["loss_after"] == trial["loss"]
+        (searched / f"{name}.tsv").write_text("\n".join([header, *kept]) + "\n")
+    trial = found_in(searched)["trials"][-1]
+    own = [f"data.train={searched / 'rest.tsv'}", f"data.evaluation={searched / 'judging.tsv'}", "steps=2"]
+    overrides = [*SHORT, *own, f"optimizer.lr={trial['lr']}"]
+    run_to_end(searched / "inputs" / "recipe.yaml", searched / "try", overrides)
+    assert json.loads((searched / "try" / "summary.json").read_text())["loss_after"] == trial["loss"]
 
 
 @pytest.mark.parametrize(
