@@ -107,7 +107,7 @@ def grid_cells(task: str, methods: Sequence[str], results: Sequence[Found]) -> l
     """What is missing of the grids; once it has run, ask again: a best at an edge asks for one more."""
     return [
         cell(task, name, lr, GRID_SEED)
-        for name in _of_task(task, methods)
+        for name in methods_of(task, methods)
         for lr in missing_lrs(task, name, results)
     ]
 
@@ -121,11 +121,12 @@ def seed_cells(task: str, methods: Sequence[str], results: Sequence[Found], with
         results: of finished runs.
         with_all: whether methods that are no finalists get their seeds, too.
     """
-    own = _of_task(task, methods)
+    own = methods_of(task, methods)
     seeded = ranked(task, own, results) if with_all else finalists(task, own, results)
     runs = [cell(task, name, best_lr(task, name, results), seed) for seed in SEEDS for name in seeded]
     return [one for one in runs if found_of(one, results) is None]
 
 
-def _of_task(task: str, methods: Sequence[str]) -> list[str]:
+def methods_of(task: str, methods: Iterable[str]) -> list[str]:
+    """Those of the methods that are tried on a task."""
     return [name for name in methods if METHODS[name].tasks is None or task in METHODS[name].tasks]

@@ -94,16 +94,20 @@ class Budget:
         num_steps: of a run whose loss is reported.
         num_grid_steps: of a run that tries a learning rate.
         batch_size: examples a step.
+        betas: of torch's AdamW.
     """
 
     label: str
     num_steps: int
     num_grid_steps: int
     batch_size: int
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 BUDGETS: dict[str, Budget] = {
-    "pretraining": Budget(label="Pretraining", num_steps=512, num_grid_steps=128, batch_size=16),
+    "pretraining": Budget(
+        label="Pretraining", num_steps=512, num_grid_steps=128, batch_size=16, betas=(0.9, 0.95)
+    ),
     "sst2": Budget(label="SST-2", num_steps=40, num_grid_steps=40, batch_size=16),
     "instructions": Budget(label="Instructions", num_steps=32, num_grid_steps=32, batch_size=8),
 }

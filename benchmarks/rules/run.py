@@ -32,6 +32,7 @@ from benchmarks.common.paths import PAGES, ROOT
 from benchmarks.rules.cells import Cell, Found, grid_cells, seed_cells
 from benchmarks.rules.data import TASKS, TaskData, load
 from benchmarks.rules.methods import METHODS
+from benchmarks.rules.report import write_report
 from benchmarks.rules.training import Run, train
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -131,6 +132,7 @@ def main() -> None:
                     for done in as_completed([workers.submit(run_cell, cell) for cell in todo]):
                         results.append(done.result())
                         write_results(path, results)
+                        write_report(args.out)
                         console.print(one_line(results[-1]), highlight=False, soft_wrap=True)
 
 
