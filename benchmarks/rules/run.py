@@ -31,7 +31,7 @@ from benchmarks.common.machine import describe_machine, describe_versions
 from benchmarks.common.paths import PAGES, ROOT
 from benchmarks.rules.cells import Cell, Found, grid_cells, seed_cells
 from benchmarks.rules.data import TASKS, TaskData, load
-from benchmarks.rules.methods import METHODS
+from benchmarks.rules.methods import BUDGETS, METHODS
 from benchmarks.rules.report import write_report
 from benchmarks.rules.training import Run, train
 
@@ -75,6 +75,7 @@ def run_cell(cell: Cell) -> Found:
         seed=cell.seed,
         num_steps=cell.num_steps,
         batch_size=cell.batch_size,
+        betas=BUDGETS[cell.task].betas,
         parts=cell.parts,
     )
     pretrained = None if cell.task == "pretraining" else PRETRAINED[0]

@@ -32,6 +32,7 @@ class Run:
         lr: largest learning rate of the schedule.
         seed: of batches, new weights and rounding.
         num_steps, batch_size: of the training.
+        betas: of torch's AdamW.
         parts: of the data whose loss is measured afterwards.
     """
 
@@ -40,6 +41,7 @@ class Run:
     seed: int
     num_steps: int
     batch_size: int
+    betas: tuple[float, float]
     parts: tuple[str, ...]
 
 
@@ -59,7 +61,7 @@ def train(run: Run, data: TaskData, pretrained: Module | None) -> dict[str, Any]
     model = new_model() if pretrained is None else copy.deepcopy(pretrained)
     if run.method.kind == "lora":
         add_adapters(model)
-    updates = updates_of(model, run.method, run.seed)
+    updates = updates_of(model, run.method, run.seed, run.betas)
     losses, update_s, start_s = [], 0.0, time.process_time()
     for step, batch in enumerate(batches(data.train, run)):
         loss = token_losses(model, batch).mean()

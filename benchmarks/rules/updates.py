@@ -31,13 +31,13 @@ class Updates(Protocol):
         ...
 
 
-def updates_of(model: Module, method: Method, seed: int) -> Updates:
-    """What updates ``model`` by ``method``."""
+def updates_of(model: Module, method: Method, seed: int, betas: tuple[float, float]) -> Updates:
+    """What updates ``model`` by ``method``; ``betas`` are those of torch's AdamW."""
     if method.kind == "rule":
         return RuleUpdates(model, method, seed)
     if method.kind == "lora":
-        return TorchUpdates(model, method.max_grad_norm)
-    return MasterUpdates(model, method)
+        return TorchUpdates(model, method.max_grad_norm, betas)
+    return MasterUpdates(model, method, betas)
 
 
 class RuleUpdates:
@@ -102,10 +102,9 @@ def _finish(update: ShardUpdate) -> None:
 class TorchUpdates:
     """torch's AdamW on the trained parameters of a model."""
 
-    def __init__(
-        self, model: Module, *optimizers: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> None:
-        self._params, self._optimizers, self._max_grad_norm = _trained(model), optimizers, max_grad_norm
+    def __init__(self, model: Module, max_grad_norm: float | None, betas: tuple[float, float]) -> None:
+        self._params, self._max_grad_norm = _trained(model), max_grad_norm
+        self._optimizer = _adamw(self._params, betas)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -123,14 +122,14 @@ class TorchUpdates:
 class MasterUpdates:
     """AdamW, or Muon with AdamW for what is no matrix inside the model, on fp32 copies of bf16 weights."""
 
-    def __init__(self, model: Module, method: Method) -> None:
+    def __init__(self, model: Module, method: Method, betas: tuple[float, float]) -> None:
         self._params, self._max_grad_norm = list(model.parameters()), method.max_grad_norm
         self._copies = [Parameter(param.detach().float()) for param in self._params]
         roles = param_roles(model, self._params)
         pairs = list(zip(self._params, self._copies, strict=True))
         matrices = [copy for param, copy in pairs if method.kind == "muon" and roles[param] == "matrix"]
         known = {id(copy) for copy in matrices}
-        self._optimizers = [_adamw([copy for copy in self._copies if id(copy) not in known])]
+        self._optimizers = [_adamw([copy for copy in self._copies if id(copy) not in known], betas)]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
             self._optimizers.append(muon)
@@ -156,8 +155,8 @@ def _trained(model: Module) -> list[Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
-def _adamw(params: list[Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)
+def _adamw(params: list[Parameter], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
 
 
 def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:
