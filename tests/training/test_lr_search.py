@@ -108,7 +108,7 @@ def test_a_try_is_a_short_run_without_the_examples_that_judge_it(searched: Path)
         (["schedule={type: WarmupLR, params: {warmup_max_lr: auto}}"], "schedule.type to linear, cosine or"),
         (["batch.train_batch_size=54"], "60 training examples are too few"),
         (["lr_search={steps: 0}"], "lr_search"),
-        (["lr_search={rates: 3}"], "rates"),
+        (["lr_search={number: 3}"], "number"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused(overrides: list[str], message: str, tmp_path: Path):
