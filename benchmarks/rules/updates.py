@@ -77,7 +77,7 @@ class RuleUpdates:
                 state=self._states[number],
                 write_back=WriteBack(rounding="stochastic", key=(self._seed, number, self._step)),
             )
-            _finish(rule.update_(shard, settings))
+            finish(rule.update_(shard, settings))
             param.grad = None
 
     def state_bytes(self) -> int:
@@ -89,7 +89,7 @@ def _native_int32(key: tuple[int, ...], start: int, numel: int, device: torch.de
     return torch.empty(numel, dtype=torch.int32, device=device).random_(-(1 << 31), 1 << 31)
 
 
-def _finish(update: ShardUpdate) -> None:
+def finish(update: ShardUpdate) -> None:
     """An update on one rank: its sums are the totals."""
     try:
         sums = next(update)
