@@ -82,10 +82,11 @@ def markdown(least: dict[tuple[str, Rounding, bool], float]) -> str:
 _TITLE = """\
 # What an update costs
 
-Processor time of one core for each element of a bf16 shard (half of a 4224 x 1536 matrix), all ways in turn in
-one process, the least of many turns. "Checked" is the update as `immediate` makes it, which leaves a parameter
-as it is whose gradient is not finite: it adds up the gradient's squares and chooses what is written. `nearest`
-and `stochastic` are the ways of rounding; the draws of the latter come from counting, so that all ranks agree.
+Processor time of one core for each element of a bf16 shard (half of a 4224 x 1536 matrix), all ways in turn
+in one process, the least of many turns. "Checked" is the update as `immediate` makes it, which leaves a
+parameter as it is whose gradient is not finite: it adds up the gradient's squares and chooses what is
+written. `nearest` and `stochastic` are the ways of rounding; the draws of the latter come from counting, so
+that all ranks agree.
 """
 
 
