@@ -38,6 +38,7 @@ from lomo_ds.zero3._internals import (  # noqa: E402
 )
 from lomo_ds.zero3.apply.choose import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
 from lomo_ds.zero3.apply.nvme_settings import NvmeSettings  # noqa: E402
+from lomo_ds.zero3.apply.pinned_buffer import piece_bytes  # noqa: E402
 from lomo_ds.zero3.collective_errors import failing_together  # noqa: E402
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
 from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
@@ -213,7 +214,7 @@ def _choose(
     )
     itemsize = accumulation_dtype(ds_config).itemsize
     shard_bytes = [-(-full_numel(param) // ranks) * itemsize for param in params]
-    offloaded_bytes = nvme.staging_bytes(shard_bytes) if nvme else sum(shard_bytes)
+    offloaded_bytes = nvme.staging_bytes(shard_bytes) if nvme else _host_bytes(sum(shard_bytes))
     refuse_contradictions(optimizer.apply, demands, offloaded_bytes)
     room = host_room_bytes(_num_local_ranks(ranks))
     agreed = torch.tensor(room, dtype=torch.int64, device=get_accelerator().current_device_name())
@@ -224,6 +225,11 @@ def _choose(
     with failing_together():
         nvme.require_room(nvme.file_bytes(shard_bytes), _num_local_ranks(ranks))
     return replace(choice, nvme=nvme, reason=f"{choice.reason}, the gradients in {str(nvme.folder)!r}")
+
+
+def _host_bytes(gradient_bytes: int) -> int:
+    """Host memory for that much gradient: page-locked in whole pieces where there is an accelerator."""
+    return gradient_bytes if get_accelerator().is_synchronized_device() else sum(piece_bytes(gradient_bytes))
 
 
 def _trained_rules(optimizer: ShardedOptimizer) -> dict[Parameter, Rule]:

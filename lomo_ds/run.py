@@ -9,12 +9,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lomo_ds.allocator_settings import use_expandable_segments
+
+_SECONDS_TO_END = 8.0
 USAGE = "usage: LAUNCHER -m lomo_ds.run SCRIPT.py [its arguments]"
 
 
@@ -22,7 +26,8 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     """Run a script as ``python SCRIPT.py`` does, within ``lomo_ds.integrations.enable``.
 
     Its ``__name__``, ``__file__``, ``sys.argv`` and ``sys.path[0]`` are as Python sets them. What it raises,
-    ``SystemExit`` included, is raised here.
+    ``SystemExit`` included, is raised here. Turns torch's expandable segments on unless the user has set
+    the allocator.
 
     Args:
         script: path of a file.
@@ -33,6 +38,7 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     """
     if not Path(script).is_file():
         raise FileNotFoundError(f"{script}: there is no such script")
+    use_expandable_segments(os.environ)
     sys.argv[:] = [script, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
         sys.path[0] = os.path.dirname(os.path.realpath(script))
@@ -61,5 +67,18 @@ def main() -> None:
         raise
 
 
+def end_soon() -> None:
+    """Let this process end within 8 s, with exit code 1 and its stacks, whatever its clean-up waits for.
+
+    Python ends by itself after an exception, but a process group's clean-up may wait for ranks that wait for
+    this one.
+    """
+    faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        end_soon()
+        raise

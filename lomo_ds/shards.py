@@ -81,6 +81,14 @@ class ShardSpec:
         """Stored elements that belong to no parameter."""
         return self.partition_numel - self.shard_numel
 
+    def cut_rows(self) -> list[int]:
+        """The rows of the last dimension that lie on more than one rank, at most ranks - 1.
+
+        The same list on every rank.
+        """
+        cuts = range(self.partition_numel, self.numel, self.partition_numel)
+        return sorted({at // self.shape[-1] for at in cuts if at % self.shape[-1]})
+
     def blocks(self, max_numel: int) -> Iterator[Block]:
         """Cut the shard into rectangles: a row's end, whole rows, a row's beginning.
 

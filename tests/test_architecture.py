@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "byte_units": set(),
     "versions": set(),
+    "allocator_settings": set(),
     "rules": {"shards"},
     "zo": {"shards", "rules"},
     "optimizers": {"config", "rules"},
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_io": {"zero3", "shards", "config", "byte_units"},
     "checkpoint": {"zero3", "shards", "config", "byte_units", "model_io"},
     "planner": ENGINE | {"initialization", "checkpoint", "model_io"},
-    "run": {"integrations"},
+    "run": {"integrations", "allocator_settings"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "model_io", "recipe"},
     "tasks": {"config"},
     "recipe": {"config"},
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "byte_units",
         "run",
+        "allocator_settings",
     },
 }
 """Layer -> layers that it may import. "" is the package's own ``__init__``."""
@@ -71,7 +73,7 @@ EXCEPTIONS = {
     ("lomo_ds.cli.doctor", "zero3"): "reports the private names",
     ("lomo_ds.cli.doctor", "versions"): "reports the versions",
 }
-MAY_IMPORT_FROM_OUTSIDE = {"shards": set(), "rules": {"torch"}, "zo": {"torch"}}
+MAY_IMPORT_FROM_OUTSIDE = {"shards": set(), "rules": {"torch", "triton"}, "zo": {"torch"}}
 """Layers that may import no third-party package but these."""
 
 INTERNALS = "lomo_ds.zero3._internals"

@@ -67,3 +67,20 @@ def test_the_launchers_argument_is_the_scripts_first_and_its_exit_code_is_return
 def test_mistakes_are_one_line(words: list[str], message: str, script: Path) -> None:
     done = run(script, "-m", "lomo_ds.run", *words)
     assert done.returncode != 0 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+BLOCKED = """
+import atexit, time
+from lomo_ds import run
+
+run._SECONDS_TO_END = 0.5
+atexit.register(time.sleep, 100)  # as a process group's clean-up may wait
+run.end_soon()
+raise KeyError("on purpose")
+"""
+
+
+def test_a_rank_that_raises_ends_though_its_clean_up_waits() -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "KeyError: 'on purpose'" in done.stderr and "Timeout" in done.stderr

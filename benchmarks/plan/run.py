@@ -20,6 +20,7 @@ from benchmarks.plan.truth_job import observe_resident  # noqa: E402
 from lomo_ds.byte_units import GIB  # noqa: E402
 from lomo_ds.planner.closed_form import closed_form  # noqa: E402
 from lomo_ds.planner.dry_run import DryRun, dry_run  # noqa: E402
+from lomo_ds.planner.fit import fits  # noqa: E402
 from lomo_ds.planner.job import Job, default_ds_json, read_planned_json  # noqa: E402
 from lomo_ds.planner.presets import model_config  # noqa: E402
 from tests.planner.child import in_child  # noqa: E402
@@ -61,11 +62,11 @@ def table1() -> Iterator[str]:
     """LLaMA-7B, sequence 512, batch 8, one card with everything on it."""
     cases = [("AdamW", True), ("SGD", True), ("Lomo", True), ("Lomo", False)]
     jobs = [_table1_job(optimizer, tiled) for optimizer, tiled in cases]
-    yield "| | parameters | gradients | optimizer | activations | total at the peak |"
-    yield "|---|---|---|---|---|---|"
+    yield "| | parameters | gradients | optimizer | activations | total at the peak | reserved |"
+    yield "|---|---|---|---|---|---|---|"
     for (optimizer, tiled), run in zip(cases, in_child(dry_run, jobs), strict=True):
         if tiled or optimizer != "Lomo":
-            yield f"| {optimizer}, paper | {' | '.join(f'{value:.2f}' for value in PAPER[optimizer])} |"
+            yield f"| {optimizer}, paper | {' | '.join(f'{value:.2f}' for value in PAPER[optimizer])} | |"
         name = f"{optimizer}{', whole vocabulary' if optimizer == 'Lomo' and not tiled else ''}"
         yield f"| {name}, dry run | {' | '.join(f'{value:.2f}' for value in _columns(run))} |"
 
@@ -82,7 +83,8 @@ def _columns(run: DryRun) -> tuple[float, ...]:
     gradients = run.at_rest["gradients"] or run.peak_gradient_bytes
     activations = roles["activations"] + roles["checkpoints"]
     parts = (run.at_rest["parameters"], gradients, run.at_rest["rule state"], activations)
-    return tuple(value / GIB for value in (*parts, run.device.num_bytes))
+    totals = (run.device.num_bytes, run.reserved.usual.peak_bytes)
+    return tuple(value / GIB for value in (*parts, *totals))
 
 
 # The floor --------------------------------------------------------------------------------------
@@ -133,25 +135,48 @@ LARGE = [
 
 
 def models() -> Iterator[str]:
-    """Sequence 1024, micro-batch 1, bf16, clipping at 1.0."""
-    yield "| model | GPUs | checkpoints | peak, GiB | closed form | loading | offloaded gradients per node | host peak per node | planning, s | processor time, s | planning process, GiB |"  # noqa: E501
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    """Sequence 1024, micro-batch 1, bf16, clipping at 1.0: the card, then the host and planning's costs."""
+    card = [
+        "| model | GPUs | checkpoints | live | closed form | reserved | without expandable segments | "
+        "worst case | flushes | fits 24 GiB |",
+        "|---" * 10 + "|",
+    ]
+    costs = [
+        "| model | GPUs | checkpoints | live while loading | offloaded gradients per node | "
+        "host peak per node | planning, s | processor time, s | planning process |",
+        "|---" * 9 + "|",
+    ]
     for name, offloaded, count in LARGE:
         job = _large_job(name, offloaded, count)
         start_s = time.perf_counter()
         [planned] = in_child(plan_measured, [job])  # one process per plan, for its own peak
         wall_s = time.perf_counter() - start_s
-        place = "host" if offloaded else "device"
-        numbers = " | ".join(f"{value / GIB:.2f}" for value in _sizes(job, planned.run))
-        costs = f"{wall_s:.0f} | {planned.cpu_s:.0f} | {planned.resident_bytes / GIB:.2f}"
-        yield f"| {name} | {count} | {place} | {numbers} | {costs} |"
+        row = f"| {name} | {count} | {'host' if offloaded else 'device'} | "
+        card.append(row + " | ".join(_on_card(job, planned.run)) + " |")
+        taken = f" | {wall_s:.0f} | {planned.cpu_s:.0f} | {planned.resident_bytes / GIB:.2f} |"
+        costs.append(row + " | ".join(_elsewhere(job, planned.run)) + taken)
+    yield from [*card, "", *costs]
 
 
-def _sizes(job: Job, run: DryRun) -> tuple[int, ...]:
-    """Peak, closed form, loading; offloaded gradients and host peak of a node; bytes."""
+def _on_card(job: Job, run: DryRun) -> list[str]:
+    """Live, closed form, reserved, without expandable segments, worst case; flushes, and the verdict."""
+    reserved = run.reserved
+    sizes = (
+        run.device.num_bytes,
+        closed_form(job).peak_bytes,
+        reserved.usual.peak_bytes,
+        reserved.whole_segments.peak_bytes,
+        reserved.worst.peak_bytes,
+    )
+    verdict = "yes" if fits(job, run) else "no"
+    return [*(f"{size / GIB:.2f}" for size in sizes), str(reserved.worst_on_card.num_flushes), verdict]
+
+
+def _elsewhere(job: Job, run: DryRun) -> list[str]:
+    """Live on the card while loading; offloaded gradients and host peak of a node."""
     loading = max(run.phase_peaks[phase][0] for phase in ("loading", "initialization"))
     host = (run.gradient_host_bytes * job.num_local, run.host.num_bytes * job.num_local)
-    return run.device.num_bytes, closed_form(job).peak_bytes, loading, *host
+    return [f"{size / GIB:.2f}" for size in (loading, *host)]
 
 
 def _large_job(name: str, offloaded: bool, num_gpus: int) -> Job:

@@ -23,11 +23,13 @@ class Checkpointer:
     Args:
         engine: whose ``save_checkpoint``, ``load_checkpoint`` and ``wait_for_checkpoint`` call this; what it
             needs of an engine is in ``engine_state``.
+
+    Cost: a process group on the host, made here: a network that does not carry it shows before training.
     """
 
     def __init__(self, engine: Any) -> None:
         self._state = EngineState(engine)
-        self._writer: CheckpointWriter | None = None
+        self._writer = CheckpointWriter()
 
     def save(
         self,
@@ -88,7 +90,6 @@ class Checkpointer:
             keep_last=keep_last,
             compress=compress,
         )
-        self._writer = self._writer or CheckpointWriter()
         self._writer.write(job, asynchronous)
         return True
 
@@ -98,8 +99,7 @@ class Checkpointer:
         Raises:
             OSError: it could not be written; see ``save``.
         """
-        if self._writer is not None:
-            self._writer.wait()
+        self._writer.wait()
 
     def load(
         self,

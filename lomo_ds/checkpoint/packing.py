@@ -29,6 +29,9 @@ _BASES, _ESCAPES = "packed-bases/", "packed-escapes/"
 BLOCK_NUMEL = 1 << 18
 """Elements that share a greatest exponent."""
 
+_BLOCKS_AT_ONCE = {"cpu": 1}
+"""Kind of device -> blocks of a piece, 32 on others: the host waits for each piece; its caches hold one."""
+
 _ESCAPE = 15
 _MAX_ESCAPED = 1 / 64
 """Share of the elements; beyond it a tensor is stored as it is."""
@@ -86,44 +89,60 @@ class Packer:
         planes, at = torch.empty(packed_bytes(flat.numel()), dtype=torch.uint8), 0
         if flat.device not in self._scratch:
             self._scratch[flat.device] = _Scratch(flat.device)
-        bases, escapes, num_escaped = [], [], 0
-        for number, bits in enumerate(flat.view(torch.int16).split(BLOCK_NUMEL)):
-            block, base, index, exponents = self._scratch[flat.device].pack_block(bits)
-            planes[at : at + block.numel()].copy_(block)
-            at += block.numel()
-            bases.append(base)
-            escapes.append(torch.stack((index + number * BLOCK_NUMEL, exponents.long()), dim=1))
+        scratch = self._scratch[flat.device]
+        bases, escapes, num_escaped, first = [], [], 0, 0
+        for bits in _pieces(flat.view(torch.int16), scratch.num_blocks):
+            packed, own_bases, index, exponents = scratch.pack_blocks(bits)
+            planes[at : at + packed.numel()].copy_(packed)
+            at += packed.numel()
+            bases.append(own_bases)
+            escapes.append(torch.stack((index + first, exponents.long()), dim=1))
+            first += bits.numel()
             num_escaped += index.numel()
             if num_escaped > _MAX_ESCAPED * flat.numel():
                 return None
-        return Packed(planes=planes, bases=torch.stack(bases).cpu(), escapes=torch.cat(escapes).cpu())
+        return Packed(planes=planes, bases=torch.cat(bases).cpu(), escapes=torch.cat(escapes).cpu())
+
+
+def _pieces(bits: Tensor, num_blocks: int) -> Iterator[Tensor]:
+    """Whole blocks, shape (blocks, BLOCK_NUMEL), some at a time; then what is left, shape (1, numel)."""
+    num_whole = bits.numel() // BLOCK_NUMEL * BLOCK_NUMEL
+    if num_whole:
+        yield from bits[:num_whole].view(-1, BLOCK_NUMEL).split(num_blocks)
+    if num_whole < bits.numel():
+        yield bits[None, num_whole:]
 
 
 class _Scratch:
-    """What packing a block takes on a device."""
+    """What packing takes on a device: 7.5 bytes an element, 2 MB on a host and 63 MB on an accelerator."""
 
     def __init__(self, device: torch.device) -> None:
-        self._numbers = [torch.empty(BLOCK_NUMEL, dtype=torch.int16, device=device) for _ in range(2)]
-        self._below = torch.empty(BLOCK_NUMEL, dtype=torch.uint8, device=device)
-        self._is_escaped = torch.empty(BLOCK_NUMEL, dtype=torch.bool, device=device)
-        self._planes = torch.empty(_block_bytes(BLOCK_NUMEL), dtype=torch.uint8, device=device)
+        self.num_blocks = _BLOCKS_AT_ONCE.get(device.type, 32)
+        numel = self.num_blocks * BLOCK_NUMEL
+        self._numbers = [torch.empty(numel, dtype=torch.int16, device=device) for _ in range(2)]
+        self._below = torch.empty(numel, dtype=torch.uint8, device=device)
+        self._is_escaped = torch.empty(numel, dtype=torch.bool, device=device)
+        self._planes = torch.empty(packed_bytes(numel), dtype=torch.uint8, device=device)
 
-    def pack_block(self, bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(planes, greatest exponent, index of each listed element, its exponent)."""
-        numel, half = bits.numel(), (bits.numel() + 1) // 2
-        kept, shifted = (numbers[:numel] for numbers in self._numbers)
-        below, planes = self._below[:numel], self._planes[: _block_bytes(numel)]
+    def pack_blocks(self, bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(planes of all blocks, greatest exponent of each, index of each listed element, its exponent)."""
+        num_blocks, length = bits.shape
+        half = (length + 1) // 2
+        kept, shifted = (numbers[: bits.numel()].view_as(bits) for numbers in self._numbers)
+        below = self._below[: bits.numel()].view_as(bits)
+        planes = self._planes[: num_blocks * _block_bytes(length)].view(num_blocks, -1)
         below.copy_(torch.bitwise_right_shift(bits, 7, out=shifted))  # the exponents
-        base = below.max()
-        torch.sub(base, below, out=below)
-        index = torch.ge(below, _ESCAPE, out=self._is_escaped[:numel]).nonzero().squeeze(1)
-        exponents = base - below[index]
+        bases = below.amax(1)
+        torch.sub(bases[:, None], below, out=below)
+        is_escaped = torch.ge(below, _ESCAPE, out=self._is_escaped[: bits.numel()].view_as(bits))
+        index = is_escaped.view(-1).nonzero().squeeze(1)
+        exponents = bases[index // length] - below.view(-1)[index]
         below.clamp_(max=_ESCAPE)
         torch.bitwise_and(bits, _SIGN_AND_MANTISSA, out=kept)
-        planes[:numel].copy_(kept.bitwise_or_(torch.bitwise_right_shift(kept, 8, out=shifted)))
-        pairs = planes[numel:].copy_(below[:half])
-        pairs[: numel - half].bitwise_or_(below[half:].bitwise_left_shift_(4))
-        return planes, base, index, exponents
+        planes[:, :length].copy_(kept.bitwise_or_(torch.bitwise_right_shift(kept, 8, out=shifted)))
+        pairs = planes[:, length:].copy_(below[:, :half])
+        pairs[:, : length - half].bitwise_or_(below[:, half:].bitwise_left_shift_(4))
+        return planes.view(-1), bases, index, exponents
 
 
 class Unpacker:

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from itertools import groupby
 
@@ -221,12 +222,30 @@ def private_names() -> Iterator[Finding]:
             yield _finding(subject, f"{status.problem}; for {status.used_for}", "wrong", remedy)
 
 
+def host_network() -> Iterator[Finding]:
+    """Whether ranks on this node can talk in host memory, as for checkpoints: gloo needs an address."""
+    import torch.distributed as dist
+
+    remedy = (
+        "let the host's name resolve to an address of this node, or set GLOO_SOCKET_IFNAME to an interface"
+    )
+    try:
+        dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=10))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        yield _finding("gloo", reason, "wrong", remedy)
+    else:
+        where = os.environ.get("GLOO_SOCKET_IFNAME") or platform.node()
+        yield _finding("gloo", f"has an address of {where}")
+
+
 EXAMINATIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "Versions": versions,
     "Accelerator": accelerator,
     "Compiler": build_tools,
     "DeepSpeed's operations": operations,
     "Host": host,
+    "Host network": host_network,
     "Private names of DeepSpeed": private_names,
 }
 

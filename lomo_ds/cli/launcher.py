@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -138,6 +139,29 @@ def ranks_below(process: psutil.Process) -> list[psutil.Process]:
         for child in process.children():
             ranks += [child] if "RANK" in child.environ() else ranks_below(child)
     return ranks
+
+
+def end_process_after(command: Callable[[], int]) -> NoReturn:
+    """Do a rank's work and end its process: with its exit code, or 1 after an exception and its traceback.
+
+    Nothing is cleaned up that takes the other ranks: they may be waiting for this one.
+    """
+    try:
+        exit_code = command()
+    except SystemExit as ending:
+        exit_code = _exit_code_of(ending)
+    except BaseException:
+        traceback.print_exc()
+        exit_code = 1
+    end_process(exit_code)
+
+
+def _exit_code_of(ending: SystemExit) -> int:
+    """As Python's own: a text is printed and counts as 1."""
+    if ending.code is None or isinstance(ending.code, int):
+        return ending.code or 0
+    print(ending.code, file=sys.stderr)
+    return 1
 
 
 def end_process(exit_code: int) -> NoReturn:

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-gpus", type=int, default=8, help="over all nodes (default 8)")
     add("--gpus-per-node", type=int, default=8, help="default 8")
     add("--gpu-memory", default="24GiB", help="of each card (default 24GiB)")
-    add("--reserve", default="2GiB", help="part of it for memory outside tensors: CUDA's context, NCCL, "
-        "kernels' workspaces, fragmentation (default 2GiB)")  # fmt: skip
+    add("--reserve", help="part of it for memory outside torch's allocator; default: what the plan lists "
+        "(CUDA's context, NCCL, kernels' workspaces), some 1.8 GiB")  # fmt: skip
     add("--host-memory", help="of a node; default: no limit")
     add("--seq-len", type=int, default=1024, help="tokens of a sequence (default 1024)")
     add("--micro-batch", type=int, help="sequences of a rank's forward; default: the JSON's, or 1")
@@ -144,19 +144,19 @@ def _job(arguments: argparse.Namespace, model_name: str) -> Any:
     from lomo_ds.planner.job import Job, default_ds_json, read_planned_json, split_open
     from lomo_ds.planner.presets import model_config
 
-    host = arguments.host_memory
+    host, reserve = arguments.host_memory, arguments.reserve
     given = {
         "num_gpus": arguments.num_gpus,
         "gpus_per_node": arguments.gpus_per_node,
         "gpu_memory_bytes": parse_bytes(arguments.gpu_memory, "--gpu-memory"),
-        "reserve_bytes": parse_bytes(arguments.reserve, "--reserve"),
+        "asked_reserve_bytes": None if reserve is None else parse_bytes(reserve, "--reserve"),
         "host_memory_bytes": None if host is None else parse_bytes(host, "--host-memory"),
         "seq_len": arguments.seq_len,
         "train_batch_follows": arguments.table or arguments.search in ("micro-batch", "gpus"),
         "checkpointing": arguments.checkpointing.replace("-", "_"),
     }
-    if given["reserve_bytes"] >= given["gpu_memory_bytes"]:
-        raise ValueError(f"--reserve {arguments.reserve} has to be below --gpu-memory {arguments.gpu_memory}")
+    if (given["asked_reserve_bytes"] or 0) >= given["gpu_memory_bytes"]:
+        raise ValueError(f"--reserve {reserve} has to be below --gpu-memory {arguments.gpu_memory}")
     model = model_config(model_name)
     written = (
         read_planned_json(arguments.config) if arguments.config else default_ds_json(family=model.model_type)

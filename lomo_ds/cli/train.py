@@ -12,9 +12,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from lomo_ds.allocator_settings import use_expandable_segments
 from lomo_ds.cli.launcher import (
     add_num_ranks,
-    end_process,
+    end_process_after,
     inside_launch,
     launch,
     num_accelerators,
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         other error, after one line on standard error that says what is wrong.
     """
     arguments = _parser().parse_intermixed_args(argv)
+    use_expandable_segments(os.environ)
     find_tools_of_this_environment()
     try:
         return _run_rank(arguments) if inside_launch() else _launch(arguments)
@@ -103,4 +105,4 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    end_process_after(main)

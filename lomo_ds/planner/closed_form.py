@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lomo_ds.optimizers import rule_of
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.planner.model_shape import ModelShape
 from lomo_ds.planner.rule_state import rule_state_bytes
-from lomo_ds.rules.rounding import Rounding, chunk_numel, resolve_rounding
+from lomo_ds.rules.param_spec import ParamSpec
+from lomo_ds.rules.rounding import Rounding, resolve_rounding
 from lomo_ds.rules.rule import Rule
 from lomo_ds.zero3.apply.choose import Demands, choose, refuse_contradictions
 
@@ -233,12 +232,12 @@ class _Terms:
         if self._defers:
             num_copies = 2 if job.num_micro_batches > 1 else 1  # the sum so far comes back to the device
             return copy + num_copies * _ITEM * shard
-        numbers = 3 if self._rule.needs_sums or self._rounding == "stochastic" else 2
-        return copy + numbers * 4 * min(shard, chunk_numel(torch.device("cuda")))
+        spec = ParamSpec(shape=(1, numel), rank=0, world_size=job.num_gpus)
+        return copy + (_ITEM * shard if self._rule.needs_sums(spec) else 0)
 
     @functools.cached_property
     def _defers(self) -> bool:
-        """Whether the engine offloads shards until the step; otherwise backward applies them, in fp32."""
+        """Whether the engine offloads shards until the step; otherwise backward applies them."""
         job, apply = self._job, self._params.get("apply", "auto")
         demands = Demands.of(
             ((self._rule, role) for _, role in self._shape.params()),
@@ -281,10 +280,16 @@ class _Terms:
         """Temporaries of the update rule.
 
         DeepSpeed's own: gradients in fp32 (at most a sub-group's) and AdamW's two temporaries, or new 16-bit
-        weights after SGD. Ours: an offloaded shard and three fp32 copies of a chunk of it.
+        weights after SGD. Ours: an offloaded shard and the next two, which are on their way; kernels need no
+        more.
         """
         if self._job.is_own:
-            shard = -(-max(self._shape.all_sizes()) // self._job.num_gpus) if self._defers else 0
-            return _ITEM * shard + 3 * 4 * min(shard, chunk_numel(torch.device("cuda")))
+            return _ITEM * self._three_shards() if self._defers else 0
         numel = min(self._shard_numel, int(1e9))
         return numel * {"AdamW": 3 * 4, "SGD": 4 + _ITEM}[self._job.optimizer]
+
+    def _three_shards(self) -> int:
+        """Elements of three shards that follow each other: a layer's, or the head's before a norm's."""
+        matrices = sorted(self._shape.matrices, reverse=True)
+        head = self._shape.vocabulary * self._shape.hidden + matrices[0]
+        return -(-max(head, sum(matrices[:3])) // self._job.num_gpus)

@@ -5,11 +5,13 @@ For torch it is a backend written in Python. All its tensors are fake, so it nee
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+from lomo_ds.planner import stream_trace
 
 DeviceKind = Literal["gpu", "cpu"]
 """An accelerator with its own memory, or a CPU rank, whose only memory is the host's."""
@@ -85,47 +87,31 @@ def _no_kernel(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("the fake device has no data: nothing can run on it")
 
 
-class _Stream:
-    """A stream or an event; every operation has finished when its call returns."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        return
-
-    def wait_stream(self, stream: Any) -> None:
-        return
-
-    def wait_event(self, event: Any) -> None:
-        return
-
-    def record_event(self, event: Any = None) -> _Stream:
-        return self
-
-    def record(self, stream: Any = None) -> None:
-        return
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-
 class FakeAccelerator(CPU_Accelerator):
     """An accelerator with streams, so that DeepSpeed runs the same code as on a GPU.
 
     Args:
         num_local: accelerators of a node.
         memory_bytes: of each.
-    """
 
-    Stream = _Stream
-    Event = _Stream
+    Attributes:
+        streams: the device's streams and who observes them.
+    """
 
     def __init__(self, num_local: int, memory_bytes: int) -> None:
         super().__init__()
         self._name = "gpu"
         self._num_local = num_local
         self._memory_bytes = memory_bytes
+        self.streams = stream_trace.Streams()
+
+    @property
+    def Stream(self) -> Callable[..., stream_trace.Stream]:
+        return self.streams.new_stream
+
+    @property
+    def Event(self) -> Callable[..., stream_trace.Event]:
+        return self.streams.new_event
 
     def is_synchronized_device(self) -> bool:
         return False
@@ -145,14 +131,20 @@ class FakeAccelerator(CPU_Accelerator):
     def device_count(self) -> int:
         return self._num_local
 
-    def stream(self, stream: Any) -> AbstractContextManager:
-        return nullcontext()
+    def stream(self, stream: stream_trace.Stream | None) -> stream_trace.CurrentStream:
+        return stream_trace.CurrentStream(self.streams, stream)
 
-    def current_stream(self, device_index: int | None = None) -> _Stream:
-        return _Stream()
+    def set_stream(self, stream: stream_trace.Stream) -> None:
+        self.streams.current = stream
 
-    def default_stream(self, device_index: int | None = None) -> _Stream:
-        return _Stream()
+    def current_stream(self, device_index: int | None = None) -> stream_trace.Stream:
+        return self.streams.current
+
+    def default_stream(self, device_index: int | None = None) -> stream_trace.Stream:
+        return self.streams.default
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        self.streams.synchronize()
 
     def on_accelerator(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "gpu"

@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from lomo_ds.initialization import initialize
 from lomo_ds.model_io.load import build_sharded, load_shards
@@ -21,6 +22,8 @@ from lomo_ds.planner.fake_rank import fake_rank
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger, Peak, Place, bytes_by_role
 from lomo_ds.planner.memory_roles import Role
+from lomo_ds.planner.memory_trace import MemoryTrace
+from lomo_ds.planner.replay import ReservedMemory, reserved_memory
 from lomo_ds.planner.traffic import Traffic, answers
 from lomo_ds.planner.weights import fake_folder
 from lomo_ds.zero3._internals import full_numel, permanent_buffers, stored_shard
@@ -40,6 +43,7 @@ class DryRun:
     Attributes:
         peaks: phase -> place ("device", "host") -> the moment of the phase's peak; this rank's part.
         at_rest: role -> bytes on the device after the last step.
+        reserved: what torch's allocator reserves on the device; nothing of a CPU rank.
         peak_gradient_bytes: most bytes of whole gradients that existed at the same time.
         gradient_host_bytes: of this rank's offloaded gradients.
         num_params: of the whole model.
@@ -54,6 +58,7 @@ class DryRun:
 
     peaks: dict[str, dict[Place, Peak]]
     at_rest: dict[str, int]
+    reserved: ReservedMemory
     peak_gradient_bytes: int
     gradient_host_bytes: int
     num_params: int
@@ -107,6 +112,7 @@ def dry_run(job: Job) -> DryRun:
     ledger = Ledger(answers=answers(room))
     ledger.watchers.append(traffic.count)
     with _quiet(), _rank(job), ledger:
+        trace = _memory_trace(job, ledger)
         engine = build_engine(job, ledger)
         namer = _Namer(engine.module, ledger)
         ledger.watchers.append(namer)
@@ -122,6 +128,7 @@ def dry_run(job: Job) -> DryRun:
     return DryRun(
         peaks=ledger.peaks,
         at_rest=at_rest,
+        reserved=reserved_memory(trace, job.usable_bytes) if trace else ReservedMemory(),
         peak_gradient_bytes=namer.peak_gradient_bytes,
         gradient_host_bytes=gradient_host_bytes,
         num_params=num_params,
@@ -136,6 +143,15 @@ def dry_run(job: Job) -> DryRun:
         duration_s=time.perf_counter() - start_s,
         cpu_s=time.process_time() - start_cpu_s,
     )
+
+
+def _memory_trace(job: Job, ledger: Ledger) -> MemoryTrace | None:
+    """The trace of what the run asks of its device; streams answer as those of the slowest device."""
+    if job.device == "cpu":
+        return None
+    streams = get_accelerator().streams
+    streams.is_lazy = True
+    return MemoryTrace(ledger, streams)
 
 
 def _rank(job: Job) -> AbstractContextManager:

@@ -55,6 +55,7 @@ def fake_rank(
         stack.enter_context(_group(rank, world_size))
         stack.enter_context(ranks_not_compared())
         stack.enter_context(_values_never_asked())
+        stack.enter_context(_recorded_streams(accelerator))
         stack.enter_context(_flash_attention())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_FakeTensors(allow_non_fake_inputs=True))
@@ -103,20 +104,38 @@ def _group(rank: int, world_size: int) -> Iterator[None]:
 
 @contextmanager
 def _values_never_asked() -> Iterator[None]:
-    """Replace calls that need other ranks' values or a real device by this rank's own values.
+    """Replace calls that need other ranks or a real device by what this rank knows.
 
     transformers takes fake tensors for a trace and then builds masks that a real run leaves out.
     """
     from transformers.utils import import_utils
+
+    new_group = dist.new_group
+
+    def new_fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        return new_group(*args, **kwargs)
 
     def all_gather_object(objects: list[Any], own: Any, group: Any = None) -> None:
         objects[:] = [own] * len(objects)
 
     with (
         mock.patch.object(dist, "all_gather_object", all_gather_object),
-        mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None),
+        mock.patch.object(dist, "new_group", new_fake_group),
         mock.patch.object(import_utils, "is_fake_tensor", lambda value: False),
     ):
+        yield
+
+
+@contextmanager
+def _recorded_streams(accelerator: FakeAccelerator | FakeCpuRank) -> Iterator[None]:
+    """Tell the observers of the device's streams of ``record_stream``; a CPU rank has no streams."""
+    streams = getattr(accelerator, "streams", None)
+
+    def record_stream(tensor: torch.Tensor, stream: Any) -> None:
+        if streams is not None:
+            streams.record_stream(tensor, stream)
+
+    with mock.patch.object(torch.Tensor, "record_stream", record_stream):
         yield
 
 

@@ -11,6 +11,7 @@ from lomo_ds.byte_units import GIB
 from lomo_ds.config import read_json_object
 from lomo_ds.planner.batch import MICRO, STEPS, TRAIN, num_micro_batches
 from lomo_ds.planner.device import DeviceKind
+from lomo_ds.planner.reserve import ReservePart, reserve_parts
 from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES
 from lomo_ds.zero3.supported import refuse_malformed
 
@@ -32,8 +33,8 @@ class Job:
         num_gpus: ranks.
         gpus_per_node: of them.
         gpu_memory_bytes: of each.
-        reserve_bytes: of them, for memory that belongs to no tensor: CUDA's context, NCCL's buffers, kernels'
-            workspaces and what torch's allocator cannot use.
+        asked_reserve_bytes: of them, for memory outside torch's allocator; None for the sum of
+            ``reserve_parts``.
         host_memory_bytes: of a node; None for no limit.
         seq_len, micro_batch: tokens and sequences of a rank's forward; the JSON's micro-batch is set to it.
         checkpointing: of activations.
@@ -50,7 +51,7 @@ class Job:
     num_gpus: int = 8
     gpus_per_node: int = 8
     gpu_memory_bytes: int = 24 * GIB
-    reserve_bytes: int = 2 * GIB
+    asked_reserve_bytes: int | None = None
     host_memory_bytes: int | None = None
     seq_len: int = 1024
     micro_batch: int = 1
@@ -78,8 +79,21 @@ class Job:
         return min(self.gpus_per_node, self.num_gpus)
 
     @property
+    def reserve_parts(self) -> list[ReservePart]:
+        """What a card leaves free for, and where the figures come from."""
+        if self.asked_reserve_bytes is not None:
+            return [ReservePart(name="asked for", num_bytes=self.asked_reserve_bytes, source="--reserve")]
+        tokens = self.micro_batch * self.seq_len
+        return reserve_parts(self.gpu_memory_bytes, self.num_gpus, tokens, self.model)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What a card leaves free for memory outside torch's allocator."""
+        return sum(part.num_bytes for part in self.reserve_parts)
+
+    @property
     def usable_bytes(self) -> int:
-        """The part of a card that tensors may fill."""
+        """The part of a card that torch's allocator may reserve."""
         return self.gpu_memory_bytes - self.reserve_bytes
 
     @property

@@ -37,6 +37,7 @@ class Block:
         role: what it is for.
         name: of the parameter that it belongs to, where known.
         shape: of the first tensor in it.
+        number: counts the ledger's blocks.
     """
 
     num_bytes: int
@@ -47,6 +48,20 @@ class Block:
     role: Role
     name: str = ""
     shape: tuple[int, ...] = ()
+    number: int = 0
+
+
+class BlockListener:
+    """What a listener hears of a ledger's blocks; by itself it ignores everything."""
+
+    def on_phase(self, name: str) -> None:
+        """A phase of the run begins."""
+
+    def on_alloc(self, block: Block) -> None:
+        """A storage has been booked."""
+
+    def on_free(self, block: Block) -> None:
+        """Nothing refers to a storage any more."""
 
 
 @dataclass
@@ -94,6 +109,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         watchers: called with (operation, arguments, keyword arguments, result) after each operation.
+        listeners: hear of each block and phase as it begins and of each block as it ends.
         live_bytes: by place.
         peaks: phase -> place -> the moment of the phase's peak.
         timeline: for each operation the device's bytes after it; ``host_timeline`` the host's.
@@ -104,7 +120,9 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._patience_s, self._has_sent = patience_s, False
         self.watchers: list[Callable[..., None]] = []
+        self.listeners: list[BlockListener] = []
         self._answers = answers or {}
+        self._num_blocks = 0
         self._live: dict[int, tuple[Any, Block]] = {}
         self.live_bytes: dict[Place, int] = {"device": 0, "host": 0}
         self.peaks: dict[str, dict[Place, Peak]] = {}
@@ -117,6 +135,8 @@ class Ledger(TorchDispatchMode):
         """Record what is allocated within the block as of phase ``name``."""
         before, self._phase = self._phase, name
         self.phase_starts.append((len(self.timeline), name))
+        for listener in self.listeners:
+            listener.on_phase(name)
         for place in self.live_bytes:
             self._update_peak(place, "")
         try:
@@ -171,12 +191,16 @@ class Ledger(TorchDispatchMode):
             phase=self._phase,
             role=role_of_origin(file, self._phase),
             shape=tuple(tensor.shape),
+            number=self._num_blocks,
         )
+        self._num_blocks += 1
         self._live[key] = (weakref.ref(storage, lambda _: self._close(key)), block)
         self._add(block)
 
     def _add(self, block: Block) -> None:
         self.live_bytes[block.place] += block.num_bytes
+        for listener in self.listeners:
+            listener.on_alloc(block)
         self._update_peak(block.place, block.operation)
 
     def _update_peak(self, place: Place, operation: str) -> None:
@@ -200,6 +224,8 @@ class Ledger(TorchDispatchMode):
     def _close(self, key: int) -> None:
         _, block = self._live.pop(key)
         self.live_bytes[block.place] -= block.num_bytes
+        for listener in self.listeners:
+            listener.on_free(block)
 
 
 def _origin(frame: FrameType | None) -> tuple[str, str]:

@@ -26,6 +26,7 @@ _BY_FILE = (
     *((file, Role.ACTIVATIONS) for file in DEEPSPEED_SOURCES["linear"]),
     *((file, Role.BUCKETS) for file in DEEPSPEED_SOURCES["reducing"]),
     ("lomo_ds/zero3/apply/host_buffer.py", Role.OFFLOADED_GRADIENTS),
+    ("lomo_ds/zero3/apply/pinned_buffer.py", Role.OFFLOADED_GRADIENTS),
     ("lomo_ds/zero3/apply/nvme_buffer.py", Role.OFFLOADED_GRADIENTS),
     ("lomo_ds/zero3/activation_offload.py", Role.CHECKPOINTS),
     ("lomo_ds/zero3/vocabulary/row_tiles.py", Role.GATHERED),

@@ -33,12 +33,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the card's reserve free, and the host has room where its size is given."""
+        """Whether the card and, where its size is given, the host have room; see ``fit``."""
         return fit.fits(self.job, self.run)
 
     @property
     def missing_bytes(self) -> int:
-        """How much the peak and the reserve exceed the card; negative for what is free."""
+        """How much the reserved memory and the reserve exceed the card; negative for what is free."""
         return fit.missing_device_bytes(self.job, self.run)
 
     @property
@@ -79,6 +79,7 @@ class Plan:
             "checkpointing": job.checkpointing,
             "policy": run.policy,
             "peak_device_bytes": run.device.num_bytes,
+            **self._reserved_json(),
             "closed_form_peak_bytes": None if isinstance(formula, str) else formula.peak_bytes,
             "peak_phase": run.device.phase,
             "peak_operation": run.device.operation,
@@ -99,6 +100,17 @@ class Plan:
             "planning_s": run.duration_s,
             "planning_cpu_s": run.cpu_s,
             "ds_json": job.full_ds_json(),
+        }
+
+    def _reserved_json(self) -> dict[str, Any]:
+        reserved = self.run.reserved
+        return {
+            "reserve_parts": {part.name: part.num_bytes for part in self.job.reserve_parts},
+            "reserved_peak_bytes": reserved.usual.peak_bytes,
+            "reserved_peak_phase": reserved.usual.phase,
+            "worst_case_reserved_bytes": reserved.worst.peak_bytes,
+            "worst_case_flushes": reserved.worst_on_card.num_flushes,
+            "reserved_without_expandable_segments_bytes": reserved.whole_segments.peak_bytes,
         }
 
 

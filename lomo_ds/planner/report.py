@@ -20,6 +20,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Verdict first, then where the memory is, what is sent and computed, and the time estimate."""
     for line in (_headline(plan), _verdict(plan), _formula(plan), ""):
         console.print(line, highlight=False)
+    console.print(_card_table(plan))
     console.print(_roles_table(plan))
     console.print(_peak_table(plan.run.device))
     for line in (*_host_lines(plan), *_traffic_lines(plan), *_time_lines(plan), *_batch_lines(plan.job)):
@@ -36,15 +37,25 @@ def _headline(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    peak = plan.run.device
+    reserved = plan.run.reserved
     where = (
-        f"peak {gib(peak.num_bytes)} GiB in {peak.phase}, with {gib(plan.job.reserve_bytes)} GiB in reserve"
+        f"torch reserves {gib(reserved.usual.peak_bytes)} GiB in {reserved.usual.phase}, "
+        f"{gib(plan.job.reserve_bytes)} GiB are left free for what is outside torch"
     )
     if plan.fits:
-        return f"fits: {where}, {gib(-plan.missing_bytes)} GiB are left"
+        return f"fits: {where}, {gib(-plan.missing_bytes)} GiB remain{_flushes(plan)}"
     if plan.missing_bytes > 0:
-        return f"does not fit: {where}, {gib(plan.missing_bytes)} GiB are missing; {plan.remedy}"
+        lags = " where the device lags" if reserved.worst_on_card.is_out_of_memory else ""
+        return f"does not fit: {where}, {gib(plan.missing_bytes)} GiB are missing{lags}; {plan.remedy}"
     return f"does not fit: {gib(plan.host_peak_bytes_per_node)} GiB of host memory per node; {plan.remedy}"
+
+
+def _flushes(plan: Plan) -> str:
+    """Nothing, or that a slow device would have to be waited for."""
+    count = plan.run.reserved.worst_on_card.num_flushes
+    if not count:
+        return ""
+    return f"; in the worst case torch's allocator empties its cache {count} times in loading and two steps"
 
 
 def _formula(plan: Plan) -> str:
@@ -54,8 +65,28 @@ def _formula(plan: Plan) -> str:
     return f"closed form: {gib(formula.peak_bytes)} GiB in {formula.peak_moment}"
 
 
+def _card_table(plan: Plan) -> Table:
+    """Live, reserved, worst case, and the parts of the reserve."""
+    table = Table(title="the card", title_justify="left")
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    table.add_column("from")
+    reserved = plan.run.reserved
+    for name, num_bytes, source in (
+        ("live tensors", plan.run.device.num_bytes, f"{plan.run.device.phase}"),
+        ("reserved by torch", reserved.usual.peak_bytes, f"{reserved.usual.phase}, expandable segments"),
+        ("worst case", reserved.worst.peak_bytes, "a device as slow as the program lets it be"),
+        ("without expandable segments", reserved.whole_segments.peak_bytes, "torch's default"),
+    ):
+        table.add_row(name, gib(num_bytes), source)
+    table.add_section()
+    for part in plan.job.reserve_parts:
+        table.add_row(f"left free: {part.name}", gib(part.num_bytes), part.source)
+    return table
+
+
 def _roles_table(plan: Plan) -> Table:
-    table = Table(title="device memory at the peak", title_justify="left")
+    table = Table(title="live tensors at their peak, by purpose", title_justify="left")
     table.add_column("")
     table.add_column("GiB", justify="right")
     for role, num_bytes in plan.run.device.by_role().items():

@@ -125,14 +125,14 @@ def _nothing_fits(job: Job, run: DryRun, goal: Goal) -> str:
     name = {"gpus": "num_gpus", "seq-len": "seq_len", "micro-batch": "micro_batch"}[goal]
     what = f"--search {goal}: nothing fits; with {goal} {getattr(job, name)} the peak takes"
     if missing_device_bytes(job, run) > 0:
-        return f"{what} {gib(run.device.num_bytes)} GiB of {gib(job.usable_bytes)} GiB per card"
+        return f"{what} {gib(run.reserved.usual.peak_bytes)} GiB of {gib(job.usable_bytes)} GiB per card"
     taken, room = host_peak_bytes_per_node(job, run), job.host_memory_bytes or 0
     return f"{what} {gib(taken)} GiB of {gib(room)} GiB of host memory per node"
 
 
 def _tuned(job: Job, result: DryRun, run: Callable[[Job], DryRun]) -> tuple[Job, DryRun]:
     """Use half of the free memory for gathered weights, which hides communication, if it still fits."""
-    free_numel = (job.usable_bytes - result.device.num_bytes) // 2 // _ITEM
+    free_numel = -missing_device_bytes(job, result) // 2 // _ITEM
     tuned = replace(job, ds_json=with_limits(job.ds_json, free_numel))
     if tuned.ds_json == job.ds_json:
         return job, result

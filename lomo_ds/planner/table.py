@@ -74,7 +74,8 @@ def _row(name: str, job_of: Callable[[str], Job]) -> Row:
 def print_rows(rows: list[Row], console: Console) -> None:
     """Print a table with a star where a job fits, and below it why a row is empty."""
     console.print(_headline(rows), highlight=False)
-    table = Table(title="peak of a card by closed form, GiB, for numbers of GPUs", title_justify="left")
+    title = "peak of a card's live tensors by closed form, GiB, for numbers of GPUs"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for count in GPU_COUNTS:
         table.add_column(str(count), justify="right")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.rules.clipping import sum_of_squares
+from lomo_ds.rules.kernels.dispatch import fused
 from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rounding import chunk_numel
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
@@ -41,7 +42,6 @@ class AdaLomoRule:
     Reference: AdaLomo (arXiv 2310.10195), algorithm 1; Adafactor (arXiv 1804.04235), algorithms 4 and 5.
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset({"row", "column"})
     eps: tuple[float, float] = (1e-30, 1e-3)
@@ -55,6 +55,9 @@ class AdaLomoRule:
                 "set it to 0 or less, such as -0.8"
             )
 
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return True
+
     def is_scale_free(self, role: Role) -> bool:
         return False
 
@@ -66,61 +69,87 @@ class AdaLomoRule:
         return {"row": torch.zeros(rows, **new), "column": torch.zeros(columns, **new)}
 
     def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
-        param_sq = sum_of_squares(shard.param).float()
         if "variance" in shard.state:
-            self._learn_vector(shard, settings)
-            totals = yield torch.stack([param_sq, self._sum_of_update_squares(shard, settings)])
+            param_sq = sum_of_squares(shard.param).float()
+            learn_variance_(shard, settings, self.eps[0], settings.step**self.decay_rate)
+            totals = yield torch.stack([param_sq, sum_of_update_squares(shard, settings)])
             param_sq, update_sq = totals.unbind()
         else:
             row, column = shard.state["row"], shard.state["column"]
-            totals = yield torch.cat([*_sums_of_grad_squares(shard, settings), param_sq[None]])
+            totals = yield sums_to_learn_from(shard, settings)
             row_sq, column_sq, param_sq = totals.split([row.numel(), column.numel(), 1])
             self._learn_matrix(shard, settings, row_sq, column_sq)
-            update_sq = yield self._sum_of_update_squares(shard, settings)[None]
-        numel = shard.spec.numel
-        rms_param = (param_sq / numel).sqrt().clamp(min=self.eps[1])
-        bound = ((update_sq / numel).sqrt() / self.clip_threshold).clamp(min=1.0)
-        self._write(shard, settings, settings.lr * rms_param / bound)
-
-    def _learn_vector(self, shard: Shard, settings: StepSettings) -> None:
-        for at in shard.chunks():
-            grad_sq = shard.scaled_grad(at, settings).square().add_(self.eps[0])
-            shard.state["variance"][at].lerp_(grad_sq, settings.step**self.decay_rate)
+            update_sq = yield sum_of_update_squares(shard, settings)[None]
+        step_size = bounded_step_size(
+            param_sq, update_sq, shard.spec.numel, settings.lr, self.eps[1], self.clip_threshold
+        )
+        step_by_second_moments_(shard, settings, step_size)
 
     def _learn_matrix(self, shard: Shard, settings: StepSettings, row_sq: Tensor, column_sq: Tensor) -> None:
         num_rows, num_columns = shard.spec.shape[-2:]
         weight = settings.step**self.decay_rate
-        shard.state["row"].lerp_(row_sq / num_columns + self.eps[0], weight)
-        shard.state["column"].lerp_(column_sq / num_rows + self.eps[0], weight)
+        learn_mean_(shard.state["row"], row_sq, num_columns, self.eps[0], weight)
+        learn_mean_(shard.state["column"], column_sq, num_rows, self.eps[0], weight)
 
-    def _updates(self, shard: Shard, settings: StepSettings) -> Iterator[tuple[slice, Tensor]]:
-        """u = g / sqrt(v), piece by piece."""
-        if "variance" in shard.state:
-            for at in shard.chunks():
-                yield at, shard.scaled_grad(at, settings) * shard.state["variance"][at].rsqrt()
-            return
-        num_rows, num_columns = shard.spec.shape[-2:]
-        row = shard.state["row"].view(-1, num_rows)
-        row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().flatten()
-        column_factor = shard.state["column"].view(-1, num_columns).rsqrt()
-        for block in _blocks(shard):
-            grad = shard.scaled_grad(block.at, settings).view(block.num_rows, block.num_columns)
-            update = grad * row_factor[block.rows, None]
-            update.mul_(_column_rows(column_factor, block, num_rows)[:, block.columns])
-            yield block.at, update.flatten()
 
-    def _sum_of_update_squares(self, shard: Shard, settings: StepSettings) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=shard.param.device)
-        for _, update in self._updates(shard, settings):
-            total += update.square_().sum()
-        return total
+@fused
+def learn_mean_(state: Tensor, sums: Tensor, num: int, eps: float, weight: float) -> None:
+    """Move running means by ``weight`` to the means of ``num`` numbers, given their sums, plus eps."""
+    state.lerp_(sums / num + eps, weight)
 
-    def _write(self, shard: Shard, settings: StepSettings, step_size: Tensor) -> None:
-        decay = 1.0 - settings.lr * settings.weight_decay
-        for at, update in self._updates(shard, settings):
-            exact = shard.write_back.read(shard.param, at)
-            exact.mul_(decay).sub_(update.mul_(step_size))
-            shard.write_back.write(exact, shard.param, at)
+
+@fused
+def bounded_step_size(
+    param_sq: Tensor, update_sq: Tensor, numel: int, lr: float, least_rms: float, clip_threshold: float
+) -> Tensor:
+    """lr * max(least_rms, RMS(p)) / max(1, RMS(u) / clip_threshold), from sums of squares: one number."""
+    rms_param = (param_sq / numel).sqrt().clamp(min=least_rms)
+    bound = ((update_sq / numel).sqrt() / clip_threshold).clamp(min=1.0)
+    return lr * rms_param / bound
+
+
+@fused
+def learn_variance_(shard: Shard, settings: StepSettings, eps: float, weight: float) -> None:
+    """Move a vector's running mean of g^2 by ``weight`` to that of this gradient."""
+    for at in shard.chunks():
+        grad_sq = shard.scaled_grad(at, settings).square().add_(eps)
+        shard.state["variance"][at].lerp_(grad_sq, weight)
+
+
+def _updates(shard: Shard, settings: StepSettings) -> Iterator[tuple[slice, Tensor]]:
+    """u = g / sqrt(v), piece by piece."""
+    if "variance" in shard.state:
+        for at in shard.chunks():
+            yield at, shard.scaled_grad(at, settings) * shard.state["variance"][at].rsqrt()
+        return
+    num_rows, num_columns = shard.spec.shape[-2:]
+    row = shard.state["row"].view(-1, num_rows)
+    row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().flatten()
+    column_factor = shard.state["column"].view(-1, num_columns).rsqrt()
+    for block in _blocks(shard):
+        grad = shard.scaled_grad(block.at, settings).view(block.num_rows, block.num_columns)
+        update = grad * row_factor[block.rows, None]
+        update.mul_(_column_rows(column_factor, block, num_rows)[:, block.columns])
+        yield block.at, update.flatten()
+
+
+@fused
+def sum_of_update_squares(shard: Shard, settings: StepSettings) -> Tensor:
+    """Of u, over this shard: 0-dim fp32."""
+    total = torch.zeros((), dtype=torch.float32, device=shard.param.device)
+    for _, update in _updates(shard, settings):
+        total += update.square_().sum()
+    return total
+
+
+@fused
+def step_by_second_moments_(shard: Shard, settings: StepSettings, step_size: Tensor) -> None:
+    """p <- p * (1 - lr * weight_decay) - step_size * u; ``step_size`` is 0-dim fp32."""
+    decay = 1.0 - settings.lr * settings.weight_decay
+    for at, update in _updates(shard, settings):
+        exact = shard.write_back.read(shard.param, at)
+        exact.mul_(decay).sub_(update.mul_(step_size))
+        shard.write_back.write(exact, shard.param, at)
 
 
 def _blocks(shard: Shard) -> Iterator[Block]:
@@ -135,8 +164,9 @@ def _column_rows(per_matrix: Tensor, block: Block, num_rows: int) -> Tensor:
     return per_matrix[matrix]
 
 
-def _sums_of_grad_squares(shard: Shard, settings: StepSettings) -> tuple[Tensor, Tensor]:
-    """This shard's part of the row and column sums of g^2, in the shapes of the state."""
+@fused
+def sums_to_learn_from(shard: Shard, settings: StepSettings) -> Tensor:
+    """This shard's part of the row and column sums of g^2, as long as the state, and of the sum of p^2."""
     num_rows, num_columns = shard.spec.shape[-2:]
     row = torch.zeros_like(shard.state["row"])
     column = torch.zeros_like(shard.state["column"]).view(-1, num_columns)
@@ -148,4 +178,4 @@ def _sums_of_grad_squares(shard: Shard, settings: StepSettings) -> tuple[Tensor,
         else:
             matrix = torch.arange(block.rows.start, block.rows.stop, device=row.device) // num_rows
             column[:, block.columns].index_add_(0, matrix, squares)
-    return row, column.flatten()
+    return torch.cat([row, column.flatten(), sum_of_squares(shard.param).float()[None]])

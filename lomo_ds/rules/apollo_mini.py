@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lomo_ds.rules.matrices import Matrices, grad_of, write_block
+from lomo_ds.rules.kernels.dispatch import fused
+from lomo_ds.rules.matrices import Matrices, grad_of, step_by_factors_
 from lomo_ds.rules.noise import random_normal
 from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
 from lomo_ds.rules.vectors import adam_state, require_betas, step_by_adam_
-from lomo_ds.shards import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,6 @@ class ApolloMiniRule:
         and one factor for each tensor; the limiter is Fira's (arXiv 2410.01623).
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset({"moment", "moment_sq", "norm"})
     betas: tuple[float, float] = (0.9, 0.999)
@@ -66,6 +65,9 @@ class ApolloMiniRule:
             raise ValueError(f"norm_growth has to be at least 1, not {self.norm_growth}")
         if self.projection_steps < 1:
             raise ValueError(f"projection_steps has to be at least 1, not {self.projection_steps}")
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return spec.role != "vector"
 
     def is_scale_free(self, role: Role) -> bool:
         return False
@@ -87,18 +89,11 @@ class ApolloMiniRule:
             return
         matrices = Matrices(shard)
         moment, norm = shard.state["moment"], shard.state["norm"]
-        own, own_sq = torch.zeros_like(moment), torch.zeros_like(norm)
-        projection = _Projection(matrices, self._key(shard, settings), own)
-        for block in matrices.blocks():
-            grad = grad_of(shard, settings, block)
-            projection.add_(grad, block)
-            matrices.add_rows_(own_sq, grad.square().sum(1), block)
+        own, own_sq = projected(shard, settings, self._key(shard, settings))
         totals = yield torch.cat([own.flatten(), own_sq])
-        projected, grad_sq = totals.split([moment.numel(), norm.numel()])
-        factor = self._factor(shard, settings, projected.view_as(moment), grad_sq.sqrt())
-        for block in matrices.blocks():
-            of_rows = matrices.by_row(factor * settings.lr, block)
-            write_block(shard, settings, block, grad_of(shard, settings, block) * of_rows)
+        whole, grad_sq = totals.split([moment.numel(), norm.numel()])
+        factor = self._factor(shard, settings, whole.view_as(moment), grad_sq.sqrt())
+        step_by_factors_(shard, settings, row=(factor * settings.lr)[matrices.matrix_of_local_rows()])
 
     def _key(self, shard: Shard, settings: StepSettings) -> tuple[int, ...]:
         """Of the draws of P: the same for ``projection_steps`` updates."""
@@ -119,28 +114,40 @@ class ApolloMiniRule:
         return torch.where(norm > 0, factor * (limited / norm), norm)
 
 
-class _Projection:
-    """P of every matrix of a shard, and R as far as the shard has it.
+@fused
+def projected(shard: Shard, settings: StepSettings, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """This shard's part of R (P^T G, or G P where columns are fewer), and of the gradient's sum of squares.
 
     Args:
-        matrices: of the shard.
-        key: of the draws.
-        projected: zeros in the shape of R; added to.
+        shard: of a parameter of two or more dimensions.
+        settings: of the step.
+        key: of the draws of P.
+
+    Returns:
+        fp32, shapes (num_matrices, the longer dimension) and (num_matrices,).
     """
-
-    def __init__(self, matrices: Matrices, key: tuple[int, ...], projected: Tensor) -> None:
-        self._matrices, self._key, self._projected = matrices, key, projected
-        self._of_columns: Tensor | None = None
-        if matrices.num_rows > matrices.num_columns:
-            shape = (matrices.num_matrices, matrices.num_columns)
-            self._of_columns = random_normal(key, 0, math.prod(shape), projected.device).view(shape)
-
-    def add_(self, grad: Tensor, block: Block) -> None:
-        """Add a block's part of P^T G, or of G P where columns are fewer."""
-        matrices = self._matrices
-        if self._of_columns is None:
-            of_rows = random_normal(self._key, block.rows.start, block.num_rows, grad.device)[:, None]
-            matrices.add_columns_(self._projected, grad * of_rows, block)
+    matrices = Matrices(shard)
+    by_row, by_column = projection(shard, key)
+    sums, squares = matrices.zeros_by_column(), matrices.zeros(matrices.num_matrices)
+    of_rows = matrices.zeros(matrices.num_matrices * matrices.num_rows)
+    for block in matrices.blocks():
+        grad = grad_of(shard, settings, block)
+        if by_row is not None:
+            matrices.add_columns_(sums, grad * by_row[matrices.local_rows(block), None], block)
         else:
-            of_columns = matrices.columns_of(self._of_columns, block)
-            self._projected.view(-1)[block.rows] += (grad * of_columns).sum(1)
+            of_rows[block.rows] += (grad * matrices.columns_of(by_column, block)).sum(1)
+        matrices.add_rows_(squares, grad.square().sum(1), block)
+    return (of_rows.view(matrices.num_matrices, -1) if by_row is None else sums), squares
+
+
+def projection(shard: Shard, key: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """P: a number for each of the shard's rows, or where columns are fewer for each column of each matrix.
+
+    Returns:
+        fp32, shape (num_local_rows,) or (num_matrices, num_columns); the other is None.
+    """
+    matrices = Matrices(shard)
+    if matrices.num_rows > matrices.num_columns:
+        shape = (matrices.num_matrices, matrices.num_columns)
+        return None, random_normal(key, 0, math.prod(shape), shard.param.device).view(shape)
+    return random_normal(key, matrices.first_row, matrices.num_local_rows, shard.param.device), None

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lomo_ds.rules.kernels.dispatch import fused
 from lomo_ds.rules.rounding import chunk_numel
 from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
 
@@ -19,6 +20,7 @@ the global norm by the factor that the step before would have needed."""
 _NORM_EPS = 1e-6
 
 
+@fused
 @torch.no_grad()
 def sum_of_squares(shard: Tensor) -> Tensor:
     """The sum of squares of a gradient or parameter shard, as a 0-dim fp64 tensor.

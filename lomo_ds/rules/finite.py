@@ -26,15 +26,16 @@ def finite_or_unchanged(
         start: begins the update of a shard. It writes the weights through ``shard.write_back`` alone.
         shard: weights, state and rounding errors stay what they are where the update is left out.
         squares: 0-dim, the sum of squares of this rank's gradient shard.
-        on_known: called with a 0-dim bool, whether the update is left out; the same on every rank.
+        on_known: called with a 0-dim bool, whether the update is made; the same on every rank.
 
     Cost: a number in an all-reduce; a copy of the rule's state while the update runs; one selection for each
         chunk that is written.
     """
-    own = (~squares.isfinite()).float()
-    is_finite = (yield own[None])[0] == 0
-    on_known(~is_finite)
+    own = torch.empty(1, dtype=torch.float32, device=squares.device)
+    torch.sub(squares, squares, out=own[0])  # 0, or NaN where they are not finite
+    is_finite = (yield own)[0] == 0
+    on_known(is_finite)
     before = {name: tensor.clone() for name, tensor in shard.state.items()}
     yield from start(replace(shard, write_back=replace(shard.write_back, is_written=is_finite)))
     for name, tensor in shard.state.items():
-        tensor.copy_(torch.where(is_finite, tensor, before[name]))
+        torch.where(is_finite, tensor, before[name], out=tensor)

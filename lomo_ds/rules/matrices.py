@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lomo_ds.rules.kernels.dispatch import fused
 from lomo_ds.rules.rounding import chunk_numel
 from lomo_ds.rules.rule import Shard, StepSettings
 from lomo_ds.shards import Block
@@ -43,9 +44,8 @@ class Matrices:
         return self._spec.blocks(max_numel=chunk_numel(self._device))
 
     def cut_rows(self) -> list[int]:
-        """The rows that lie on more than one rank, at most ranks - 1; the same list on every rank."""
-        cuts = range(self._spec.partition_numel, self._spec.numel, self._spec.partition_numel)
-        return sorted({at // self.num_columns for at in cuts if at % self.num_columns})
+        """``ShardSpec.cut_rows``."""
+        return self._spec.cut_rows()
 
     def is_cut(self, block: Block) -> bool:
         """Whether the block is a part of one row."""
@@ -80,9 +80,10 @@ class Matrices:
         else:
             by_column[:, block.columns].index_add_(0, self._matrix_of(block), values)
 
-    def by_row(self, by_matrix: Tensor, block: Block) -> Tensor:
-        """A number for each matrix as one for each row of the block: shape (1 or the block's rows, 1)."""
-        return (by_matrix if self.num_matrices == 1 else by_matrix[self._matrix_of(block)])[:, None]
+    def matrix_of_local_rows(self) -> Tensor:
+        """The matrix of each of the shard's rows: shape (num_local_rows,)."""
+        rows = torch.arange(self.first_row, self.first_row + self.num_local_rows, device=self._device)
+        return rows // self.num_rows
 
     def add_rows_(self, by_matrix: Tensor, values: Tensor, block: Block) -> None:
         """Add a number for each row of the block to its matrix's."""
@@ -137,6 +138,45 @@ def inverse_rms(sums: Tensor, num: int) -> Tensor:
     below fp32's range, of numbers below about 1e-19, count as 0.)
     """
     return (sums / num).rsqrt().masked_fill(sums == 0, 0.0)
+
+
+@fused
+def step_by_factors_(
+    shard: Shard,
+    settings: StepSettings,
+    row: Tensor | None = None,
+    column: Tensor | None = None,
+    step: float = 1.0,
+) -> None:
+    """p <- p * (1 - lr * weight_decay) - step * diag(row) G diag(column).
+
+    Args:
+        shard: of a parameter of two or more dimensions.
+        settings: of the step.
+        row: factors of the shard's rows, fp32, shape (num_local_rows,); None for 1.
+        column: of all columns, fp32, shape (num_matrices, num_columns); None for 1.
+        step: factor on all of them.
+    """
+    matrices = Matrices(shard)
+    for block in matrices.blocks():
+        update = grad_of(shard, settings, block)
+        if column is not None:
+            update = update * matrices.columns_of(column, block)
+        if row is not None:
+            update = update * row[matrices.local_rows(block), None]
+        if step != 1.0:
+            update = update * step
+        write_block(shard, settings, block, update)
+
+
+@fused
+def squares_by_column(shard: Shard, settings: StepSettings) -> Tensor:
+    """This shard's part of the sums of squares of columns: fp32, shape (num_matrices, num_columns)."""
+    matrices = Matrices(shard)
+    sums = matrices.zeros_by_column()
+    for block in matrices.blocks():
+        matrices.add_columns_(sums, grad_of(shard, settings, block).square(), block)
+    return sums
 
 
 def write_block(shard: Shard, settings: StepSettings, block: Block, update: Tensor) -> None:

@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lomo_ds.rules.kernels.dispatch import fused
 from lomo_ds.rules.matrices import Matrices, grad_of, inverse_rms, write_block
 from lomo_ds.rules.noise import random_int32
 from lomo_ds.rules.param_spec import ParamSpec
@@ -52,6 +53,28 @@ def step_by_momentum(
         gain: factor on the step.
     """
     matrices = Matrices(shard)
+    own = momentum_squares(shard, settings, momentum, by_column)
+    totals = yield torch.cat([sums.flatten() for sums in own])
+    row_sq, column_sq = totals.split([sums.numel() for sums in own])
+    exponent = _exponent_of((row_sq / matrices.num_columns).sqrt())
+    if by_column:
+        factors = {"column": inverse_rms(column_sq, matrices.num_rows).view_as(own[1])}
+    else:
+        factors = {"row": inverse_rms(row_sq, matrices.num_columns)}
+    step_along_momentum_(shard, settings, momentum, settings.lr * gain, exponent, **factors)
+    shard.state["exponent"].copy_(exponent)
+
+
+@fused
+def momentum_squares(
+    shard: Shard, settings: StepSettings, momentum: float, by_column: bool
+) -> tuple[Tensor, Tensor]:
+    """This shard's part of the sums of squares of the momentum with this gradient.
+
+    Returns:
+        By row, of all rows, and by column, (num_matrices, num_columns) or nothing; fp32.
+    """
+    matrices = Matrices(shard)
     old = _Momentum(shard, settings, matrices, momentum)
     row_sq = matrices.zeros(shard.state["exponent"].numel())
     column_sq = matrices.zeros_by_column() if by_column else matrices.zeros(0)
@@ -60,18 +83,36 @@ def step_by_momentum(
         row_sq[block.rows] += squares.sum(1)
         if by_column:
             matrices.add_columns_(column_sq, squares, block)
-    totals = yield torch.cat([row_sq, column_sq.flatten()])
-    row_sq, column_totals = totals.split([row_sq.numel(), column_sq.numel()])
-    exponent = _exponent_of((row_sq / matrices.num_columns).sqrt())
-    row = inverse_rms(row_sq, matrices.num_columns)
-    column = inverse_rms(column_totals, matrices.num_rows).view_as(column_sq)
+    return row_sq, column_sq
+
+
+@fused
+def step_along_momentum_(
+    shard: Shard,
+    settings: StepSettings,
+    momentum: float,
+    step: float,
+    exponent: Tensor,
+    row: Tensor | None = None,
+    column: Tensor | None = None,
+) -> None:
+    """Step along the momentum times factors of rows or columns, and keep it in 8 bits.
+
+    Args:
+        shard, settings, momentum: as of ``step_by_momentum``.
+        step: factor on the momentum.
+        exponent: int8, of all rows: of the power of two by which the kept momentum is divided.
+        row: factors of all rows, or
+        column: of all columns, shape (num_matrices, num_columns); fp32.
+    """
+    matrices = Matrices(shard)
+    old = _Momentum(shard, settings, matrices, momentum)
     for block in matrices.blocks():
         values = old.with_grad(block)
-        factor = matrices.columns_of(column, block) if by_column else row[block.rows, None]
-        write_block(shard, settings, block, values * factor * (settings.lr * gain))
-        scaled = values.div_(_power_of_two(exponent[block.rows])[:, None]).flatten()
+        factor = row[block.rows, None] if row is not None else matrices.columns_of(column, block)
+        write_block(shard, settings, block, values * factor * step)
+        scaled = values.div_(power_of_two(exponent[block.rows])[:, None]).flatten()
         shard.state["momentum"][block.at] = _rounded(scaled, _noise(shard, block))
-    shard.state["exponent"].copy_(exponent)
 
 
 class _Momentum:
@@ -80,7 +121,7 @@ class _Momentum:
     def __init__(self, shard: Shard, settings: StepSettings, matrices: Matrices, momentum: float) -> None:
         self._shard, self._settings, self._momentum = shard, settings, momentum
         self._kept = shard.state["momentum"].view(torch.float8_e4m3fn)
-        self._scale = _power_of_two(shard.state["exponent"])
+        self._scale = power_of_two(shard.state["exponent"])
 
     def with_grad(self, block: Block) -> Tensor:
         """momentum * M + (1 - momentum) * G of a block: fp32, a tensor of its own."""
@@ -89,7 +130,7 @@ class _Momentum:
         return kept.lerp_(grad_of(self._shard, self._settings, block), 1 - self._momentum)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent, exactly, from an int8."""
     return (exponent.to(torch.int32) + 127).bitwise_left_shift(23).view(torch.float32)
 
@@ -100,12 +141,17 @@ def _exponent_of(size: Tensor) -> Tensor:
     return exponent.clamp_(*_EXPONENTS).to(torch.int8)
 
 
-def _noise(shard: Shard, block: Block) -> Tensor:
-    """Uniform in [0, 1) for each element of a block, other draws than those that round the weights."""
+def noise_key(shard: Shard) -> tuple[int, ...]:
+    """Of the draws that round the momentum: other draws than those that round the weights."""
     *key, step = shard.draw_key
+    return (*key, -step)
+
+
+def _noise(shard: Shard, block: Block) -> Tensor:
+    """Uniform in [0, 1) for each element of a block."""
     start = shard.spec.start + block.at.start
     numel = block.at.stop - block.at.start
-    draws = random_int32((*key, -step), start, numel, shard.param.device)
+    draws = random_int32(noise_key(shard), start, numel, shard.param.device)
     return draws.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
 
 

@@ -21,6 +21,21 @@ def _as_int32(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
+def _mix64(value: int) -> int:
+    """The same for a whole number of 64 bits."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ (value >> shift)) * factor & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)
+
+
+def seeds_of(key: tuple[int, ...]) -> tuple[int, int]:
+    """The words of a key, mixed into two int32 numbers."""
+    state = 0
+    for word in key:
+        state = _mix64((state + 0x9E3779B97F4A7C15 * (word + 1)) & 0xFFFFFFFFFFFFFFFF)
+    return _as_int32(state), _as_int32(state >> 32)
+
+
 def random_int32(key: tuple[int, ...], start: int, numel: int, device: torch.device) -> Tensor:
     """Uniform 32-bit integers for the elements ``start`` to ``start + numel`` of a parameter.
 
@@ -37,12 +52,13 @@ def random_int32(key: tuple[int, ...], start: int, numel: int, device: torch.dev
 
     Cost: 4 bytes per element and as much again for a temporary.
 
-    Reference: the multipliers are those of the "lowbias32" integer hash (C. Wellons, Hash Prospector).
+    Reference: elements are mixed by the "lowbias32" integer hash (C. Wellons, Hash Prospector), the words of
+        the key by SplitMix64 (G. L. Steele Jr., D. Lea and C. H. Flood, Fast Splittable Pseudorandom Number
+        Generators, 2014).
     """
-    counter = torch.arange(numel, dtype=torch.int32, device=device).add_(_as_int32(start))
-    for word in key:
-        counter = _mix(counter.add_(_as_int32(0x9E3779B9 * (word + 1))))
-    return _mix(counter)
+    first, second = seeds_of(key)
+    counter = torch.arange(numel, dtype=torch.int32, device=device).add_(_as_int32(start + first))
+    return _mix(_mix(counter).add_(second))
 
 
 def random_normal(key: tuple[int, ...], start: int, numel: int, device: torch.device) -> Tensor:

@@ -40,7 +40,6 @@ class RMNPRule:
         (arXiv 2603.20527).
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = REPLICATED
     momentum: float = 0.95
@@ -51,6 +50,9 @@ class RMNPRule:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum has to be at least 0 and below 1, not {self.momentum}")
         require_betas(self.betas, self.eps)
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return spec.role != "vector"
 
     def is_scale_free(self, role: Role) -> bool:
         return False

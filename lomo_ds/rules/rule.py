@@ -17,6 +17,10 @@ shards of the parameter; the engine adds up those of many parameters in one all-
 no sums yields nothing."""
 
 
+MASTER_WEIGHTS = "param"
+"""The fp32 copy of the weights in the state of a rule that keeps one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """The numbers of one update.
@@ -83,16 +87,21 @@ class Rule(Protocol):
     """An update rule: a frozen dataclass whose fields are its own settings in the JSON.
 
     Attributes:
-        needs_sums: whether ``update_`` yields anything; the gradient then has to outlive its bucket.
         replicated_state: names of the state's tensors that every rank holds whole; the others are cut
             like the parameter, shape (shard_numel,).
         keeps_master_weights: whether the state has an fp32 copy of the weights; rounding then loses
             nothing.
     """
 
-    needs_sums: ClassVar[bool]
     keeps_master_weights: ClassVar[bool]
     replicated_state: ClassVar[frozenset[str]]
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        """Whether ``update_`` of it yields anything; its gradient then has to outlive its bucket.
+
+        The same on every rank.
+        """
+        ...
 
     def is_scale_free(self, role: Role) -> bool:
         """Whether the update of such a parameter stays the same when its gradient is multiplied by a number.

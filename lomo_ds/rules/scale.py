@@ -7,7 +7,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lomo_ds.rules.matrices import Matrices, cut_row_totals, grad_of, inverse_rms, row_sums, write_block
+from lomo_ds.rules.kernels.dispatch import fused
+from lomo_ds.rules.matrices import (
+    Matrices,
+    cut_row_totals,
+    grad_of,
+    inverse_rms,
+    row_sums,
+    squares_by_column,
+    step_by_factors_,
+    write_block,
+)
 from lomo_ds.rules.momentum8 import REPLICATED, momentum_state, step_by_momentum
 from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
@@ -41,7 +51,6 @@ class ScaleRule:
     Reference: A Minimalist Optimizer Design for LLM Pretraining (arXiv 2506.16659), algorithm 1.
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = REPLICATED
     momentum: float = 0.9
@@ -49,6 +58,9 @@ class ScaleRule:
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum has to be at least 0 and below 1, not {self.momentum}")
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return spec.role in ("embedding", "head") or (spec.role == "matrix" and bool(spec.cut_rows()))
 
     def is_scale_free(self, role: Role) -> bool:
         return role != "head"
@@ -68,8 +80,14 @@ class ScaleRule:
 
 
 def _step_by_rows(shard: Shard, settings: StepSettings) -> ShardUpdate:
+    cut_rows = yield from cut_row_totals(Matrices(shard), lambda block: grad_of(shard, settings, block))
+    step_by_rows_(shard, settings, cut_rows)
+
+
+@fused
+def step_by_rows_(shard: Shard, settings: StepSettings, cut_rows: dict[int, Tensor]) -> None:
+    """The step along the gradient with normalised rows; sums of squares of cut rows are in ``cut_rows``."""
     matrices = Matrices(shard)
-    cut_rows = yield from cut_row_totals(matrices, lambda block: grad_of(shard, settings, block))
     for block in matrices.blocks():
         grad = grad_of(shard, settings, block)
         factor = inverse_rms(row_sums(matrices, block, grad, cut_rows), matrices.num_columns)
@@ -77,12 +95,7 @@ def _step_by_rows(shard: Shard, settings: StepSettings) -> ShardUpdate:
 
 
 def _step_by_columns(shard: Shard, settings: StepSettings) -> ShardUpdate:
-    matrices = Matrices(shard)
-    squares = matrices.zeros_by_column()
-    for block in matrices.blocks():
-        matrices.add_columns_(squares, grad_of(shard, settings, block).square(), block)
+    squares = squares_by_column(shard, settings)
     totals = yield squares.flatten()
-    factor = inverse_rms(totals, matrices.num_rows).view_as(squares) * settings.lr
-    for block in matrices.blocks():
-        grad = grad_of(shard, settings, block)
-        write_block(shard, settings, block, grad * matrices.columns_of(factor, block))
+    factor = inverse_rms(totals, shard.spec.shape[-2]).view_as(squares) * settings.lr
+    step_by_factors_(shard, settings, column=factor)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
+from lomo_ds.rules.vectors import step_by_sign_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,11 @@ class SignSGDRule:
         weight decay (arXiv 1711.05101).
     """
 
-    needs_sums: ClassVar[bool] = False
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return False
 
     def is_scale_free(self, role: Role) -> bool:
         return True
@@ -34,9 +37,5 @@ class SignSGDRule:
         return {}
 
     def update_(self, shard: Shard, settings: StepSettings) -> ShardUpdate:
-        decay = 1.0 - settings.lr * settings.weight_decay
-        for at in shard.chunks():
-            exact = shard.write_back.read(shard.param, at)
-            exact.mul_(decay).sub_(shard.scaled_grad(at, settings).sign(), alpha=settings.lr)
-            shard.write_back.write(exact, shard.param, at)
+        step_by_sign_(shard, settings)
         yield from ()

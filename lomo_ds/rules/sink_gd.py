@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
-from lomo_ds.rules.matrices import Matrices, cut_row_totals, grad_of, inverse_rms, row_sums, write_block
+from lomo_ds.rules.kernels.dispatch import fused
+from lomo_ds.rules.matrices import Matrices, cut_row_totals, grad_of, inverse_rms, row_sums, step_by_factors_
 from lomo_ds.rules.param_spec import ParamSpec, Role
 from lomo_ds.rules.rule import Shard, ShardUpdate, StepSettings
 from lomo_ds.rules.vectors import step_by_sign_
@@ -48,7 +49,6 @@ class SinkGDRule:
         algorithms 3 (SR-Sinkhorn) and 4 (SinkGD).
     """
 
-    needs_sums: ClassVar[bool] = True
     keeps_master_weights: ClassVar[bool] = False
     replicated_state: ClassVar[frozenset[str]] = frozenset()
     sweeps: int = 1
@@ -56,6 +56,9 @@ class SinkGDRule:
     def __post_init__(self) -> None:
         if not 1 <= self.sweeps <= 5:
             raise ValueError(f"sweeps has to be 1 to 5, not {self.sweeps}")
+
+    def needs_sums(self, spec: ParamSpec) -> bool:
+        return spec.role != "vector"
 
     def is_scale_free(self, role: Role) -> bool:
         return True
@@ -67,41 +70,45 @@ class SinkGDRule:
         if shard.spec.role == "vector":
             step_by_sign_(shard, settings)
             return
-        sinkhorn = _Sinkhorn(shard, settings)
+        row, column = None, None
         for _ in range(self.sweeps):
-            yield from sinkhorn.sweep()
-        for block in sinkhorn.matrices.blocks():
-            write_block(shard, settings, block, sinkhorn.normalized(block).mul_(settings.lr))
+            cut_rows = yield from cut_row_totals(
+                Matrices(shard), partial(_with_columns, shard, settings, column)
+            )
+            row, sums = rows_then_columns(shard, settings, column, cut_rows)
+            totals = yield sums.flatten()
+            factor = inverse_rms(totals, shard.spec.shape[-2]).view_as(sums)
+            column = factor if column is None else column * factor
+        step_by_factors_(shard, settings, row, column, settings.lr)
 
 
-class _Sinkhorn:
-    """The factors of rows (of the shard) and columns (of whole matrices) of one update."""
+def _with_columns(shard: Shard, settings: StepSettings, column: Tensor | None, block: Block) -> Tensor:
+    """G diag(c): what the next row factors are of. Not to be written to."""
+    grad = grad_of(shard, settings, block)
+    return grad if column is None else grad * Matrices(shard).columns_of(column, block)
 
-    def __init__(self, shard: Shard, settings: StepSettings) -> None:
-        self._shard, self._settings = shard, settings
-        self.matrices = Matrices(shard)
-        self._row = self.matrices.zeros_by_row()
-        self._column: Tensor | None = None
 
-    def sweep(self) -> Generator[Tensor, Tensor, None]:
-        """One pass over the gradient: rows, and with their new factors columns."""
-        matrices = self.matrices
-        cut_rows = yield from cut_row_totals(matrices, self._with_columns)
-        columns = matrices.zeros_by_column()
-        for block in matrices.blocks():
-            values = self._with_columns(block)
-            row = inverse_rms(row_sums(matrices, block, values, cut_rows), matrices.num_columns)
-            self._row[matrices.local_rows(block)] = row
-            matrices.add_columns_(columns, (values * row[:, None]).square_(), block)
-        totals = yield columns.flatten()
-        factor = inverse_rms(totals, matrices.num_rows).view_as(columns)
-        self._column = factor if self._column is None else self._column * factor
+@fused
+def rows_then_columns(
+    shard: Shard, settings: StepSettings, column: Tensor | None, cut_rows: dict[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One sweep over the gradient: new factors of rows, and with them what columns are to be divided by.
 
-    def _with_columns(self, block: Block) -> Tensor:
-        """G diag(c): what the next row factors are of. Not to be written to."""
-        grad = grad_of(self._shard, self._settings, block)
-        return grad if self._column is None else grad * self.matrices.columns_of(self._column, block)
+    Args:
+        shard: of a parameter of two or more dimensions.
+        settings: of the step.
+        column: factors of the columns so far, fp32, shape (num_matrices, num_columns); None for 1.
+        cut_rows: row -> the sum of squares of diag(column) times it, over all ranks.
 
-    def normalized(self, block: Block) -> Tensor:
-        """diag(r) G diag(c): a tensor of its own."""
-        return self._with_columns(block) * self._row[self.matrices.local_rows(block), None]
+    Returns:
+        The factors of the shard's rows, shape (num_local_rows,), and this shard's part of the sums of squares
+        of the columns of diag(row) G diag(column), shape (num_matrices, num_columns); fp32.
+    """
+    matrices = Matrices(shard)
+    row, sums = matrices.zeros_by_row(), matrices.zeros_by_column()
+    for block in matrices.blocks():
+        values = _with_columns(shard, settings, column, block)
+        factor = inverse_rms(row_sums(matrices, block, values, cut_rows), matrices.num_columns)
+        row[matrices.local_rows(block)] = factor
+        matrices.add_columns_(sums, (values * factor[:, None]).square_(), block)
+    return row, sums

@@ -15,15 +15,18 @@ from deepspeed.accelerator import get_accelerator
 
 @contextmanager
 def rank_process() -> Iterator[None]:
-    """Be one of the ranks that a launcher has started (RANK and WORLD_SIZE are set). Collective."""
+    """Be one of the ranks that a launcher has started (RANK and WORLD_SIZE are set). Collective.
+
+    After an exception the process group is left as it is: to destroy it takes the other ranks, which wait for
+    this one. The process has to end, as with ``cli.launcher.end_process_after``; then the launcher ends the
+    others.
+    """
     _keep_quiet()
     _use_only_gloo_on_cpu()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
 def _keep_quiet() -> None:

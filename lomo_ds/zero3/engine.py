@@ -67,6 +67,7 @@ class LomoEngine(EngineBase):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""
+        self.optimizer.frozen_params.refuse_training()
         self.optimizer.refresh_gathered_params()
         with self.optimizer.accepting_gradients(in_forward=True), self._saving_activations():
             return super().forward(*inputs, **kwargs)
@@ -103,6 +104,18 @@ class LomoEngine(EngineBase):
         with self._telling_of_failures():
             _require_differentiable_scalar(loss)
             return self.optimizer.run_backward(one_pass, loss, retain_graph)
+
+    def coalesce_grad_reduction(self) -> AbstractContextManager:
+        """Refused: a whole gradient would have to be kept on every rank.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "engine.coalesce_grad_reduction() keeps the whole gradient of all its backwards on every rank, "
+            'which this engine is there to avoid: set "gradient_accumulation_steps", with '
+            '"optimizer.params.apply" at "auto" or "deferred", and leave it out'
+        )
 
     def _one_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> Tensor:
         with self.optimizer.accepting_gradients():

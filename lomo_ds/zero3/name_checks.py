@@ -58,9 +58,10 @@ def _problem(entry: PrivateName) -> str:
         owner = getattr(owner, class_name) if class_name else owner
     except (ImportError, AttributeError) as error:
         return f"{entry.owner} is gone ({error})"
+    written = entry.name.removeprefix(f"_{class_name}") if class_name else entry.name
     if entry.parameters is None:
-        return "" if entry.name in _source(owner) else "no longer named in its owner's source"
-    found = _parameters(owner, entry.name.removeprefix(f"_{class_name}"))
+        return "" if written in _source(owner) else "no longer named in its owner's source"
+    found = _parameters(owner, written)
     if found is None:
         return "the method is gone"
     return "" if found == entry.parameters else f"takes {found}, expected {entry.parameters}"

@@ -15,21 +15,25 @@ from torch.nn import Parameter
 
 from lomo_ds.config import first_few
 from lomo_ds.zero3._internals import ReducedGradient, Stage3Base
-from lomo_ds.zero3.apply.base import ApplyPolicy, OnePass, PolicyContext
+from lomo_ds.zero3.apply.base import ApplyPolicy, OnePass, PolicyContext, StepOutcome
 from lomo_ds.zero3.apply.choose import Choice
 from lomo_ds.zero3.apply.deferred import Deferred, GradientBuffer
 from lomo_ds.zero3.apply.host_buffer import HostBuffer
 from lomo_ds.zero3.apply.immediate import Immediate
 from lomo_ds.zero3.apply.nvme_buffer import NvmeBuffer
+from lomo_ds.zero3.apply.pinned_buffer import PinnedBuffer
 from lomo_ds.zero3.apply.two_pass import TwoPass
 from lomo_ds.zero3.collective_errors import failing_together
+from lomo_ds.zero3.exact_weights import ExactWeights
+from lomo_ds.zero3.frozen_params import FrozenParams
 from lomo_ds.zero3.grad_clip import GradClip
 from lomo_ds.zero3.gradient_gate import GradientGate
+from lomo_ds.zero3.param_access import ParamAccess
 from lomo_ds.zero3.param_specs import param_specs
 from lomo_ds.zero3.updater import Updater
 
 
-class LomoZeroOptimizer(Stage3Base):
+class LomoZeroOptimizer(ParamAccess, Stage3Base):
     """DeepSpeed's stage 3 with update rules in place of fp32 copies, states and a gradient buffer.
 
     Built by the engine. All ranks call every method together. A gradient shard goes from DeepSpeed's
@@ -44,6 +48,9 @@ class LomoZeroOptimizer(Stage3Base):
         policy: applies them.
         updater: the rules, their state and what rounding keeps.
         clip: how gradients are clipped.
+        stream: on which shards are written.
+        frozen_params: those that it does not train.
+        exact_weights: reads and replaces weights; see ``ParamAccess``.
         overflow: whether the last step was dropped for a gradient norm that was not finite.
         num_skipped_params: parameters that the last step left as they were, under ``immediate``, since their
             gradients were not finite.
@@ -60,8 +67,13 @@ class LomoZeroOptimizer(Stage3Base):
         self._gate = GradientGate()
         self.clip = GradClip(self.optimizer.clipping, self.clip_grad)
         specs = param_specs(self.module, self.trainable_params())
-        self.updater = Updater(self.optimizer, self.clip, specs, self.group_index())
+        self.stream = self.shard_stream()
+        self.updater = Updater(self.optimizer, self.clip, specs, self.group_index(), self.stream)
         self.policy = self._make_policy()
+        others = [param for param in self.module.parameters() if param not in self.updater.entries]
+        self.frozen_params = FrozenParams(others, self.param_names)
+        self.exact_weights = ExactWeights(self.updater, self.optimizer.rounding)
+        self.surround_edits(self.exact_weights.while_edited)
         self.num_skipped_params = 0
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
@@ -81,8 +93,10 @@ class LomoZeroOptimizer(Stage3Base):
     def _make_buffer(self) -> GradientBuffer:
         shard_numel, dtype = self._shard_numel(), self.gradient_accumulation_dtype
         device = torch.device(get_accelerator().current_device_name())
+        if self.choice.nvme is None and get_accelerator().is_synchronized_device():
+            return HostBuffer(shard_numel, dtype)
         if self.choice.nvme is None:
-            return HostBuffer(shard_numel, dtype, device, max_numel_moving=self.reduce_bucket_size)
+            return PinnedBuffer(shard_numel, dtype, device, self.reduce_bucket_size)
         with failing_together():
             return NvmeBuffer(shard_numel, dtype, device, self.choice.nvme)
 
@@ -106,6 +120,7 @@ class LomoZeroOptimizer(Stage3Base):
             try:
                 yield
             except BaseException:
+                self.stream.publish()
                 self.forget_unfinished_backward()
                 self.updater.forget_pending()
                 if not in_forward or self._gate.num_received > num_before:
@@ -157,8 +172,9 @@ class LomoZeroOptimizer(Stage3Base):
         if not self.accepts_gradients():
             self.on_stray_gradient(param)
             return
-        self.on_gradients([ReducedGradient(param, grad_shard)])
-        self.updater.finish()
+        with self.stream.writing(grad_shard):
+            self.on_gradients([ReducedGradient(param, grad_shard)])
+            self.updater.finish()
 
     @property
     def reduced_dtype(self) -> torch.dtype:
@@ -167,7 +183,9 @@ class LomoZeroOptimizer(Stage3Base):
 
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()
-        self.updater.finish()
+        with self.stream.writing():
+            self.updater.finish()
+        self.stream.publish()
 
     # The step boundary -------------------------------------------------------------------------
 
@@ -193,16 +211,23 @@ class LomoZeroOptimizer(Stage3Base):
             raise RuntimeError("no gradient since the last step: call engine.backward(loss) first")
         self.begin_step()
         self.release_gathered_params()
-        outcome = self.policy.on_step(self.loss_scale)
+        with self.stream.writing():
+            outcome = self.policy.on_step(self.loss_scale)
+            self.clip.end_step(outcome.grad_norm)
+            self._note_skipped(self.updater.end_step())
+        self.stream.publish()
+        self._note_outcome(outcome)
+        self.gather_persistent_params()
+        self.zero_grad()
+        self.warn_of_allocator_flushes()
+
+    def _note_outcome(self, outcome: StepOutcome) -> None:
+        """Keep the norm, and let a dynamic loss scale fall where the step was dropped."""
         self._global_grad_norm = outcome.grad_norm
         self.overflow = not outcome.applied
         if self.overflow:
             logger.warning(f"the gradient norm is {float(outcome.grad_norm)}: the whole step is dropped")
-        self.clip.end_step(outcome.grad_norm)
         self.scale_after(self.overflow)
-        self._note_skipped(self.updater.end_step())
-        self.gather_persistent_params()
-        self.zero_grad()
 
     def _note_skipped(self, names: list[str]) -> None:
         """Say which parameters the step has left as they were."""
@@ -214,7 +239,12 @@ class LomoZeroOptimizer(Stage3Base):
             )
 
     def refresh_gathered_params(self) -> None:
-        """Make gathered copies new where shards changed and no step has ended, as before an evaluation."""
+        """Before a forward: make gathered copies new where shards changed and no step has ended.
+
+        Gathers wait for the current stream, where others may have written shards, as
+        ``deepspeed.zero.GatheredParameters`` does.
+        """
+        self.stream.let_gathers_follow()
         if self.updater.shards_changed:
             self.release_gathered_params()
             self.gather_persistent_params()
@@ -228,7 +258,9 @@ class LomoZeroOptimizer(Stage3Base):
         """
         self.release_gathered_params()
         self.zero_grad()
-        yield
+        with self.stream.writing():
+            yield
+        self.stream.publish()
         self.gather_persistent_params()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

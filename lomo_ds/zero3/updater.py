@@ -1,4 +1,18 @@
-"""Running update rules over shards: their state, and the few sums that they need from other ranks."""
+"""Running update rules over shards: their state, and the few sums that they need from other ranks.
+
+The rule of streams. On an accelerator work is queued on streams that know nothing of each other: D, the
+current stream, which runs forward and backward; R, DeepSpeed's for reduced gradients (D itself without
+``overlap_comm``); G, on which ZeRO-3 gathers shards; C, which copies to and from the host.
+
+1. Shards, rules' states, rounding errors and what is measured of gradients are written on R, whoever asks:
+   inside backward, at the step, for a tiled vocabulary, and when a checkpoint is loaded.
+2. R first waits for the stream of who asks (``writing``), so for every reader so far: D has waited for G's
+   gathers, and for what it used. A gradient from another stream's memory is recorded for R.
+3. Readers wait for R: D and G, as soon as writing is over (``publish``), at the end of a backward, of a
+   step and of a load. G also waits for D before each forward, since others write to shards on D.
+4. C waits for R before it copies a gradient away. R waits for C, shard by shard, before it uses what C has
+   brought; C waits for R before it brings something into the same place.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +35,7 @@ from lomo_ds.rules.rounding import WriteBack
 from lomo_ds.rules.rule import Rule, Shard, ShardUpdate, StepSettings
 from lomo_ds.zero3._internals import local_shard, process_group
 from lomo_ds.zero3.grad_clip import GradClip
+from lomo_ds.zero3.shard_stream import ShardStream
 from lomo_ds.zero3.stalled_updates import StalledUpdates
 
 
@@ -59,7 +74,7 @@ class _Pending:
 
 
 class Updater:
-    """Applies gradient shards to parameter shards.
+    """Applies gradient shards to parameter shards, within ``stream.writing``.
 
     Rules that need sums over all shards of a parameter wait; ``advance`` adds up what all of them wait
     for in one all-reduce. Called once a reduce bucket, it serves the second sums of the last bucket and
@@ -70,8 +85,10 @@ class Updater:
         clip: how gradients are clipped.
         specs: of each trained parameter, in an order that all ranks share.
         group_index: for each of them the index of its group.
+        stream: on which shards are written.
 
     Attributes:
+        stream: as given.
         entries: what is kept for each parameter.
         shards_changed: whether an update has begun since this was set to False.
         stalled: tells where updates are rounded away.
@@ -83,18 +100,20 @@ class Updater:
         clip: GradClip,
         specs: Mapping[Parameter, ParamSpec],
         group_index: Mapping[Parameter, int],
+        stream: ShardStream,
     ) -> None:
-        self._optimizer, self._clip = optimizer, clip
+        self._optimizer, self._clip, self.stream = optimizer, clip, stream
         self._pending: list[_Pending] = []
         self._skipped: dict[Parameter, Tensor] = {}
         self._group = process_group(next(iter(specs)))
         self.shards_changed = False
         nearest = optimizer.rounding == "nearest"
         self.stalled = StalledUpdates(enabled=nearest and dist.get_rank() == 0)
-        self.entries = {
-            param: self._entry(param, index, group_index[param], spec)
-            for index, (param, spec) in enumerate(specs.items())
-        }
+        with stream.writing():
+            self.entries = {
+                param: self._entry(param, index, group_index[param], spec)
+                for index, (param, spec) in enumerate(specs.items())
+            }
 
     def _entry(self, param: Parameter, index: int, group_index: int, spec: ParamSpec) -> Entry:
         rule = rule_of(self._optimizer.param_groups[group_index])
@@ -112,6 +131,7 @@ class Updater:
     @torch.no_grad()
     def reset(self) -> None:
         """Give every rule the state of a first step, for shards that have been replaced."""
+        assert self.stream.is_current, "states are made on the stream on which they are written"
         self.entries = {
             param: self._entry(param, entry.index, entry.group_index, entry.spec)
             for param, entry in self.entries.items()
@@ -139,11 +159,12 @@ class Updater:
             squares: 0-dim, of this shard, where nobody has seen whether the gradient is finite: the parameter
                 then stays as it is on all ranks if it is not.
         """
+        assert self.stream.is_current, "shards are written on one stream"
         entry = self.entries[param]
         entry.num_updates += 1
         self.shards_changed = True
         clips_alone = self._clip.per_parameter and not entry.is_scale_free
-        waits = entry.rule.needs_sums or clips_alone
+        waits = entry.rule.needs_sums(entry.spec) or clips_alone
         shard = self._shard(param, grad_shard.clone() if is_view and waits else grad_shard, entry)
         factor = 1.0 if entry.is_scale_free else self._clip.factor(norm)
         settings = self._settings(entry, factor / loss_scale)
@@ -168,8 +189,10 @@ class Updater:
         checked, self._skipped = self._skipped, {}
         if not checked:
             return []
-        flags = torch.stack(list(checked.values())).tolist()
-        return [self.entries[param].spec.name for param, flag in zip(checked, flags, strict=True) if flag]
+        made = torch.stack(list(checked.values())).tolist()
+        return [
+            self.entries[param].spec.name for param, is_made in zip(checked, made, strict=True) if not is_made
+        ]
 
     def _settings(self, entry: Entry, grad_scale: float) -> StepSettings:
         group = self._optimizer.param_groups[entry.group_index]
@@ -201,8 +224,10 @@ class Updater:
         """Give every waiting update its totals. Collective: one all-reduce, or none where none waits."""
         if not self._pending:
             return
+        assert self.stream.is_current, "shards are written on one stream"
         waiting, self._pending = self._pending, []
-        totals = torch.cat([pending.sums for pending in waiting])
+        sums = [pending.sums for pending in waiting]
+        totals = torch.cat(sums) if len(sums) > 1 else sums[0]
         dist.all_reduce(totals, group=self._group)
         parts = totals.split([pending.sums.numel() for pending in waiting])
         for pending, part in zip(waiting, parts, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.checkpoint import packing
 from lomo_ds.checkpoint.packing import BLOCK_NUMEL, Packed, Packer, Unpacker, packed_bytes
 
 
@@ -70,3 +71,19 @@ def test_tables_are_checked() -> None:
             Unpacker(bases, torch.tensor(wrong), 10)
     with pytest.raises(ValueError, match="not of this tensor"):
         Unpacker(torch.zeros(2, dtype=torch.uint8), escapes, 10)
+
+
+@pytest.mark.parametrize("numel", [1000, BLOCK_NUMEL, 3 * BLOCK_NUMEL, 7 * BLOCK_NUMEL + 5])
+def test_many_blocks_at_once_are_packed_to_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, numel: int
+) -> None:
+    """As on an accelerator, where the host waits for each piece of many blocks."""
+    generator = torch.Generator().manual_seed(numel)
+    weights = (torch.randn(numel, generator=generator) * 0.02).bfloat16()
+    weights[:: numel // 7] = 2.0**-30  # listed
+    one_by_one = pack(weights)
+    monkeypatch.setitem(packing._BLOCKS_AT_ONCE, "cpu", 3)
+    together = pack(weights)
+    for name, part in vars(one_by_one).items():
+        assert torch.equal(part, vars(together)[name]), name
+    assert same_bits(unpacked(together, numel), weights)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lomo_ds.planner.job import Job, default_ds_json
+from lomo_ds.planner.replay import Reserved, ReservedMemory
 
 
 def small_llama(**changes: Any) -> Any:
@@ -109,6 +110,12 @@ def gpu_job(
         **(zero or {}),
     }
     return Job(model=small_llama(**shape | (model or {})), ds_json=ds_json, **({"seq_len": 128} | settings))
+
+
+def reserving(num_bytes: int) -> ReservedMemory:
+    """In place of a dry run's: a device that reserves so much, also in the worst case."""
+    reserved = Reserved(peak_bytes=num_bytes, phase="step 2: backward")
+    return ReservedMemory(usual=reserved, worst=reserved, worst_on_card=reserved, whole_segments=reserved)
 
 
 def rounding(way: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_the_report_and_its_files(planned: tuple[Path, str, int]) -> None:
     folder, printed, exit_code = planned
     assert exit_code == 0, printed
     assert 'does not know "zero_optimization.reduce_bucket_size" above' in printed
-    assert "fits: peak" in printed and "estimate, not a measurement" in printed
+    assert "fits: torch reserves" in printed and "estimate, not a measurement" in printed
     assert (folder / "plan.png").stat().st_size > 0
     assert json.loads((folder / "ds.json").read_text())["zero_optimization"]["stage"] == 3
 
@@ -181,6 +181,9 @@ def test_the_json(planned: tuple[Path, str, int]) -> None:
     plan = json.loads((planned[0] / "plan.json").read_text())
     assert set(ASKED) <= set(plan)
     assert sum(plan["device_breakdown"].values()) == plan["peak_device_bytes"]
+    assert plan["reserve_parts"] == {"asked for": 512 << 20} and plan["reserve_bytes"] == 512 << 20
+    assert plan["peak_device_bytes"] <= plan["reserved_peak_bytes"] <= plan["worst_case_reserved_bytes"]
+    assert plan["peak_device_bytes"] <= plan["reserved_without_expandable_segments_bytes"]
     assert plan["gradient_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
     assert plan["wire_bytes_per_step"]["reduce_scatter"] > 0
     assert plan["flops_per_step"] > 6 * plan["num_params"] * 64

@@ -61,6 +61,21 @@ def test_traffic_and_arithmetic(dry_runs: dict[str, DryRun]) -> None:
     assert run.host_traffic_bytes == pytest.approx(2 * run.gradient_host_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("name", JOBS)
+def test_torch_reserves_what_is_live_and_more_where_the_device_lags(
+    dry_runs: dict[str, DryRun], name: str
+) -> None:
+    run = dry_runs[name]
+    assert run.device.num_bytes <= run.reserved.usual.peak_bytes <= run.reserved.worst.peak_bytes
+    assert run.device.num_bytes <= run.reserved.whole_segments.peak_bytes
+    assert run.reserved.usual.most_waiting_bytes <= run.reserved.worst.most_waiting_bytes
+    assert run.reserved.worst_on_card == run.reserved.worst  # 24 GiB are enough for these
+
+
+def test_a_cpu_rank_has_no_device(dry_runs: dict[str, DryRun]) -> None:
+    assert dry_runs["Lomo, 2 ranks"].reserved.usual.peak_bytes == 0
+
+
 def test_the_peak_is_that_of_the_timeline(dry_runs: dict[str, DryRun]) -> None:
     run = dry_runs["tiles"]
     assert max(run.timeline) == run.device.num_bytes
@@ -80,7 +95,7 @@ def test_the_peak_is_that_of_the_timeline(dry_runs: dict[str, DryRun]) -> None:
 def test_the_verdict_names_a_key(dry_runs: dict[str, DryRun], name: str, gpu_memory: int, words: str) -> None:
     from dataclasses import replace
 
-    job = replace(JOBS[name], gpu_memory_bytes=gpu_memory, reserve_bytes=1)
+    job = replace(JOBS[name], gpu_memory_bytes=gpu_memory, asked_reserve_bytes=1)
     plan = Plan(job=job, model_name=name, run=dry_runs[name])
     assert plan.fits == (words == "")
     assert words in plan.remedy

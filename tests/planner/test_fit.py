@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from lomo_ds.byte_units import GIB
-from lomo_ds.planner.fit import fits, missing_host_bytes
+from lomo_ds.planner.fit import fits, missing_device_bytes, missing_host_bytes
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.plan import Plan
 from lomo_ds.planner.remedy import remedy
-from tests.planner.small_jobs import gpu_job
+from lomo_ds.planner.replay import Reserved, ReservedMemory
+from tests.planner.small_jobs import gpu_job, reserving
 
 
 @dataclass
@@ -31,7 +32,7 @@ class StubRun:
 
     host: StubPeak
     gradient_host_bytes: int = 0
-    device: StubPeak = field(default_factory=lambda: StubPeak(GIB))
+    reserved: ReservedMemory = field(default_factory=lambda: reserving(GIB))
 
 
 def on_host(offloaded: int = 0, checkpoints: int = 0, other: int = 0) -> StubRun:
@@ -46,10 +47,22 @@ def job_with_host(gib: int | None, **settings: object) -> Job:
     ("gib", "gpu_gib", "expected"), [(None, 24, True), (32, 24, True), (31, 24, False), (32, 2, False)]
 )
 def test_device_and_host_both_count(gib: int | None, gpu_gib: int, expected: bool) -> None:
-    job = replace(job_with_host(gib), gpu_memory_bytes=gpu_gib * GIB, reserve_bytes=GIB + 1)
+    job = replace(job_with_host(gib), gpu_memory_bytes=gpu_gib * GIB, asked_reserve_bytes=GIB + 1)
     run = on_host(checkpoints=4 * GIB)
     assert fits(job, run) is expected
     assert Plan(job=job, model_name="small", run=run).fits is expected
+
+
+@pytest.mark.parametrize(("is_out_of_memory", "missing"), [(False, -GIB), (True, 27 * GIB)])
+def test_the_worst_case_counts_where_it_runs_out_of_memory(is_out_of_memory: bool, missing: int) -> None:
+    """Waiting for the device and emptying the cache is allowed; running out of memory is not."""
+    job = replace(job_with_host(None), gpu_memory_bytes=4 * GIB, asked_reserve_bytes=GIB)
+    on_card = Reserved(num_flushes=3, is_out_of_memory=is_out_of_memory)
+    worst = Reserved(peak_bytes=30 * GIB)
+    reserved = ReservedMemory(usual=Reserved(peak_bytes=2 * GIB), worst=worst, worst_on_card=on_card)
+    run = replace(on_host(), reserved=reserved)
+    assert missing_device_bytes(job, run) == missing
+    assert fits(job, run) is not is_out_of_memory
 
 
 def test_what_a_node_lacks() -> None:

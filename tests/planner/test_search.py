@@ -12,9 +12,10 @@ from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.planner.dry_run import DryRun, dry_run
 from lomo_ds.planner.job import Job, default_ds_json
 from lomo_ds.planner.presets import model_config
+from lomo_ds.planner.replay import ReservedMemory
 from lomo_ds.planner.search import last_near, last_that, search, with_limits
 from tests.planner.child import in_child
-from tests.planner.small_jobs import gpu_job
+from tests.planner.small_jobs import gpu_job, reserving
 
 
 @dataclass
@@ -26,21 +27,22 @@ class Peak:
 class Run:
     """In place of a dry run: the formula's peak, and ``surplus`` more."""
 
-    device: Peak
+    reserved: ReservedMemory
     host: Peak = field(default_factory=lambda: Peak(0))
 
 
 def by_formula(surplus: int = 0, host_bytes_per_sequence: int = 0):
     def run(job: Job) -> Run:
         gathered = 2 * job.ds_json["zero_optimization"]["stage3_max_live_parameters"]
-        device = Peak(closed_form(job).peak_bytes + gathered + surplus)
-        return Run(device, Peak(job.micro_batch * host_bytes_per_sequence))
+        reserved = reserving(closed_form(job).peak_bytes + gathered + surplus)
+        return Run(reserved, Peak(job.micro_batch * host_bytes_per_sequence))
 
     return run
 
 
 def llama_7b(**settings: object) -> Job:
-    return Job(model=model_config("llama-7b"), ds_json=default_ds_json(), **settings)
+    given = {"asked_reserve_bytes": 2 * GIB} | settings
+    return Job(model=model_config("llama-7b"), ds_json=default_ds_json(), **given)
 
 
 @pytest.mark.parametrize("num_fitting", [0, 1, 5, 6])
@@ -69,15 +71,15 @@ EDGES = [("micro-batch", {"seq_len": 512}, "micro_batch", 1), ("seq-len", {"micr
 def test_one_more_would_not_fit(goal: str, given: dict, name: str, step: int) -> None:
     card = {"num_gpus": 2, "gpu_memory_bytes": 11 * GIB} | given
     job, result = search(llama_7b(**card), goal, by_formula())
-    assert result.device.num_bytes <= job.usable_bytes
+    assert result.reserved.usual.peak_bytes <= job.usable_bytes
     more = llama_7b(**card | {name: getattr(job, name) + step})
-    assert by_formula()(more).device.num_bytes > job.usable_bytes
+    assert by_formula()(more).reserved.usual.peak_bytes > job.usable_bytes
 
 
 def test_fewest_gpus() -> None:
     job, _ = search(llama_7b(gpu_memory_bytes=8 * GIB, seq_len=128), "gpus", by_formula())
     assert job.num_gpus == 3
-    assert by_formula()(replace(job, num_gpus=2)).device.num_bytes > job.usable_bytes
+    assert by_formula()(replace(job, num_gpus=2)).reserved.usual.peak_bytes > job.usable_bytes
 
 
 UNKNOWN = {"checkpointing": "non_reentrant"}
@@ -106,15 +108,15 @@ class Counted:
 
     def __call__(self, job: Job) -> Run:
         self.jobs.append(job)
-        return Run(Peak(self.num_bytes(job)))
+        return Run(reserving(self.num_bytes(job)))
 
 
 @pytest.mark.parametrize("surplus", [-GIB, -GIB // 10, GIB // 10, GIB, 9 * GIB])
 def test_the_edge_is_that_of_the_dry_runs(surplus: int) -> None:
     job, run = llama_7b(seq_len=512), by_formula(surplus=surplus)
     found, result = search(job, "micro-batch", run)
-    assert result.device.num_bytes <= job.usable_bytes
-    assert run(replace(job, micro_batch=found.micro_batch + 1)).device.num_bytes > job.usable_bytes
+    assert result.reserved.usual.peak_bytes <= job.usable_bytes
+    assert run(replace(job, micro_batch=found.micro_batch + 1)).reserved.usual.peak_bytes > job.usable_bytes
 
 
 def test_the_host_bounds_the_micro_batch() -> None:
@@ -131,10 +133,10 @@ def search_and_one_more(job: Job) -> tuple[Job, DryRun, DryRun]:
 
 @pytest.mark.slow
 def test_the_edge_of_real_dry_runs() -> None:
-    job = gpu_job(gpu_memory_bytes=40 << 20, reserve_bytes=0)
+    job = gpu_job(gpu_memory_bytes=400 << 20, asked_reserve_bytes=0)
     ((found, run, more),) = in_child(search_and_one_more, [job])
     assert found.micro_batch > 1
-    assert run.device.num_bytes <= job.usable_bytes < more.device.num_bytes
+    assert run.reserved.usual.peak_bytes <= job.usable_bytes < more.reserved.usual.peak_bytes
     live = "stage3_max_live_parameters"
     assert found.ds_json["zero_optimization"][live] > job.ds_json["zero_optimization"][live]
 

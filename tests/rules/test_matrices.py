@@ -84,6 +84,21 @@ def test_no_value_is_read_by_the_host(name: str, shape: tuple[int, ...], role: R
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("shape", "role"), [*CASES, ((6, 4), "matrix")])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_rule_says_whether_it_asks_for_sums(
+    name: str, shape: tuple[int, ...], role: Role, world_size: int
+) -> None:
+    one_rule = RULES[name].rule()
+    for rank in range(world_size):
+        spec = ParamSpec(shape=shape, rank=rank, world_size=world_size, role=role)
+        param = torch.ones(spec.shard_numel)
+        shard = Shard(param=param, grad=param, spec=spec, state=one_rule.init_state(spec, param))
+        asks = next(one_rule.update_(shard, StepSettings(lr=LR)), None) is not None
+        assert one_rule.needs_sums(spec) == asks
+
+
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(("shape", "role"), CASES)
 def test_states_are_cut_like_the_parameter_or_whole_on_every_rank(
     name: str, shape: tuple[int, ...], role: Role

@@ -216,7 +216,42 @@ def test_a_step_without_gradient_is_refused() -> None:
         run_ranks(2, step_without_gradient, DEFERRED)
 
 
+def coalesce(ds_json: dict[str, Any]) -> None:
+    engine, batch = start(ds_json)
+    with engine.coalesce_grad_reduction():
+        engine.backward(engine(batch))
+
+
+def test_coalescing_is_refused_before_a_gradient_is_lost() -> None:
+    """DeepSpeed's own would hand gradients over when they are nobody's, and they were dropped."""
+    with pytest.raises(RuntimeError, match=r'coalesce_grad_reduction\(\).*"gradient_accumulation_steps"'):
+        run_ranks(2, coalesce, DEFERRED)
+
+
 # The step boundary ------------------------------------------------------------------------------
+
+
+def flush(ds_json: dict[str, Any]) -> list[str]:
+    """What is logged in three steps when the allocator flushes its cache twice in the second one."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
+
+    retries = iter((0, 2, 2))
+    get_accelerator().memory_stats = lambda: {"num_alloc_retries": next(retries)}
+    told: list[str] = []
+    logger.warning = told.append
+    engine, batch = start(ds_json)
+    for _ in range(3):
+        engine.backward(engine(batch))
+        engine.step()
+    return told
+
+
+def test_flushes_of_the_allocators_cache_are_told() -> None:
+    first, second = run_ranks(2, flush, DEFERRED, fresh=True)
+    [told] = [line for line in first if "flushes" in line]
+    assert told.startswith("2 flushes of the allocator's cache since the last step")
+    assert not [line for line in second if "flushes" in line], "rank 0 speaks for all"
 
 
 def evaluate_before_the_step(ds_json: dict[str, Any]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from lomo_ds.zero3._internals.engine import EngineBase
 from lomo_ds.zero3._internals.params import (
     accumulation_dtype,
+    all_gathered,
     full_numel,
     full_shape,
     init_context_suspended,
@@ -38,6 +39,7 @@ __all__ = [
     "ReducedGradient",
     "Stage3Base",
     "accumulation_dtype",
+    "all_gathered",
     "check_contract",
     "forget_module_state",
     "full_numel",

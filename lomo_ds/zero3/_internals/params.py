@@ -41,6 +41,22 @@ def stored_shard(param: Parameter) -> Tensor:
     return param.ds_tensor
 
 
+def all_gathered(param: Parameter, partition: Tensor) -> Tensor:
+    """Put together what every rank has for its part of ``param``. Collective.
+
+    Args:
+        param: cut by ZeRO-3.
+        partition: shape (partition_numel,), padding included.
+
+    Returns:
+        In the shape of the whole parameter and the dtype of ``partition``.
+    """
+    group = process_group(param)
+    whole = partition.new_empty(dist.get_world_size(group) * partition.numel())
+    dist.all_gather_into_tensor(whole, partition, group=group)
+    return whole.narrow(0, 0, full_numel(param)).view(full_shape(param))
+
+
 def process_group(param: Parameter) -> Any:
     """The group over which ``param`` is cut."""
     return param.ds_process_group

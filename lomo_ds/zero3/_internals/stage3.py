@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,12 +13,14 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.zero3._internals.params import process_group, shard_spec
 from lomo_ds.zero3.piecewise import defragment_in_pieces
 from lomo_ds.zero3.private_names import SCALER_STATE
+from lomo_ds.zero3.shard_stream import ShardStream
 
 
 class ReducedGradient(NamedTuple):
@@ -33,6 +36,35 @@ class ReducedGradient(NamedTuple):
     shard: Tensor
 
 
+Surrounding = Callable[[Sequence[Parameter]], AbstractContextManager]
+
+
+class _SurroundedPartition:
+    """``param.partition`` with what surrounds it where the parameters have been edited.
+
+    Args:
+        param: to which it belongs.
+        partition: DeepSpeed's own.
+        surrounding: called with the parameters that it writes.
+    """
+
+    def __init__(self, param: Parameter, partition: Callable[..., None], surrounding: Surrounding) -> None:
+        self.partition = partition
+        self.param, self.surrounding = param, surrounding
+
+    def __call__(
+        self,
+        param_list: Any = None,
+        hierarchy: int = 0,
+        has_been_updated: bool = False,
+        free_data: bool = True,
+    ) -> None:
+        params = [self.param] if param_list is None else param_list
+        params = [params] if isinstance(params, Parameter) else list(params)
+        with self.surrounding(params) if has_been_updated else nullcontext():
+            self.partition(params, hierarchy, has_been_updated, free_data)
+
+
 class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
     """Stage 3 without fp32 copies and without a gradient buffer; what it reduces goes to ``on_gradients``.
 
@@ -40,6 +72,8 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
     ``accepts_gradients``, ``on_gradients`` (called inside backward, once a reduce bucket) and
     ``on_stray_gradient`` (a gradient came while none was accepted).
     """
+
+    n_caching_allocator_flushes: int
 
     def set_up(self) -> None:
         raise NotImplementedError
@@ -82,6 +116,7 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
             _drop_grad(param)
 
     def independent_gradient_partition_epilogue(self) -> None:
+        """End a backward. The host waits for R, not for order's sake: what R has released is free then."""
         for dtype in list(self.ipg_buckets):
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
         if not get_accelerator().resolves_data_dependency():
@@ -154,6 +189,32 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
         self.invalidate_secondary_tensor()
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
+    def surround_edits(self, surrounding: Surrounding) -> None:
+        """Let ``surrounding`` surround each write of parameters that the user has edited to their shards."""
+        for param in self.trainable_params():
+            original = getattr(param.partition, "partition", param.partition)
+            param.partition = _SurroundedPartition(param, original, surrounding)
+
+    def shard_stream(self) -> ShardStream:
+        """The streams of rules 1 to 3 at the top of ``updater``."""
+        return ShardStream(
+            updates=self.reduce_and_partition_stream,
+            gathers=self.parameter_offload._DeepSpeedZeRoOffload__allgather_stream,
+        )
+
+    def warn_of_allocator_flushes(self) -> None:
+        """Say, as DeepSpeed's own step does, that torch's allocator had to give memory back to find some."""
+        retries = int(get_accelerator().memory_stats().get("num_alloc_retries") or 0)
+        num_flushes = retries - self.n_caching_allocator_flushes
+        if num_flushes > 0 and dist.get_rank() == 0:
+            logger.warning(
+                f"{num_flushes} flushes of the allocator's cache since the "
+                "last step: memory is nearly full, and each flush waits for the device. Lower "
+                '"zero_optimization.stage3_max_live_parameters", the micro-batch or the sequence length, or '
+                "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+            )
+        self.n_caching_allocator_flushes = retries
 
     def begin_step(self) -> None:
         self._pre_step()

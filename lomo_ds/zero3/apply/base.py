@@ -109,6 +109,33 @@ class ApplyPolicy(ABC):
     def on_step(self, loss_scale: float) -> StepOutcome:
         """End the step: apply what has not been applied, or drop it."""
 
+    def gradient_of(self, param: Parameter) -> Tensor | None:
+        """This rank's shard of a parameter's gradient since the last step, scaled; None where there is none.
+
+        A copy, made on the current stream.
+
+        Raises:
+            RuntimeError: it has been applied already.
+        """
+        self._require_not_arrived(param)
+        return None
+
+    def replace_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
+        """Let ``grad_shard`` be the gradient since the last step.
+
+        Raises:
+            RuntimeError: it has been applied already, or there is none.
+        """
+        self._require_not_arrived(param)
+        raise RuntimeError(f"no gradient for {self._context.name_of(param)!r} since the last step")
+
+    def _require_not_arrived(self, param: Parameter) -> None:
+        if param in self._arrived:
+            raise RuntimeError(
+                f"the gradient of {self._context.name_of(param)!r} was applied and released inside backward: "
+                'set "optimizer.params.apply" to "deferred", which keeps gradients until engine.step()'
+            )
+
     def forget(self) -> None:
         """Forget every gradient since the last step; what has been applied stays applied."""
         self._arrived.clear()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -15,7 +16,13 @@ from lomo_ds.zero3.apply.grad_norm import GradNorm
 
 
 class GradientBuffer(Protocol):
-    """Where offloaded gradients wait: a ``HostBuffer`` or an ``NvmeBuffer``."""
+    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``.
+
+    Attributes:
+        dtype: of gradients.
+    """
+
+    dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int: ...
@@ -25,9 +32,11 @@ class GradientBuffer(Protocol):
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor: ...
 
-    def wait(self) -> None: ...
+    def read(self, param: Parameter) -> Tensor: ...
 
-    def fetch(self, param: Parameter) -> Tensor: ...
+    def drop(self, param: Parameter) -> None: ...
+
+    def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]: ...
 
     def clear(self) -> None: ...
 
@@ -69,15 +78,24 @@ class Deferred(ApplyPolicy):
 
     def _apply_all(self, norm: float, loss_scale: float) -> None:
         updater = self._context.updater
-        self._buffer.wait()
         numel = 0
-        for param in self._arrived:
-            updater.begin(param, self._buffer.fetch(param), norm, loss_scale)
+        for param, grad_shard in self._buffer.fetch_all():
+            updater.begin(param, grad_shard, norm, loss_scale)
+            del grad_shard  # the buffer brings the next ones meanwhile
             numel += shard_spec(param).numel
             if numel >= self._context.bucket_numel:
                 updater.advance()
                 numel = 0
         updater.finish()
+
+    def gradient_of(self, param: Parameter) -> Tensor | None:
+        return self._buffer.read(param) if param in self._arrived else None
+
+    def replace_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
+        if param not in self._arrived:
+            raise RuntimeError(f"no gradient for {self._context.name_of(param)!r} since the last step")
+        self._buffer.drop(param)
+        self._norm.measure(param, self._buffer.add(param, grad_shard.to(self._buffer.dtype)))
 
     def forget(self) -> None:
         super().forget()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, dropwhile
 from typing import Any
 
@@ -81,7 +81,7 @@ class _Slot:
 
 
 class NvmeBuffer:
-    """A place in a file for each parameter's gradient shard; used like ``HostBuffer``.
+    """A place in a file for each parameter's gradient shard; used like ``PinnedBuffer``.
 
     The file has no name: it is gone when the process is, however it ends.
 
@@ -94,6 +94,9 @@ class NvmeBuffer:
     Raises:
         OSError: the disk is full after all.
 
+    Attributes:
+        dtype: see ``GradientBuffer``.
+
     Cost: ``num_bytes`` of host memory and ``num_file_bytes`` of disk per rank; a step writes and reads each
         shard once. Each further gradient for a parameter in a step reads and writes it once more, and waits.
     """
@@ -105,7 +108,7 @@ class NvmeBuffer:
         device: torch.device,
         settings: NvmeSettings,
     ) -> None:
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = dtype, device
         shard_bytes = {param: numel * dtype.itemsize for param, numel in shard_numel.items()}
         self._shard_bytes = shard_bytes
         self._padded = {param: settings.padded_bytes(size) for param, size in shard_bytes.items()}
@@ -142,9 +145,7 @@ class NvmeBuffer:
             What is offloaded for ``param`` now, on the device; valid until the next call.
         """
         if param in self._filled:
-            self.wait()
-            self._start_reading([param])
-            grad_shard = self.fetch(param).add_(grad_shard)
+            grad_shard = self.read(param).add_(grad_shard)
         self._filled[param] = None
         for slot in self._slots:
             slot.submit(wait=False)
@@ -166,7 +167,7 @@ class NvmeBuffer:
         """
         assert param in self._filled, "nothing is offloaded for this parameter"
         if not self._shard_bytes[param]:
-            return torch.empty(0, dtype=self._dtype, device=self._device)
+            return torch.empty(0, dtype=self.dtype, device=self._device)
         if param not in self._coming:
             self._start_reading(dropwhile(lambda other: other is not param, self._filled))
         slot = self._coming.pop(param)
@@ -176,6 +177,21 @@ class NvmeBuffer:
         slot.lend(self._new_event())
         self._read_ahead()
         return shard
+
+    def read(self, param: Parameter) -> Tensor:
+        """A copy of what is offloaded for ``param``, on the device; waits for the file."""
+        self._start_reading([param])
+        return self.fetch(param)
+
+    def drop(self, param: Parameter) -> None:
+        """Forget what is offloaded for ``param``."""
+        del self._filled[param]
+
+    def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """(parameter, its offloaded shard on the device), in the order in which they were offloaded."""
+        self.wait()
+        for param in list(self._filled):
+            yield param, self.fetch(param)
 
     def clear(self) -> None:
         """Forget what is offloaded; file and memory stay."""
@@ -203,7 +219,7 @@ class NvmeBuffer:
         return self._slots[-1]
 
     def _view(self, slot: _Slot, param: Parameter) -> Tensor:
-        return slot.buffer.narrow(0, 0, self._shard_bytes[param]).view(self._dtype)
+        return slot.buffer.narrow(0, 0, self._shard_bytes[param]).view(self.dtype)
 
     def _copy_in_parallel(self, grad_shard: Tensor, place: Tensor) -> Any:
         """Copy on a stream of its own, after the current stream's work; the event that ends it, or None."""

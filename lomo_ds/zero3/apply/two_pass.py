@@ -63,7 +63,8 @@ class TwoPass(ApplyPolicy):
         counters = self._counters.backward_counters()
         returned = one_pass(loss, retain_graph=True)
         if self._arrived:
-            self._known_norm = float(self._norm.total(loss_scale))
+            with self._context.updater.stream.writing():
+                self._known_norm = float(self._norm.total(loss_scale))
         if self._known_norm is not None and math.isfinite(self._known_norm):
             self._counters.restore_backward_counters(counters)
             one_pass(loss, retain_graph=retain_graph)

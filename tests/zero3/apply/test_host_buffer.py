@@ -1,4 +1,4 @@
-"""The host buffer of a device with (fake) streams: what is on its way to the host is bounded."""
+"""The buffers of offloaded gradients in memory: sums, places, and what is on its way to the host."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lomo_ds.zero3.apply import host_buffer
+from lomo_ds.zero3.apply import pinned_buffer
+from lomo_ds.zero3.apply.host_buffer import HostBuffer
+from lomo_ds.zero3.apply.pinned_buffer import PinnedBuffer, piece_bytes
+
+CPU = torch.device("cpu")
 
 
 class Device:
     """Copies that end only when somebody waits for them; counts what has begun and not ended.
 
     Attributes:
-        moving: events that nobody has waited for.
+        moving: events of copies to the host that nobody has waited for.
     """
 
     def __init__(self) -> None:
         self.moving: list[Any] = []
-
-    def is_synchronized_device(self) -> bool:
-        return False
 
     def stream(self, stream: Any) -> Any:
         return nullcontext()
@@ -35,14 +36,14 @@ class Device:
         return _Event(self)
 
     def Stream(self) -> Any:  # noqa: N802
-        return _Stream(self)
+        return _Stream()
 
 
 class _Event:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def record(self, stream: Any) -> None:
+    def record(self) -> None:
         self._device.moving.append(self)
 
     def synchronize(self) -> None:
@@ -50,49 +51,75 @@ class _Event:
 
 
 class _Stream:
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
     def wait_stream(self, stream: Any) -> None:
         return
 
-    def synchronize(self) -> None:
-        self._device.moving.clear()
+    def wait_event(self, event: Any) -> None:
+        return
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setattr(host_buffer, "get_accelerator", lambda: device)
+    monkeypatch.setattr(pinned_buffer, "get_accelerator", lambda: device)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
     return device
 
 
-def offload(sizes: list[int], max_numel_moving: int) -> host_buffer.HostBuffer:
-    params = [Parameter(torch.zeros(size)) for size in sizes]
-    numel = {param: param.numel() for param in params}
-    place = host_buffer.HostBuffer(numel, torch.float32, torch.device("cpu"), max_numel_moving)
-    for param in params:
-        place.add(param, torch.ones(param.numel()))
-    return place
+def pinned(numel: dict[Parameter, int], bucket_numel: int = 20) -> PinnedBuffer:
+    return PinnedBuffer(numel, torch.float32, CPU, bucket_numel)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(5, 4), (10, 2), (20, 1), (100, 1)])
-def test_what_moves_is_bounded(device: Device, size: int, expected: int) -> None:
-    """By 20 elements, but for the latest shard."""
-    offload([size] * 10, max_numel_moving=20)
+def params_of(sizes: list[int]) -> dict[Parameter, int]:
+    return {Parameter(torch.zeros(size)): size for size in sizes}
+
+
+@pytest.mark.parametrize(("size", "expected"), [(5, 4), (10, 2), (20, 2), (100, 2)])
+def test_what_moves_is_bounded_by_a_bucket_or_two_shards(device: Device, size: int, expected: int) -> None:
+    """So that with a bucket smaller than a shard the host still runs one shard ahead of the link."""
+    numel = params_of([size] * 10)
+    buffer = pinned(numel)
+    for param in numel:
+        buffer.add(param, torch.ones(size))
     assert len(device.moving) == expected
+    assert buffer.max_moving_bytes == 4 * size * expected
 
 
-def test_waiting_ends_all(device: Device) -> None:
-    offload([5] * 10, max_numel_moving=20).wait()
-    assert device.moving == []
+@pytest.mark.parametrize("kind", [HostBuffer, PinnedBuffer])
+def test_parts_of_a_step_add_up_and_come_in_order(
+    device: Device, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """Also where a place lies in several pieces of memory, is empty, or is larger than a piece."""
+    monkeypatch.setattr(pinned_buffer, "_LARGEST_PIECE_BYTES", 64)
+    monkeypatch.setattr(pinned_buffer, "_SMALLEST_PIECE_BYTES", 16)
+    numel = params_of([3, 0, 40, 5, 17, 1])
+    buffer = pinned(numel) if kind is PinnedBuffer else HostBuffer(numel, torch.float32)
+    order = list(numel)[2:] + list(numel)[:2]
+    for number in range(3):  # steps
+        for factor in (1.0, 2.0, 4.0):
+            for at, param in enumerate(order, start=1):
+                part = torch.arange(float(numel[param])) * at * factor + number
+                total = buffer.add(param, part)
+        assert total.numel() == 0
+        fetched = [(param, shard.clone()) for param, shard in buffer.fetch_all()]
+        assert [param for param, _ in fetched] == order
+        for at, (param, shard) in enumerate(fetched, start=1):
+            assert torch.equal(shard, torch.arange(float(numel[param])) * at * 7 + 3 * number)
+        buffer.clear()
+    assert list(buffer.fetch_all()) == []
 
 
-def test_parts_of_a_step_add_up(device: Device) -> None:
-    param = Parameter(torch.zeros(3))
-    place = host_buffer.HostBuffer({param: 3}, torch.float32, torch.device("cpu"), 20)
-    for value in (1.0, 2.0, 4.0):
-        total = place.add(param, torch.full((3,), value))
-    place.wait()
-    assert total.tolist() == place.fetch(param).tolist() == [7.0] * 3
+@pytest.mark.parametrize(
+    "num_bytes", [0, 1, 65_535, 65_536, 65_537, 45_000_000, (1 << 28) + 1, 8_200_000_000]
+)
+def test_page_locked_pieces_are_powers_of_two_and_lose_little(num_bytes: int) -> None:
+    """torch's allocator of page-locked memory rounds each piece up to a power of two."""
+    pieces = piece_bytes(num_bytes)
+    assert all(piece & (piece - 1) == 0 and 1 << 16 <= piece <= 1 << 28 for piece in pieces)
+    assert 0 <= sum(pieces) - num_bytes < 1 << 16
+
+
+def test_rounding_is_counted(device: Device) -> None:
+    assert pinned(params_of([100_000])).num_bytes == sum(piece_bytes(400_000)) > 400_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from lomo_ds.zero3.apply.deferred import Deferred
 from lomo_ds.zero3.apply.grad_norm import GradNorm
 from lomo_ds.zero3.apply.immediate import Immediate
 from lomo_ds.zero3.apply.two_pass import TwoPass
+from lomo_ds.zero3.shard_stream import ShardStream
 
 PARAMS = [Parameter(torch.zeros(2)) for _ in range(3)]
 LOSS_SCALE = 4.0
@@ -31,6 +33,7 @@ class FakeUpdater:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.stream = ShardStream(updates=None, gathers=None)
 
     def begin(self, param: Parameter, grad_shard: Tensor, norm: Any, loss_scale: float, **_: Any) -> None:
         assert loss_scale == LOSS_SCALE
@@ -56,11 +59,8 @@ class FakeBuffer:
         self.sums[param] = self.sums.get(param, torch.zeros(2)) + grad_shard
         return self.sums[param]
 
-    def wait(self) -> None:
-        return
-
-    def fetch(self, param: Parameter) -> Tensor:
-        return self.sums[param]
+    def fetch_all(self) -> Iterator[tuple[Parameter, Tensor]]:
+        yield from self.sums.items()
 
     def clear(self) -> None:
         self.sums.clear()
