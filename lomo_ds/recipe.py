@@ -144,6 +144,19 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LrSearchRecipe:
+    """A short search for the learning rate before the run, on its training data alone.
+
+    Attributes:
+        steps: of each try, at most those of the run.
+        num_examples: training examples that no try trains on and that judge it, at most a fifth of all.
+    """
+
+    steps: AtLeastOne = 20
+    num_examples: AtLeastOne = 200
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraRecipe:
     """Low-rank adapters in addition to the model's own weights, trained by AdamW.
 
@@ -234,6 +247,7 @@ class Recipe:
         epochs: passes over the training examples; give either epochs or steps.
         steps: optimizer steps.
         optimizer: learning rate and weight decay.
+        lr_search: find ``optimizer.lr`` before the run, whatever it is set to.
         lora: adapters; None trains only the model's own weights.
         schedule: of the learning rate.
         activation_checkpointing: recompute activations in backward (reentrant, which needs least memory).
@@ -260,6 +274,7 @@ class Recipe:
     epochs: AtLeastOne | None = None
     steps: AtLeastOne | None = None
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    lr_search: LrSearchRecipe | bool = False
     lora: LoraRecipe | None = None
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     activation_checkpointing: bool = False

@@ -68,14 +68,12 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
     Raises:
         ValueError: an "auto" for which the recipe has no value.
     """
-    optimizer = ds_json["optimizer"]["params"]
-    lr = optimizer["lr"]
-    peaks = [lr, *(group.get("lr", lr) for group in optimizer.get("param_groups", []))]
+    peaks = peak_lrs(ds_json)
     known = {
         "total_num_steps": num_steps,
         "warmup_num_steps": max(1, num_warmup_steps(num_steps, recipe.schedule.warmup_ratio)),
         "warmup_min_lr": 0.0,
-        "warmup_max_lr": peaks if len(peaks) > 1 else lr,
+        "warmup_max_lr": peaks if len(peaks) > 1 else peaks[0],
     }
     params = (ds_json.get("scheduler") or {}).get("params") or {}
     for key, value in known.items():
@@ -85,6 +83,13 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
     remaining = [key for key, value in leaves(others) if value == _AUTO]
     if remaining:
         raise ValueError(f'deepspeed: "{remaining[0]}" is "auto", and the recipe has no value for it')
+
+
+def peak_lrs(ds_json: Mapping[str, Any]) -> list[float]:
+    """Of each parameter group: of the parameters in no group, then of the groups that the JSON names."""
+    optimizer = ds_json["optimizer"]["params"]
+    lr = optimizer["lr"]
+    return [lr, *(group.get("lr", lr) for group in optimizer.get("param_groups", []))]
 
 
 def _fill(ds_json: dict[str, Any], dotted: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from lomo_ds.model_io.tokenizer import load_tokenizer as tokenizer_of
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.classes import class_names
 from lomo_ds.tasks.encoding import padding_id
+from lomo_ds.training.ds_json import peak_lrs
 from lomo_ds.training.plan import RunPlan
 from lomo_ds.training.schedule import SHAPES, make_schedule, num_warmup_steps
 from lomo_ds.zero3.collective_errors import failing_together
@@ -65,6 +66,22 @@ def schedule_maker(plan: RunPlan) -> Callable[[Optimizer], LambdaLR] | None:
         return None
     num_warmup = num_warmup_steps(plan.num_steps, plan.recipe.schedule.warmup_ratio)
     return partial(make_schedule, num_steps=plan.num_steps, num_warmup=num_warmup, shape=shape)
+
+
+def restart_schedule(engine: Any, plan: RunPlan) -> None:
+    """Give an engine the learning rates of a plan and the schedule's first step.
+
+    Args:
+        engine: of ``make_engine``; at its first step.
+        plan: without a scheduler of DeepSpeed.
+    """
+    optimizer = engine.optimizer.optimizer
+    for group, peak in zip(optimizer.param_groups, peak_lrs(plan.ds_json), strict=True):
+        group["lr"] = peak
+        group.pop("initial_lr", None)
+    make = schedule_maker(plan)
+    if make is not None:
+        engine.lr_scheduler = make(optimizer)
 
 
 def make_engine(plan: RunPlan) -> Any:
