@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "byte_units": set(),
     "versions": set(),
+    "lifeline": set(),
     "allocator_settings": set(),
     "rules": {"shards"},
     "zo": {"shards", "rules"},
@@ -32,8 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_io": {"zero3", "shards", "config", "byte_units"},
     "checkpoint": {"zero3", "shards", "config", "byte_units", "model_io"},
     "planner": ENGINE | {"initialization", "checkpoint", "model_io"},
-    "run": {"integrations", "allocator_settings"},
+    "run": {"integrations", "lifeline", "allocator_settings"},
     "integrations": ENGINE | {"", "initialization", "checkpoint", "model_io", "recipe"},
+    "report": {"byte_units"},
     "tasks": {"config"},
     "recipe": {"config"},
     "training": {
@@ -63,6 +65,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "byte_units",
         "run",
+        "lifeline",
+        "report",
         "allocator_settings",
     },
 }

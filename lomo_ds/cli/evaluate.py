@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after one line on standard error that says what is wrong.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         result = evaluate(arguments)
         if arguments.json is not None:
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds evaluate",
         description="Score a model folder: how often the right option is the most likely, by the "

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        return _plan(_parser().parse_args(argv))
+        return _plan(make_parser().parse_args(argv))
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("LOMO_DS_TRACEBACK"):
             traceback.print_exc()
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     from lomo_ds.planner.job import known_optimizers
 
     parser = _Parser(prog="lomo-ds plan", description=_DESCRIPTION)

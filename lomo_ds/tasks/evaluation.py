@@ -75,7 +75,7 @@ class Evaluation(ABC):
 
         Args:
             engine: of ``lomo_ds.initialize``.
-            watched: wraps the list of this rank's batches to show progress.
+            watched: wraps the list of this rank's batches, of which every rank has equally many.
         """
         batches = rank_batches(self.all_queries(), self.batch_size, dist.get_rank(), dist.get_world_size())
         was_training = engine.training

@@ -86,6 +86,11 @@ class ResponseExample:
         if not self.response:
             raise ValueError("the response is empty")
 
+    @property
+    def answer(self) -> str:
+        """The text that should follow the prompt."""
+        return self.response
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatExample:
@@ -100,6 +105,16 @@ class ChatExample:
     def __post_init__(self) -> None:
         if len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
             raise ValueError("messages has to end with one of the assistant, after at least one other")
+
+    @property
+    def prompt(self) -> str:
+        """The messages before the last one, for people: the model reads what the chat template writes."""
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The content of the last message."""
+        return self.messages[-1]["content"]
 
 
 FREE_TEXT = (ResponseExample, ChatExample)

@@ -55,6 +55,12 @@ def _attributes(owner: str, used_for: str, *names: str) -> list[PrivateName]:
 
 
 CONTRACT: tuple[PrivateName, ...] = (
+    *_attributes(
+        "deepspeed.comm.torch",
+        "not compiling an operation for CPU ranks",
+        "__compatible_ops__",
+        "build_shm_op",
+    ),
     *_methods(
         _STAGE3,
         "keeping only the reduce bucket, applying shards inside backward",

@@ -9,6 +9,7 @@ DeepSpeed.
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
+from lomo_ds.zero3._internals.cpu_comm import use_only_gloo_on_cpu
 from lomo_ds.zero3._internals.engine import EngineBase
 from lomo_ds.zero3._internals.forward import (
     ForwardHooks,
@@ -75,4 +76,5 @@ __all__ = [
     "set_modules_in_forward",
     "shard_spec",
     "stored_shard",
+    "use_only_gloo_on_cpu",
 ]
