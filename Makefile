@@ -13,8 +13,8 @@ PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults test-signals \
 	test-slurm test-multinode docs lint format quickstart clean \
-	bench bench-checkpoint bench-adapters bench-quality bench-rounding bench-plan bench-checkpoint-memory \
-	bench-wire
+	bench bench-checkpoint bench-adapters bench-quality bench-rules bench-rounding bench-plan \
+	bench-checkpoint-memory bench-wire bench-zeroth-order
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-plan: $(STAMP)  ## the tables of docs/benchmarks/plan.md: large models, th
 bench-wire: $(STAMP)  ## bytes on the wire of one clipped step
 	$(RUN) -m benchmarks.wire.run --ranks 2
 
+bench-zeroth-order: $(STAMP)  ## memory, bytes on the wire and time of a ZO-SGD step, and of a forward
+	$(RUN) -m benchmarks.zeroth_order.run
+
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) -m benchmarks.adapters.run
@@ -101,6 +104,11 @@ bench-quality: $(STAMP)  ## six ways to train on SST-2 and RTE, three seeds: mak
 	@test -n "$(DATA)" || { echo "error: name the folder of SST-2 and SuperGLUE: make bench-quality DATA=..."; exit 2; }
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) -m benchmarks.quality.run --data $(DATA)
+
+bench-rules: $(STAMP)  ## all rules by held-out loss on three tasks, five seeds: make bench-rules DATA=folder
+	@test -n "$(DATA)" || { echo "error: name the folder of SST-2 and the instructions: make bench-rules DATA=..."; exit 2; }
+	$(RUN) recipes/prepare_quickstart.py
+	$(RUN) -m benchmarks.rules.run --data $(DATA)
 
 bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest rounding, 200 steps
 	$(RUN) recipes/prepare_quickstart.py

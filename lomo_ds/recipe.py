@@ -144,6 +144,19 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LrSearchRecipe:
+    """A short search for the learning rate before the run, on its training data alone.
+
+    Attributes:
+        steps: of each try, at most those of the run.
+        num_examples: training examples that no try trains on and that judge it, at most a fifth of all.
+    """
+
+    steps: AtLeastOne = 20
+    num_examples: AtLeastOne = 200
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraRecipe:
     """Low-rank adapters in addition to the model's own weights, trained by AdamW.
 
@@ -227,11 +240,14 @@ class Recipe:
         dtype: of weights and computation, in place of the JSON's "bf16" and "fp16"; "auto" is bf16, or fp32
             where this machine is clearly faster in it. None leaves it to the JSON.
         trust_remote_code: allow a model that comes with its own code.
+        model_class: of transformers, an auto class or a model's own; one for sequence classification gets
+            a classifier of the task's options.
         weights: a universal checkpoint of DeepSpeed, whose parameters replace the model's own.
         max_sequence_length: in tokens; longer prompts lose their beginning.
         epochs: passes over the training examples; give either epochs or steps.
         steps: optimizer steps.
         optimizer: learning rate and weight decay.
+        lr_search: find ``optimizer.lr`` before the run, whatever it is set to.
         lora: adapters; None trains only the model's own weights.
         schedule: of the learning rate.
         activation_checkpointing: recompute activations in backward (reentrant, which needs least memory).
@@ -252,11 +268,13 @@ class Recipe:
     deepspeed: str
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None
     trust_remote_code: bool = False
+    model_class: str = "AutoModelForCausalLM"
     weights: str | None = None
     max_sequence_length: AtLeastOne = 512
     epochs: AtLeastOne | None = None
     steps: AtLeastOne | None = None
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    lr_search: LrSearchRecipe | bool = False
     lora: LoraRecipe | None = None
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     activation_checkpointing: bool = False
@@ -276,3 +294,10 @@ class Recipe:
             raise ValueError(
                 "resume has to be auto or the folder of a checkpoint, not empty; delete it to start a new run"
             )
+        if self.has_classifier and self.lora is not None:
+            raise ValueError("lora is for causal language models, not for a classifier: delete lora")
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the model scores the options without reading them."""
+        return self.model_class.endswith("ForSequenceClassification")

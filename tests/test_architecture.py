@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocator_settings": set(),
     "rules": {"shards"},
     "zo": {"shards", "rules"},
-    "optimizers": {"config", "rules"},
+    "optimizers": {"config", "rules", "zo"},
     "zero3": ENGINE,
     "initialization": ENGINE | {"checkpoint", "model_io"},
     "model_io": {"zero3", "shards", "config", "byte_units"},

@@ -10,6 +10,11 @@ from benchmarks.common.contestants import CONTESTANTS
 _COLORS = {
     "lomo_ds Lomo": "#2a7f62",
     "lomo_ds AdaLomo": "#5aa9c9",
+    "lomo_ds SignSGD": "#777f8a",
+    "lomo_ds SinkGD": "#3b6fb5",
+    "lomo_ds Scale": "#c79a2b",
+    "lomo_ds ApolloMini": "#8c5aa8",
+    "lomo_ds RMNP": "#c45a8a",
     "deepspeed SGD": "#8a8f98",
     "deepspeed AdamW": "#b4532a",
     "deepspeed DeepSpeedCPUAdam": "#d99a6c",

@@ -189,7 +189,7 @@ def targets_table(targets: list[dict[str, Any]]) -> str:
         where = " (1 rank)" if target["on_one_rank"] else ""
         cells = [f"{ours}: {_MEASURES[target['measure']]} / {theirs}{where}", _spread(target["ratio"], 1, 3)]
         if bounded:
-            cells += [f"{target['limit']:.2f}", "yes" if target["met"] else "**no**"]
+            cells += [f"{target['limit']:g}", "yes" if target["met"] else "**no**"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -205,7 +205,7 @@ def main() -> None:
     for verdict in measure(args, console)["summary"]["targets"]:
         console.print(
             f"{'met    ' if verdict['met'] else 'NOT MET'} {verdict['contestant']:15} {verdict['measure']:27}"
-            f" / {verdict['against']:14} {verdict['ratio']['median']:.3f} (at most {verdict['limit']:.2f})",
+            f" / {verdict['against']:14} {verdict['ratio']['median']:.3f} (at most {verdict['limit']:g})",
             highlight=False,
             soft_wrap=True,
         )

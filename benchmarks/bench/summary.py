@@ -18,6 +18,7 @@ _BUILD_PHASES = ("model", "engine")
 _STEP_PHASES = ("warm-up steps", "steps")
 _OURS = ("lomo-immediate", "lomo-deferred")
 _ADALOMO = ("adalomo-immediate", "adalomo-deferred")
+_FREE_OF_SCALE = ("sinkgd-immediate", "scale-immediate")
 GROWTH_MEASURES = ("peak_bytes", "live_less_offloaded_bytes", "step_s", "sent_bytes")
 
 
@@ -48,6 +49,8 @@ TARGETS = (
         contestants=("lomo-deferred",),
     ),
     Target(measure="step_s", against="lomo-immediate", limit=1.85, contestants=("lomo-two-pass",)),
+    Target(measure="peak_less_offloaded_bytes", against="adamw", limit=0.105, contestants=_FREE_OF_SCALE),
+    Target(measure="step_s", against="lomo-immediate", limit=1.15, contestants=_FREE_OF_SCALE),
 )
 COMPARISONS = (
     *(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.common.paths import SHIPPED_JSON
+from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES
 
 Program = Literal["lomo_ds", "deepspeed", "torch", "lomo_optim"]
 """The program that trains; see ``trainers.py``."""
@@ -68,11 +69,16 @@ def _of_lomo_ds(optimizer: str, title: str, lr: float) -> list[Contestant]:
     ]
 
 
+_IN_EVERY_POLICY = ("Lomo", "AdaLomo")
+NORMALIZING = tuple(name for name in OWN_OPTIMIZERS if name not in _IN_EVERY_POLICY)
+"""The other rules, which run in one policy: what a policy costs does not depend on the rule."""
+
 CONTESTANTS = {
     one.name: one
     for one in (
         *_of_lomo_ds("Lomo", "LOMO", lr=1e-2),
         *_of_lomo_ds("AdaLomo", "AdaLomo", lr=1e-3),
+        *(_of_lomo_ds(name, RULES[name].title, lr=RULES[name].lr)[0] for name in NORMALIZING),
         Contestant(name="sgd", label="ZeRO-3 + SGD", program="deepspeed", optimizer="SGD", lr=1e-2),
         Contestant(name="adamw", label="ZeRO-3 + AdamW", program="deepspeed", optimizer="AdamW", lr=1e-5),
         Contestant(

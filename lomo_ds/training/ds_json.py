@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lomo_ds.config import read_json_object
+from lomo_ds.optimizers import is_zeroth_order
 from lomo_ds.recipe import LoraRecipe, Recipe
 from lomo_ds.training.schedule import SHAPES, num_warmup_steps
 from lomo_ds.zero3.supported import refuse_unsupported
@@ -51,7 +52,7 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
     _fill(filled, "optimizer.params.lr", recipe.optimizer.lr)
     _fill(filled, "optimizer.params.weight_decay", recipe.optimizer.weight_decay)
     if recipe.lora is not None:
-        _add_adapters(filled["optimizer"]["params"], recipe.lora)
+        _add_adapters(filled["optimizer"], recipe.lora)
     if filled["optimizer"]["params"].get("lr") is None:
         raise ValueError(
             'optimizer.lr is missing: give it in the recipe, or "optimizer.params.lr" in the JSON'
@@ -67,14 +68,12 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
     Raises:
         ValueError: an "auto" for which the recipe has no value.
     """
-    optimizer = ds_json["optimizer"]["params"]
-    lr = optimizer["lr"]
-    peaks = [lr, *(group.get("lr", lr) for group in optimizer.get("param_groups", []))]
+    peaks = peak_lrs(ds_json)
     known = {
         "total_num_steps": num_steps,
         "warmup_num_steps": max(1, num_warmup_steps(num_steps, recipe.schedule.warmup_ratio)),
         "warmup_min_lr": 0.0,
-        "warmup_max_lr": peaks if len(peaks) > 1 else lr,
+        "warmup_max_lr": peaks if len(peaks) > 1 else peaks[0],
     }
     params = (ds_json.get("scheduler") or {}).get("params") or {}
     for key, value in known.items():
@@ -84,6 +83,13 @@ def fill_scheduler(ds_json: dict[str, Any], recipe: Recipe, num_steps: int) -> N
     remaining = [key for key, value in leaves(others) if value == _AUTO]
     if remaining:
         raise ValueError(f'deepspeed: "{remaining[0]}" is "auto", and the recipe has no value for it')
+
+
+def peak_lrs(ds_json: Mapping[str, Any]) -> list[float]:
+    """Of each parameter group: of the parameters in no group, then of the groups that the JSON names."""
+    optimizer = ds_json["optimizer"]["params"]
+    lr = optimizer["lr"]
+    return [lr, *(group.get("lr", lr) for group in optimizer.get("param_groups", []))]
 
 
 def _fill(ds_json: dict[str, Any], dotted: str, value: Any) -> None:
@@ -112,9 +118,15 @@ def _set_dtype(ds_json: dict[str, Any], dtype: str | None) -> None:
             ds_json[name]["enabled"] = False
 
 
-def _add_adapters(optimizer_params: dict[str, Any], lora: LoraRecipe) -> None:
-    """Add a parameter group for the adapters, in place; a frozen base needs no learning rate of its own."""
-    group = {"params": [_ADAPTERS], "type": "AdamW", "lr": lora.lr, "weight_decay": lora.weight_decay}
+def _add_adapters(optimizer: dict[str, Any], lora: LoraRecipe) -> None:
+    """Add a parameter group for the adapters, in place; a frozen base needs no learning rate of its own.
+
+    AdamW updates them where there are gradients.
+    """
+    group = {"params": [_ADAPTERS], "lr": lora.lr, "weight_decay": lora.weight_decay}
+    if not is_zeroth_order(optimizer["type"]):
+        group["type"] = "AdamW"
+    optimizer_params = optimizer.setdefault("params", {})
     others = optimizer_params.get("param_groups", [])
     optimizer_params["param_groups"] = others if group in others else [group, *others]
     if not lora.train_base:

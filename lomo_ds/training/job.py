@@ -15,6 +15,7 @@ from lomo_ds.recipe import Recipe
 from lomo_ds.training.compute_dtype import computes_on_cpu, note_on_slow_dtype
 from lomo_ds.training.data_sets import DataSets, encode_data_sets
 from lomo_ds.training.interruption import StopFlag
+from lomo_ds.training.loop import TrainingSet
 from lomo_ds.training.metrics import StepMetrics, append_line, write_lines
 from lomo_ds.training.model import load_tokenizer
 from lomo_ds.training.monitors import tell_monitors
@@ -67,6 +68,19 @@ class Job:
             append_line(self.output.metrics, metrics)
         tell_monitors(self.engine, metrics)
         self.progress.show(metrics)
+
+    def training_set(self) -> TrainingSet:
+        """The training examples and what of the run is still to be done."""
+        recipe = self.plan.recipe
+        return TrainingSet(
+            answers=self.data.train,
+            train_batch_size=recipe.batch.train_batch_size,
+            micro_batch_size=recipe.batch.per_rank(dist.get_world_size())[0],
+            num_steps=self.plan.num_steps,
+            seed=recipe.seed,
+            pad_token_id=self.data.pad_token_id,
+            num_steps_done=self.engine.global_steps,
+        )
 
     def end_phase(self, phase: str) -> None:
         """Write down how long a phase took: the time since the phase before it ended."""

@@ -30,6 +30,9 @@ class OutputFolder:
         self.predictions_before = self.path / "predictions_before.jsonl"
         self.plot = self.path / "loss_and_memory.png"
         self.summary = self.path / "summary.json"
+        self.lr_search = self.path / "lr_search.json"
+        self.lr_search_plot = self.path / "lr_search.png"
+        self.lr_search_start = self.path / "lr_search_start"
         self.model = self.path / "model"
         self.adapters = self.path / "adapters"
         self.checkpoints = self.path / "checkpoints"
@@ -37,9 +40,10 @@ class OutputFolder:
     def begin(self, plan: RunPlan) -> None:
         """Create the folder, delete an earlier run's results and write the recipe and the JSON as used."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.metrics, self.predictions, self.predictions_before, self.plot, self.summary):
+        results = (self.metrics, self.predictions, self.predictions_before, self.plot, self.summary)
+        for file in (*results, self.lr_search, self.lr_search_plot):
             file.unlink(missing_ok=True)
-        for folder in (self.model, self.adapters, self.checkpoints):
+        for folder in (self.model, self.adapters, self.checkpoints, self.lr_search_start):
             shutil.rmtree(folder, ignore_errors=True)
         self.write_settings(plan)
 
@@ -54,6 +58,10 @@ class OutputFolder:
         path = self.predictions_before if when == "before" else self.predictions
         with path.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def write_lr_search(self, found: Mapping[str, Any]) -> None:
+        """Write what a search for the learning rate tried and found."""
+        self._write_json(self.lr_search, found)
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, as the last file."""

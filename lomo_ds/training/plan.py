@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
-from lomo_ds.recipe import DatasetRecipe, Recipe, TaskRecipe
+from lomo_ds.optimizers.settings import ROWS
+from lomo_ds.recipe import DatasetRecipe, LrSearchRecipe, Recipe, TaskRecipe
+from lomo_ds.tasks.classes import class_names
 from lomo_ds.tasks.data import Row, read_rows
 from lomo_ds.tasks.hub import load_rows, shown_source
 from lomo_ds.tasks.named import NamedTask, named_task
@@ -50,11 +52,18 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     """
     if recipe.lora is not None:
         require_peft()
-    ds_json = fill_ds_json(read_ds_json(recipe.deepspeed), recipe, world_size)
+    ds_json = read_ds_json(recipe.deepspeed)
+    if recipe.lr_search:
+        recipe = _with_default_lr(recipe, ds_json)
+    ds_json = fill_ds_json(ds_json, recipe, world_size)
     optimizer_from_json(ds_json["optimizer"])  # for its checks
     train_examples, held_out_examples = _read_examples(recipe)
+    if recipe.has_classifier:
+        class_names([*train_examples, *held_out_examples])  # for its check
     per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
     num_steps = recipe.steps or (recipe.epochs or 0) * per_epoch  # one of them is given
+    if recipe.lr_search:
+        _require_searchable(recipe, ds_json, len(train_examples))
     fill_scheduler(ds_json, recipe, num_steps)
     refuse_unreadable(ds_json)
     return RunPlan(
@@ -64,6 +73,56 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
         train_examples=train_examples,
         held_out_examples=held_out_examples[: recipe.evaluation.num_examples],
     )
+
+
+def lr_search_settings(recipe: Recipe) -> LrSearchRecipe:
+    """Of a recipe with a search."""
+    return recipe.lr_search if isinstance(recipe.lr_search, LrSearchRecipe) else LrSearchRecipe()
+
+
+def num_judging(recipe: Recipe, num_train: int) -> int:
+    """How many of the training examples judge a try of the search."""
+    return min(lr_search_settings(recipe).num_examples, num_train // 5)
+
+
+def with_lr(plan: RunPlan, lr: float) -> RunPlan:
+    """A plan without a search, at a learning rate; it has no scheduler of DeepSpeed."""
+    recipe = replace(plan.recipe, lr_search=False, optimizer=replace(plan.recipe.optimizer, lr=lr))
+    optimizer = plan.ds_json["optimizer"]
+    optimizer = optimizer | {"params": optimizer["params"] | {"lr": lr}}
+    return replace(plan, recipe=recipe, ds_json=plan.ds_json | {"optimizer": optimizer})
+
+
+def _with_default_lr(recipe: Recipe, ds_json: dict[str, Any]) -> Recipe:
+    """With the learning rate with which a search begins: the rule's own, which ``ROWS`` has."""
+    asked = str((ds_json.get("optimizer") or {}).get("type", "Lomo")).lower()
+    row = next((row for name, row in ROWS.items() if name.lower() == asked), None)
+    if row is None:
+        return recipe  # refused with the list of types
+    return replace(recipe, optimizer=replace(recipe.optimizer, lr=row.lr))
+
+
+def _require_searchable(recipe: Recipe, ds_json: dict[str, Any], num_train: int) -> None:
+    """Refuse a search that could not be made.
+
+    Raises:
+        ValueError: one line that names the key to change.
+    """
+    if recipe.lora is not None and not recipe.lora.train_base:
+        raise ValueError(
+            "lr_search finds optimizer.lr, which lora.train_base: false does not use: delete lr_search"
+        )
+    if ds_json.get("scheduler"):
+        raise ValueError(
+            "lr_search needs a schedule that scales optimizer.lr: set schedule.type to linear, cosine or "
+            "constant in place of DeepSpeed's scheduler, or delete lr_search"
+        )
+    batch_size, judging = recipe.batch.train_batch_size, num_judging(recipe, num_train)
+    if judging == 0 or num_train - judging < batch_size:
+        raise ValueError(
+            f"lr_search: {num_train} training examples are too few to hold some out and keep a batch of "
+            f"{batch_size}: delete lr_search"
+        )
 
 
 def _read_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -18,7 +18,8 @@ from lomo_ds.tasks.evaluation import Evaluation
 from lomo_ds.training.compute_dtype import computes_on_cpu, with_agreed_dtype
 from lomo_ds.training.interruption import INTERRUPTED, StopFlag
 from lomo_ds.training.job import EngineMaker, Job, set_up
-from lomo_ds.training.loop import TrainingSet, train
+from lomo_ds.training.loop import train
+from lomo_ds.training.lr_search import search_lr, with_found_lr
 from lomo_ds.training.model import make_engine
 from lomo_ds.training.outputs import OutputFolder
 from lomo_ds.training.rank_process import rank_process
@@ -49,8 +50,10 @@ def run(recipe: Recipe, engine_maker: EngineMaker = make_engine, stop: StopFlag 
         if _is_finished(recipe):
             return 0
         checkpoint = _checkpoint_to_resume(recipe)
-        recipe, reason = with_agreed_dtype(recipe, computes_on_cpu())
+        recipe, reason = with_agreed_dtype(with_found_lr(recipe, checkpoint), computes_on_cpu())
         job = set_up(recipe, checkpoint, engine_maker, start_s, stop, notes=[reason])
+        if job.plan.recipe.lr_search:
+            search_lr(job)
         return 0 if _train_and_evaluate(job) else INTERRUPTED
 
 
@@ -115,7 +118,7 @@ def _stopped(job: Job) -> bool:
 def _train(job: Job) -> bool:
     """Make the steps that are left, and save between them; False where the run was told to stop."""
     every, num_steps = job.plan.recipe.checkpoint.every, job.plan.num_steps
-    for metrics, stop_requested in train(job.engine, _training_set(job), job.stop):
+    for metrics, stop_requested in train(job.engine, job.training_set(), job.stop):
         job.stop.at_once = False  # from now on there is something to save
         job.record(metrics)
         is_due = every is not None and metrics.step % every == 0
@@ -124,19 +127,6 @@ def _train(job: Job) -> bool:
         if stop_requested and metrics.step < num_steps:
             return False
     return True
-
-
-def _training_set(job: Job) -> TrainingSet:
-    recipe, plan = job.plan.recipe, job.plan
-    return TrainingSet(
-        answers=job.data.train,
-        train_batch_size=recipe.batch.train_batch_size,
-        micro_batch_size=recipe.batch.per_rank(dist.get_world_size())[0],
-        num_steps=plan.num_steps,
-        seed=recipe.seed,
-        pad_token_id=job.data.pad_token_id,
-        num_steps_done=job.engine.global_steps,
-    )
 
 
 def _evaluate(job: Job, evaluation: Evaluation | None, when: str) -> Figures:

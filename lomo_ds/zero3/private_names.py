@@ -184,6 +184,23 @@ CONTRACT: tuple[PrivateName, ...] = (
         "restore_init_context",
     ),
     *_attributes(
+        _PARAMS, "perturbing gathered parameters", "ds_status", "ds_persist", "ds_active_sub_modules"
+    ),
+    *_attributes(_STAGE3, "perturbing gathered parameters", "zero_hpz_partition_size", "parameter_offload"),
+    *_methods(
+        f"{_OFFLOAD}:DeepSpeedZeRoOffload",
+        "running two forwards in lockstep",
+        pre_sub_module_forward_function=("self", "sub_module"),
+        post_sub_module_forward_function=("self", "sub_module"),
+        get_param_coordinator=("self",),
+    ),
+    *_methods(
+        f"{_COORDINATOR}:PartitionedParameterCoordinator",
+        "running two forwards in lockstep",
+        reset_step=("self",),
+    ),
+    *_attributes(_COORDINATOR, "perturbing gathered parameters", "iter_params"),
+    *_attributes(
         "deepspeed.runtime.zero.stage3",
         "planning: one rank without the others, and what it keeps",
         "assert_ints_same_as_other_ranks",

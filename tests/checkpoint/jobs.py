@@ -30,7 +30,7 @@ class DropoutModel(TinyModel):
 def start(ds_json: dict[str, Any], seed: int = 0, **arguments: Any) -> Any:
     torch.manual_seed(seed)
     dtype = next((dtype for name, dtype in DTYPES.items() if name in ds_json), torch.float32)
-    engine = jobs.initialize(ds_json, model=DropoutModel(dtype=dtype), **arguments)[0]
+    engine = jobs.initialize(ds_json, model=DropoutModel(dtype=dtype, names_head=True), **arguments)[0]
     torch.manual_seed(1000 * seed + engine.global_rank)
     return engine
 

@@ -20,6 +20,7 @@ SETTINGS = {
     "AdaLomo stochastic": jobs.json_of("AdaLomo", rounding="stochastic"),
     "ApolloMini": jobs.json_of("ApolloMini"),
     "RMNP": jobs.json_of("RMNP"),
+    "Scale, whose head has a momentum": jobs.json_of("Scale"),
     "AdamW and Lomo": jobs.json_of(
         "Lomo", param_groups=[{"params": ["blocks.*"], "type": "AdamW", "lr": 0.001}]
     ),

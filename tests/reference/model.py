@@ -43,12 +43,19 @@ class TinyModel(nn.Module):
         checkpointing: None, "reentrant" or "non-reentrant" activation checkpointing of the blocks.
         loss_factor: makes gradients large, so that clipping has something to clip.
         dtype: of the parameters.
+        names_head: say, as transformers' models do, which layer gives the logits; the tied matrix is then the
+            head and no embedding.
     """
 
     def __init__(
-        self, checkpointing: str | None = None, loss_factor: float = 1.0, dtype: torch.dtype = torch.float32
+        self,
+        checkpointing: str | None = None,
+        loss_factor: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        names_head: bool = False,
     ) -> None:
         super().__init__()
+        self.names_head = names_head
         self.checkpointing = checkpointing
         self.loss_factor = loss_factor
         self.embedding = nn.Embedding(VOCABULARY, WIDTH, dtype=dtype)
@@ -69,6 +76,10 @@ class TinyModel(nn.Module):
             hidden = hidden + self.branch(hidden)
         logits = self.head(hidden)
         return self.loss_factor * F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The layer that gives the logits, as of transformers."""
+        return self.head if self.names_head else None
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
         if self.checkpointing is None:

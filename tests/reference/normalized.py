@@ -26,16 +26,22 @@ class WholeRule(torch.optim.Optimizer):
 
     Args:
         whole: builds it.
-        params: of TinyModel, in its order; its table of embeddings is known by its shape.
+        params: of TinyModel, in its order; its tied matrix is known by its shape.
         lr: learning rate.
+        tied_is_head: the tied matrix is the head, as in a model that names it.
     """
 
     def __init__(
-        self, whole: Callable[[tuple[int, ...], Role, int], Whole], params: list[nn.Parameter], lr: float
+        self,
+        whole: Callable[[tuple[int, ...], Role, int], Whole],
+        params: list[nn.Parameter],
+        lr: float,
+        tied_is_head: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr})
         self._wholes = {
-            param: whole(tuple(param.shape), _role(param), index) for index, param in enumerate(params)
+            param: whole(tuple(param.shape), _role(param, tied_is_head), index)
+            for index, param in enumerate(params)
         }
 
     @torch.no_grad()
@@ -45,8 +51,10 @@ class WholeRule(torch.optim.Optimizer):
                 param -= group["lr"] * self._wholes[param].direction(param.grad)
 
 
-def _role(param: nn.Parameter) -> Role:
-    return role_of(tuple(param.shape), is_embedding=tuple(param.shape) == (VOCABULARY, WIDTH))
+def _role(param: nn.Parameter, tied_is_head: bool) -> Role:
+    shape = tuple(param.shape)
+    is_tied = shape == (VOCABULARY, WIDTH)
+    return role_of(shape, is_embedding=is_tied, is_head=is_tied and tied_is_head)
 
 
 def unit(values: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Update rules compared by held-out loss, at equal steps and on the same batches."""
