@@ -10,7 +10,12 @@ from typing import Any
 
 import lomo_ds
 from lomo_ds import recipe
-from lomo_ds.optimizers import BaseGroupConfig, OffloadGradientsConfig, OptimizerConfig
+from lomo_ds.optimizers.settings import (
+    BaseGroupConfig,
+    OffloadGradientsConfig,
+    OptimizerConfig,
+    ZerothOrderConfig,
+)
 from lomo_ds.rules.table import RULES
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 
@@ -23,12 +28,14 @@ SECTIONS: dict[str, dict[str, type]] = {
         "batch": recipe.BatchRecipe,
         "optimizer": recipe.OptimizerRecipe,
         "lora": recipe.LoraRecipe,
+        "lr_search": recipe.LrSearchRecipe,
         "schedule": recipe.ScheduleRecipe,
         "evaluation": recipe.EvaluationRecipe,
         "checkpoint": recipe.CheckpointRecipe,
     },
     "The DeepSpeed JSON": {
         "optimizer.params": OptimizerConfig,
+        "optimizer.params, of a zeroth-order method": ZerothOrderConfig,
         "optimizer.params.offload_gradients": OffloadGradientsConfig,
         "optimizer.params.param_groups": BaseGroupConfig,
         "tiled_vocabulary": TiledVocabularyConfig,
@@ -56,7 +63,9 @@ def configuration_page() -> str:
 
 def key_rows(cls: type) -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, meaning) of each field."""
-    meanings = described(inspect.getdoc(cls) or "")
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        meanings |= described(inspect.cleandoc(base.__doc__ or ""))
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = f"`{_type_text(field.type)}`"
         row = (f"`{field.name}`", kind, _default(field), meanings.get(field.name, ""))

@@ -103,7 +103,10 @@ def signal_at_any_moment(inputs: Inputs, output: Path, dice: random.Random) -> N
     """SIGTERM, SIGUSR1, SIGINT or SIGHUP, to all ranks or to one, from the moment that they start."""
     job = Job(inputs.recipe, output)
     time.sleep(dice.uniform(0, 3))
-    _signal(job, dice)
+    job.kill(dice.choice([None, [0], [1]]), dice.choice(SIGNALS))
+    time.sleep(0.5)
+    job.kill(number=signal.SIGTERM)  # as the command does: a rank may wait for one that has not joined yet
+    job.end()
 
 
 def signal_in_loading(inputs: Inputs, output: Path, dice: random.Random) -> None:
