@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lomo_ds
-from lomo_ds import recipe
+from lomo_ds import recipe, recipe_data
 from lomo_ds.optimizers.settings import (
     BaseGroupConfig,
     OffloadGradientsConfig,
@@ -22,9 +22,9 @@ from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 SECTIONS: dict[str, dict[str, type]] = {
     "The recipe": {
         "": recipe.Recipe,
-        "data": recipe.DataRecipe,
-        "data.train, data.evaluation, through datasets": recipe.DatasetRecipe,
-        "task": recipe.TaskRecipe,
+        "data": recipe_data.DataRecipe,
+        "data.train, data.evaluation, through datasets": recipe_data.DatasetRecipe,
+        "task": recipe_data.TaskRecipe,
         "batch": recipe.BatchRecipe,
         "optimizer": recipe.OptimizerRecipe,
         "lora": recipe.LoraRecipe,

@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": ENGINE | {"", "initialization", "checkpoint", "model_io", "recipe"},
     "report": {"byte_units"},
     "tasks": {"config"},
-    "recipe": {"config"},
+    "recipe_data": {"config"},
+    "recipe": {"config", "recipe_data"},
     "training": {
         "",
         "initialization",
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "integrations",
         "tasks",
         "recipe",
+        "recipe_data",
         "config",
         "byte_units",
         "optimizers",

@@ -10,7 +10,8 @@ from typing import Any
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
 from lomo_ds.optimizers.settings import ROWS
-from lomo_ds.recipe import DatasetRecipe, LrSearchRecipe, Recipe, TaskRecipe
+from lomo_ds.recipe import LrSearchRecipe, Recipe
+from lomo_ds.recipe_data import DatasetRecipe, TaskRecipe
 from lomo_ds.tasks.classes import class_names
 from lomo_ds.tasks.data import Row, read_rows
 from lomo_ds.tasks.hub import load_rows, shown_source
