@@ -184,7 +184,12 @@ CONTRACT: tuple[PrivateName, ...] = (
         "restore_init_context",
     ),
     *_attributes(
-        _PARAMS, "perturbing gathered parameters", "ds_status", "ds_persist", "ds_active_sub_modules"
+        _PARAMS,
+        "perturbing gathered parameters",
+        "ds_status",
+        "ds_persist",
+        "ds_active_sub_modules",
+        "ds_external_parameters",
     ),
     *_attributes(_STAGE3, "perturbing gathered parameters", "zero_hpz_partition_size", "parameter_offload"),
     *_methods(

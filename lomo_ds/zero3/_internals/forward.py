@@ -69,11 +69,13 @@ class ForwardHooks:
         offload = optimizer.parameter_offload
         coordinator = offload.get_param_coordinator()
         enter, leave = offload.pre_sub_module_forward_function, offload.post_sub_module_forward_function
-        offload.pre_sub_module_forward_function = self._unless_bypassed(enter, _push)
-        offload.post_sub_module_forward_function = self._unless_bypassed(leave, _nothing)
-        coordinator.reset_step = self._unless_bypassed(coordinator.reset_step, _nothing)
+        offload.pre_sub_module_forward_function = self.unless_bypassed(enter, _push)
+        offload.post_sub_module_forward_function = self.unless_bypassed(leave, _nothing)
+        coordinator.reset_step = self.unless_bypassed(coordinator.reset_step, _nothing)
 
-    def _unless_bypassed(self, original: Callable, otherwise: Callable) -> Callable:
+    def unless_bypassed(self, original: Callable, otherwise: Callable) -> Callable:
+        """A hook that calls ``original``, or ``otherwise`` while ``bypassed``."""
+
         def hook(*modules: Module) -> None:
             (otherwise if self.bypassed else original)(*modules)
 
