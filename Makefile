@@ -11,9 +11,10 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults lint format quickstart clean \
-	bench bench-checkpoint bench-adapters bench-quality bench-rules bench-rounding bench-plan bench-checkpoint-memory \
-	bench-wire
+.PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults test-signals \
+	test-slurm test-multinode docs lint format quickstart clean \
+	bench bench-checkpoint bench-adapters bench-quality bench-rules bench-rounding bench-plan \
+	bench-checkpoint-memory bench-wire bench-zeroth-order
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +33,7 @@ test: $(STAMP)  ## run the default tests on CPU ranks, the cheapest first
 	$(PYTEST)
 
 test-fast: $(STAMP)  ## run the tests that start no ranks
-	$(PYTEST) -m 'not ranks and not slow and not async_io'
+	$(PYTEST) -m 'not ranks and not slow and not async_io and not cluster'
 
 test-slow: $(STAMP)  ## run the tests that are too slow for every change, those of test-nvme included
 	$(PYTEST) -m 'slow or async_io'
@@ -40,17 +41,33 @@ test-slow: $(STAMP)  ## run the tests that are too slow for every change, those 
 test-nvme: $(STAMP)  ## run the tests of gradients in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
 	$(PYTEST) -m async_io tests/zero3/apply
 
+test-signals: $(STAMP)  ## send every signal in every phase of a run: the table of docs/reliability.md
+	$(PYTEST) -m 'slow or not slow' -rP tests/launch/test_signals.py
+
+test-slurm: $(STAMP)  ## run launch/slurm.sbatch on a Slurm of two nodes on this machine; needs root on Debian
+	which slurmctld munged || apt-get install -y --no-install-recommends slurm-wlm munge
+	$(PYTEST) -m cluster tests/launch/test_slurm.py
+
+test-multinode: $(STAMP)  ## train on two nodes that are network namespaces of this machine; needs root on Linux
+	which ip || apt-get install -y --no-install-recommends iproute2
+	$(PYTEST) -m cluster tests/launch/test_multinode.py
+
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu tests/gpu
 
-test-faults: $(STAMP)  ## inject 210 faults into runs and fuzz 2,600 inputs; writes docs/benchmarks/faults.md
+test-faults: $(STAMP)  ## inject 300 faults into runs and fuzz 2,600 inputs; writes docs/benchmarks/faults.md
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.faults.campaign --out docs/benchmarks
 	LOMO_DS_FUZZ_FACTOR=10 $(PYTEST) tests/fuzz
 
-lint: $(STAMP)  ## check style, formatting and types
+lint: $(STAMP)  ## check style, formatting, types and shell scripts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
+
+docs: $(STAMP)  ## build the documentation as a site in build/site; it loads nothing from the network
+	$(RUN) -c 'import material' || $(RUN) -m pip install -c constraints.txt '.[docs]'
+	DS_ACCELERATOR=cpu $(RUN) -m mkdocs build --strict
 
 format: $(STAMP)  ## fix style and formatting
 	$(RUN) -m ruff check --fix .
@@ -75,6 +92,9 @@ bench-plan: $(STAMP)  ## the tables of docs/benchmarks/plan.md: large models, th
 
 bench-wire: $(STAMP)  ## bytes on the wire of one clipped step
 	$(RUN) -m benchmarks.wire.run --ranks 2
+
+bench-zeroth-order: $(STAMP)  ## memory, bytes on the wire and time of a ZO-SGD step, and of a forward
+	$(RUN) -m benchmarks.zeroth_order.run
 
 bench-adapters: $(STAMP)  ## LoRA alone, LOMO + LoRA and LOMO alone on the quickstart task, three seeds
 	$(RUN) recipes/prepare_quickstart.py

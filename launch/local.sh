@@ -4,7 +4,7 @@
 #   launch/local.sh RECIPE.yaml [key=value ...] [--num-ranks N]
 #   MAX_RESTARTS=5 launch/local.sh RECIPE.yaml checkpoint.every=100     # restarts after a crash
 #
-# `lomo-ds train` starts DeepSpeed's launcher itself; the same by hand, for 8 GPUs:
+# `lomo-ds train` starts the ranks itself; with DeepSpeed's launcher, for 8 GPUs:
 #   deepspeed --num_gpus 8 --module lomo_ds.cli.train RECIPE.yaml [key=value ...]
 set -euo pipefail
 
@@ -29,12 +29,13 @@ train() {
   return "$code"
 }
 
-# 0: done. 2: a mistake in the recipe. 75: told to stop, and saved. After any other exit code the run is resumed
-# from its latest checkpoint.
+# 0: done. 2: a mistake in the recipe. 75: told to stop, and can be resumed. 129, 130: hangup, Ctrl-C. After any
+# other exit code the run is resumed from its latest checkpoint.
 for ((attempt = 0; ; attempt++)); do
   code=0
   train "$@" || code=$?
-  if ((code == 0 || code == 2 || code == 75 || attempt == restarts)); then
+  case "$code" in 0 | 2 | 75 | 129 | 130) exit "$code" ;; esac
+  if ((attempt == restarts)); then
     exit "$code"
   fi
   echo "exit code $code; restart $((attempt + 1)) of $restarts" >&2

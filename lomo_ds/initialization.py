@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -46,6 +47,8 @@ from lomo_ds.zero3.param_specs import param_roles  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import KEY as TILING_KEY  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig, refuse_other_heads  # noqa: E402
+from lomo_ds.zero3.zeroth_order.engine import ZerothOrderEngine  # noqa: E402
+from lomo_ds.zero3.zeroth_order.refusals import refuse_for_zeroth_order  # noqa: E402
 
 
 def initialize(
@@ -94,11 +97,11 @@ def initialize(
         tiling = _checked_model(model, ds_json)
         optimizer = _make_optimizer(optimizer, ds_json, model, model_parameters)
         nvme = NvmeSettings.of(optimizer.nvme_path, ds_json.get("aio")) if optimizer.nvme_path else None
+        refuse_for_zeroth_order(ds_json, optimizer)
         refuse_unreadable(ds_json)
     check_ranks(ds_json, ranks := dist.get_world_size())
     with init_context_suspended():
-        engine = LomoEngine(
-            choice=_choose(model, optimizer, ds_config := DeepSpeedConfig(ds_json), ranks, nvme),
+        engine = _engine_type(model, optimizer, ds_config := DeepSpeedConfig(ds_json), ranks, nvme)(
             args=args,
             model=model,
             optimizer=optimizer,
@@ -193,6 +196,19 @@ def _make_optimizer(
     trained = any(param.requires_grad for param in params)
     _require(trained, "nothing is trained: every parameter of the optimizer has requires_grad False")
     return optimizer
+
+
+def _engine_type(
+    model: torch.nn.Module,
+    optimizer: ShardedOptimizer,
+    ds_config: DeepSpeedConfig,
+    ranks: int,
+    nvme: NvmeSettings | None,
+) -> Callable[..., LomoEngine]:
+    """The engine of the optimizer's kind, to be called with DeepSpeed's arguments. Collective."""
+    if optimizer.zeroth_order is not None:
+        return partial(ZerothOrderEngine, optimizer.zeroth_order)
+    return partial(LomoEngine, _choose(model, optimizer, ds_config, ranks, nvme))
 
 
 def _choose(

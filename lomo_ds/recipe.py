@@ -2,99 +2,13 @@
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from lomo_ds.config import AtLeastOne, Fraction, NonNegative
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetRecipe:
-    """Examples that the package ``datasets`` loads.
-
-    Attributes:
-        dataset: name on the Hugging Face hub, a folder of ``save_to_disk``, or a folder of data files.
-        name: configuration, where the data set has several ("rte" of "super_glue").
-        split: "train", "validation[:100]", ...; None where there is only one.
-        revision: of the hub's repository.
-    """
-
-    dataset: str
-    name: str | None = None
-    split: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataRecipe:
-    """Where the examples are.
-
-    Attributes:
-        train: file of training examples, one a line (for a named task also the folder of its files); or what
-            ``datasets`` loads.
-        evaluation: the same for held-out examples; None for a run without evaluation.
-        format: "tsv" (a header line, no quoting) or "jsonl"; None for what the files' suffix says.
-    """
-
-    train: str | DatasetRecipe
-    evaluation: str | DatasetRecipe | None = None
-    format: Literal["tsv", "jsonl"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.format is not None and not any(isinstance(one, str) for one in (self.train, self.evaluation)):
-            raise ValueError("format is for files, but train and evaluation name none: delete it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskRecipe:
-    """What the model reads and what it should answer: one of several options, or free text.
-
-    See ``lomo_ds.tasks.prompts``.
-
-    Attributes:
-        prompt: template; ``{column}`` is replaced by that column of the data.
-        options: the possible answers as they follow the prompt (a leading space matters).
-        response: column with the answer, in place of options.
-        label: column with the right option, by its index or by its entry in ``label_names``.
-        label_names: values of the label column in the order of ``options``; None for indices.
-    """
-
-    prompt: str
-    options: tuple[str, ...] | None = None
-    response: str | None = None
-    label: str = "label"
-    label_names: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _require_plain_places(self.prompt)
-        if (self.options is None) == (self.response is None):
-            raise ValueError("give exactly one of options (answers to choose from) and response (a column)")
-        if self.options is None:
-            if self.label_names is not None:
-                raise ValueError("label_names are for options, not for a response: delete them")
-            return
-        if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
-            raise ValueError(
-                f"options has to be a list of at least two different answers, not {self.options}"
-            )
-        if self.label_names is not None and len(self.label_names) != len(self.options):
-            raise ValueError(f"label_names has {len(self.label_names)} entries, options {len(self.options)}")
-
-
-def _require_plain_places(prompt: str) -> None:
-    """Refuse a broken template, and one that asks for more than columns (formats, attributes)."""
-    try:
-        places = [place for place in string.Formatter().parse(prompt) if place[1] is not None]
-    except ValueError as error:
-        raise ValueError(f"prompt: {prompt[:100]!r} is not a template: {error}") from None
-    for _, column, form, conversion in places:
-        if form or conversion or not column or column.isdigit() or {".", "["} & set(column):
-            raise ValueError(
-                f"prompt: {prompt[:100]!r} may have a column's name in braces, and nothing else there"
-            )
+from lomo_ds.recipe_data import DataRecipe, TaskRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +154,8 @@ class Recipe:
         dtype: of weights and computation, in place of the JSON's "bf16" and "fp16"; "auto" is bf16, or fp32
             where this machine is clearly faster in it. None leaves it to the JSON.
         trust_remote_code: allow a model that comes with its own code.
+        model_class: of transformers, an auto class or a model's own; one for sequence classification gets
+            a classifier of the task's options.
         weights: a universal checkpoint of DeepSpeed, whose parameters replace the model's own.
         max_sequence_length: in tokens; longer prompts lose their beginning.
         epochs: passes over the training examples; give either epochs or steps.
@@ -266,6 +182,7 @@ class Recipe:
     deepspeed: str
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None
     trust_remote_code: bool = False
+    model_class: str = "AutoModelForCausalLM"
     weights: str | None = None
     max_sequence_length: AtLeastOne = 512
     epochs: AtLeastOne | None = None
@@ -291,3 +208,10 @@ class Recipe:
             raise ValueError(
                 "resume has to be auto or the folder of a checkpoint, not empty; delete it to start a new run"
             )
+        if self.has_classifier and self.lora is not None:
+            raise ValueError("lora is for causal language models, not for a classifier: delete lora")
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the model scores the options without reading them."""
+        return self.model_class.endswith("ForSequenceClassification")

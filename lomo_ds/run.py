@@ -12,11 +12,13 @@ from __future__ import annotations
 import faulthandler
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lomo_ds.allocator_settings import use_expandable_segments
+from lomo_ds.lifeline import follow_launcher
 
 _SECONDS_TO_END = 8.0
 USAGE = "usage: LAUNCHER -m lomo_ds.run SCRIPT.py [its arguments]"
@@ -54,6 +56,8 @@ def main() -> None:
     DeepSpeed's launcher puts ``--local_rank=N`` before the arguments of what it starts; the script gets it as
     its first argument, as it would from that launcher.
     """
+    follow_launcher()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     given = sys.argv[1:]
     from_launcher = [word for word in given[:1] if word.startswith("--local_rank=")]
     words = given[len(from_launcher) :]

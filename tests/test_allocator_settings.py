@@ -49,7 +49,7 @@ def test_train_has_it_before_anything_else(monkeypatch: pytest.MonkeyPatch, rank
     """In the process that launches, whose environment ranks inherit, and in a rank of another launcher."""
     seen: list[str | None] = []
     for name in ("_launch", "_run_rank"):
-        monkeypatch.setattr(train, name, lambda arguments: seen.append(os.environ.get(VARIABLES[0])) or 0)
+        monkeypatch.setattr(train, name, lambda *given: seen.append(os.environ.get(VARIABLES[0])) or 0)
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
         if rank is not None:

@@ -16,6 +16,8 @@ from torch.nn import Module, Parameter
 from lomo_ds.checkpoint.format import AdapterRecord, Description, ParamRecord, Progress
 from lomo_ds.checkpoint.shard_files import buffer_key, weight_key
 from lomo_ds.model_io.adapters import adapted_layers, adapters_of, plain_model
+from lomo_ds.model_io.hub_layout import layout_for_export
+from lomo_ds.model_io.live_model import live_tensors
 from lomo_ds.model_io.named_tensors import named_params, persistent_buffers
 from lomo_ds.zero3._internals import local_shard, shard_spec
 
@@ -135,6 +137,7 @@ class EngineState:
             frozen_excluded=len(params) < len(first_names),
             aliases={name: first_names[p] for name, p in every_name if first_names[p] != name},
             **_describe_adapters(self.model, first_names),
+            **_describe_folder(self.model),
             ds_config=self._engine.config,
             versions={name: version(name) for name in _LIBRARIES},
         )
@@ -244,3 +247,17 @@ def _describe_adapters(model: Module, names: Mapping[Parameter, str]) -> dict[st
         for adapter in adapters_of(layer)
     )
     return facts | {"adapted_layers": tuple(layers), "adapters": records}
+
+
+def _describe_folder(model: Module) -> dict[str, Any]:
+    """The names under which an export writes the tensors; nothing where none can be made."""
+    plain = plain_model(model)
+    try:
+        shapes = {name: one.record.shape for name, one in live_tensors(plain).items()}
+    except ValueError:
+        return {}
+    layout = layout_for_export(plain, shapes)
+    return {
+        "hub_names": {stored: name for stored, name in layout.names.items() if name in shapes},
+        "hub_converted": tuple(name for one in layout.conversions for name in one.stored_names),
+    }

@@ -201,6 +201,8 @@ class Description:
         adapted_layers: names of all layers that peft has wrapped; None where they hold adapters of another
             kind, which cannot be merged.
         wrapper: what every name begins with where peft has wrapped the model, such as "base_model.model.".
+        hub_names: name in the folder that an export writes -> in the model without peft's wrapper.
+        hub_converted: names in that folder that transformers makes of the model's tensors, such as experts.
         progress: counters and scales.
         ds_config: DeepSpeed JSON of the run.
         versions: of the libraries that wrote it.
@@ -217,6 +219,8 @@ class Description:
     adapters: tuple[AdapterRecord, ...] = ()
     adapted_layers: tuple[str, ...] | None = ()
     wrapper: str = ""
+    hub_names: dict[str, str] = field(default_factory=dict)
+    hub_converted: tuple[str, ...] = ()
     ds_config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -12,14 +12,17 @@ import torch
 from lomo_ds.checkpoint.directory import CheckpointRoot
 from lomo_ds.checkpoint.format import (
     MANIFEST_FILE,
+    Description,
     Manifest,
     find_damage,
     read_description,
     read_manifest,
     unlisted_files,
 )
-from lomo_ds.checkpoint.stored_model import read_stored_model
+from lomo_ds.checkpoint.stored_model import StoredModel, read_stored_model
 from lomo_ds.model_io.folder import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE
+from lomo_ds.model_io.hub_layout import HubLayout, layout_of_config
+from lomo_ds.model_io.hub_tensors import HubTensors
 from lomo_ds.model_io.model_writer import MAX_FILE_BYTES, Report, write_model
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
@@ -90,8 +93,18 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions, repor
     manifest = _verified(checkpoint, report)
     description = read_description(checkpoint)
     model = read_stored_model(checkpoint, list(manifest.files), description, options.dtype)
+    tensors = HubTensors(model, _layout(checkpoint, description, model))
     write_small_files = partial(_copy_model_files, checkpoint, manifest)
-    write_model(out, model, write_small_files, options.max_file_bytes, report)
+    write_model(out, tensors, write_small_files, options.max_file_bytes, report)
+
+
+def _layout(checkpoint: Path, description: Description, model: StoredModel) -> HubLayout:
+    """The names that the model's own folder had."""
+    if not description.hub_converted:
+        return HubLayout(names=description.hub_names)
+    shapes = {name: record.shape for name, record in model.tensors.items()}
+    stored_names = (*description.hub_names, *description.hub_converted)
+    return layout_of_config(checkpoint / MODEL_FOLDER, shapes, stored_names)
 
 
 def _require_free(out: Path, checkpoint: Path, overwrite: bool) -> None:

@@ -76,6 +76,16 @@ class StoredModel:
             for piece in self._files.pieces(stored.key):
                 yield _cast(piece, dtype, name)
 
+    def stretch(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a tensor, row-major: 1-D; raises and costs as ``pieces``."""
+        stored = self._tensors[name]
+        dtype = self._target_dtype(stored)
+        if stored.adapters:
+            return _cast(self._merged(stored), dtype, name).view(-1)[start:stop]
+        out = torch.empty(stop - start, dtype=stored.record.dtype)
+        self._files.read_into(stored.key, start, out)
+        return _cast(out, dtype, name)
+
     def _target_dtype(self, stored: _Stored) -> torch.dtype:
         own = stored.record.dtype
         return self._dtype if self._dtype is not None and own.is_floating_point else own

@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         1 where something that training needs is wrong, else 0.
     """
-    parser = argparse.ArgumentParser(prog="lomo-ds doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    options = parser.parse_args(argv)
+    options = make_parser().parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is for the report
         findings = examine()
     if options.json:
@@ -66,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(findings)
     return int(any(finding.state == "wrong" for finding in findings))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
+    parser = argparse.ArgumentParser(prog="lomo-ds doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser
 
 
 def examine() -> list[Finding]:
@@ -135,6 +140,9 @@ def _bf16_on_accelerator(is_supported: bool) -> Finding:
     return _finding("bf16", "not supported", "note", 'train in fp32: "dtype: fp32" in the recipe')
 
 
+_OWN_SCRIPTS = "needed by CPU ranks of scripts of your own, not by lomo-ds train"
+
+
 def build_tools() -> Iterator[Finding]:
     """The tools with which DeepSpeed builds its operations when they are first used."""
     for tool, needed in (("g++", needs_cpu_op()), ("ninja", needs_cpu_op()), ("nvcc", False)):
@@ -142,7 +150,7 @@ def build_tools() -> Iterator[Finding]:
         if path:
             yield _finding(tool, f"{tool_version(path)} ({path})")
         elif needed:
-            yield _finding(tool, "not found", "wrong", f"install {tool}: CPU ranks cannot start without it")
+            yield _finding(tool, "not found", "note", f"{_OWN_SCRIPTS}: install {tool} for them")
         else:
             yield _finding(
                 tool, "not found", "note", "needed only for operations that this project does not use"
@@ -150,7 +158,7 @@ def build_tools() -> Iterator[Finding]:
 
 
 def needs_cpu_op() -> bool:
-    """Whether DeepSpeed compiles its CPU communication op when ranks start: for CPU ranks on Linux."""
+    """Whether DeepSpeed compiles its CPU communication op in a user's own scripts: for CPU ranks on Linux."""
     try:
         from deepspeed.accelerator import get_accelerator
 
@@ -199,14 +207,14 @@ def host() -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
-    """Room in /dev/shm, where DeepSpeed's CPU op makes a buffer for each rank and never removes it."""
+    """Room in /dev/shm, where DeepSpeed's CPU op makes a buffer for each rank of a user's own script."""
     if not os.path.isdir("/dev/shm"):
         return
     free = shutil.disk_usage("/dev/shm").free
     enough = free >= 2 * SHM_BYTES_PER_RANK or not needs_cpu_op()
-    remedy = "CPU ranks need 70 MiB each: give the container a larger --shm-size, or remove old "
+    remedy = f"{_OWN_SCRIPTS}, 70 MiB each: give the container a larger --shm-size, or remove old "
     remedy += "/dev/shm/deepspeed_allreduce_buffer_* files while no rank runs"
-    yield _finding("free in /dev/shm", f"{free / GIB:.2f} GiB", *(() if enough else ("wrong", remedy)))
+    yield _finding("free in /dev/shm", f"{free / GIB:.2f} GiB", *(() if enough else ("note", remedy)))
 
 
 def private_names() -> Iterator[Finding]:

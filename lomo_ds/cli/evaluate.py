@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after one line on standard error that says what is wrong.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         result = evaluate(arguments)
         if arguments.json is not None:
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds evaluate",
         description="Score a model folder: how often the right option is the most likely, by the "
@@ -98,24 +99,27 @@ def _figures(arguments: argparse.Namespace, examples: Sequence[Any]) -> dict[str
 
 
 def _load_tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
+    from lomo_ds.model_io.remote_code import refuse_remote_kernels
+    from lomo_ds.model_io.tokenizer import load_tokenizer
 
     refuse_remote_kernels(model)
-    with plain_refusals(model):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    return load_tokenizer(model)
 
 
 def _load_model(path: Path) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lomo_ds.model_io.misfits import refuse_misfits
+    from lomo_ds.model_io.model_class import CAUSAL_LM, find_model_class
     from lomo_ds.model_io.remote_code import plain_refusals
 
     with plain_refusals(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", trust_remote_code=False, use_safetensors=True
+        find_model_class(CAUSAL_LM, AutoConfig.from_pretrained(path, trust_remote_code=False))
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
+    misfits = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"]}
+    refuse_misfits(f"model: the tensors in {path} are not those of a causal language model", misfits)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; after one line on standard error that says what is wrong, 2 where it is the checkpoint or the
         arguments, and 1 where the model cannot be written.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         _export(arguments)
     except (ValueError, OSError) as error:
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds export",
         description="Write a checkpoint's model as a folder in Hugging Face format, in one process that "

@@ -1,22 +1,18 @@
-"""Ranks on this machine: DeepSpeed's launcher on all accelerators, or on CPU ranks where there are none."""
+"""Ranks on this machine: one per accelerator, or CPU ranks where there are none."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from pathlib import Path
 from typing import NoReturn
 
-import psutil
-
-from lomo_ds.training.interruption import STOP_SIGNALS
+from lomo_ds.cli.ranks import Ranks
 
 DEFAULT_CPU_RANKS = 2
 _KEEP_FREED_BELOW_BYTES = "262144"
@@ -69,14 +65,30 @@ def num_ranks(asked: int | None, num_accelerators: int) -> int:
 
 
 def launch_environment(environment: Mapping[str, str], num_accelerators: int) -> dict[str, str]:
-    """The environment for the launcher: CPU ranks get one thread each and return freed memory.
+    """The environment for the ranks: CPU ranks get one thread each and return freed memory.
 
     Args:
         environment: of the user; what it sets is kept.
         num_accelerators: 0 for CPU ranks.
     """
     defaults = {} if num_accelerators else _CPU_RANK_ENVIRONMENT
-    return {**defaults, **environment}
+    return {**defaults, **extension_cache(environment), **environment}
+
+
+def extension_cache(environment: Mapping[str, str]) -> dict[str, str]:
+    """Another TORCH_EXTENSIONS_DIR than the home folder's where that cannot be written, and a line about it.
+
+    Without one, what DeepSpeed compiles is compiled by every job, or by none.
+    """
+    if "TORCH_EXTENSIONS_DIR" in environment:
+        return {}
+    folder = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "/"), ".cache"))
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if os.access(existing, os.W_OK):
+        return {}
+    other = Path(tempfile.gettempdir()) / f"torch_extensions_{os.getuid()}"
+    print(f"{folder} cannot be written: what is compiled is kept in {other} (TORCH_EXTENSIONS_DIR)")
+    return {"TORCH_EXTENSIONS_DIR": str(other)}
 
 
 def free_port() -> int:
@@ -86,59 +98,25 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(module: str, arguments: Sequence[str], asked: int | None, *options: str) -> int:
-    """Start DeepSpeed's launcher on this machine and wait for it.
+def launch(module: str, arguments: Sequence[str], asked: int | None) -> int:
+    """Start the ranks of this machine and wait for them.
 
     Args:
         module: what each rank runs.
         arguments: of the module.
         asked: see ``num_ranks``.
-        options: of the launcher.
 
     Returns:
-        The launcher's exit code.
+        The exit code; see ``Ranks.wait``.
     """
     accelerators = num_accelerators()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-    command += ["--num_gpus", str(num_ranks(asked, accelerators)), "--master_port", str(free_port())]
-    command += [*options, "--module", module, *arguments]
-    return wait_for(command, launch_environment(os.environ, accelerators))
+    command = [sys.executable, "-u", "-m", module, *arguments]
+    return run_ranks(command, launch_environment(os.environ, accelerators), num_ranks(asked, accelerators))
 
 
-def wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the launcher to its end.
-
-    Ctrl-C and a hangup end the launcher, and with it the ranks. SIGTERM and SIGUSR1 are passed to the ranks
-    only, which save and end by themselves; the launcher would give them just 30 seconds. It runs in a session
-    of its own, so that a signal to a whole process group does not reach it.
-    """
-    with subprocess.Popen(command, env=dict(environment), start_new_session=True) as launcher:
-
-        def end(number: int, frame: FrameType | None) -> None:
-            launcher.send_signal(signal.SIGINT)
-
-        def stop_ranks(number: int, frame: FrameType | None) -> None:
-            for rank in ranks_below(psutil.Process(launcher.pid)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal(number)
-
-        handlers = {signal.SIGINT: end, signal.SIGHUP: end}
-        handlers |= {number: stop_ranks for number in STOP_SIGNALS}
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            return launcher.wait()
-        finally:
-            for number, old_handler in previous.items():
-                signal.signal(number, old_handler)
-
-
-def ranks_below(process: psutil.Process) -> list[psutil.Process]:
-    """The outermost processes below ``process`` that are ranks, by their environment."""
-    ranks: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        for child in process.children():
-            ranks += [child] if "RANK" in child.environ() else ranks_below(child)
-    return ranks
+def run_ranks(command: Sequence[str], environment: Mapping[str, str], world_size: int) -> int:
+    """Run ``command`` on ``world_size`` ranks to its end; returns the exit code."""
+    return Ranks(command, environment, world_size, free_port()).wait()
 
 
 def end_process_after(command: Callable[[], int]) -> NoReturn:

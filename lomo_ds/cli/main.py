@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lomo_ds import __version__
-from lomo_ds.config import did_you_mean
 
 USAGE_ERROR = 2
+CTRL_C = 130
 
 
 class Command(NamedTuple):
@@ -32,9 +32,11 @@ COMMANDS = {
     ),
     "evaluate": Command("lomo_ds.cli.evaluate", "score a model folder on SST-2 or a task of SuperGLUE"),
     "export": Command("lomo_ds.cli.export", "write a checkpoint's model as a folder that transformers loads"),
+    "report": Command("lomo_ds.cli.report", "write one HTML page about a run, or several side by side"),
     "doctor": Command(
         "lomo_ds.cli.doctor", "check versions, accelerator, compiler and memory of this machine"
     ),
+    "completion": Command("lomo_ds.cli.completion", "print what bash or zsh needs to complete this command"),
 }
 
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds``; None takes them from the command line.
 
     Returns:
-        The exit code: that of the subcommand, or 2 where there is no such subcommand.
+        The exit code: that of the subcommand; 2 where there is no such subcommand, 130 after a Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     find_tools_of_this_environment()
@@ -57,9 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lomo-ds {__version__}")
         return 0
     if name not in COMMANDS:
+        from lomo_ds.config import did_you_mean
+
         print(f"lomo-ds: no command {name!r}; {did_you_mean(name, COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
-    return import_module(COMMANDS[name].module).main(rest)
+    try:
+        return import_module(COMMANDS[name].module).main(rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return CTRL_C
 
 
 def help_text() -> str:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        return _plan(_parser().parse_args(argv))
+        return _plan(make_parser().parse_args(argv))
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("LOMO_DS_TRACEBACK"):
             traceback.print_exc()
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     from lomo_ds.planner.job import known_optimizers
 
     parser = _Parser(prog="lomo-ds plan", description=_DESCRIPTION)
@@ -158,9 +159,10 @@ def _job(arguments: argparse.Namespace, model_name: str) -> Any:
     if (given["asked_reserve_bytes"] or 0) >= given["gpu_memory_bytes"]:
         raise ValueError(f"--reserve {reserve} has to be below --gpu-memory {arguments.gpu_memory}")
     model = model_config(model_name)
-    written = (
-        read_planned_json(arguments.config) if arguments.config else default_ds_json(family=model.model_type)
-    )
+    if arguments.config:
+        written = read_planned_json(arguments.config)
+    else:
+        written = default_ds_json(arguments.optimizer or "Lomo", model.model_type)
     given["ds_json"], given["left_open"] = split_open(written)
     micro_batch = arguments.micro_batch
     if micro_batch is None:

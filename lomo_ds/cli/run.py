@@ -1,7 +1,7 @@
 """``lomo-ds run``: run an unchanged script in which the DeepSpeed JSON chooses the method.
 
-Called by a user, this starts DeepSpeed's launcher on all accelerators of this machine or on CPU ranks;
-called by a launcher (with RANK and WORLD_SIZE set), it is a rank.
+Called by a user, this starts one rank per accelerator of this machine, or CPU ranks; called by a launcher
+(with RANK and WORLD_SIZE set), it is a rank.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds run``; None takes them from the command line.
 
     Returns:
-        The launcher's exit code; 0 as a rank; 2 where there is no such script or the number of ranks is
+        The exit code of the ranks; 0 as a rank; 2 where there is no such script or the number of ranks is
         wrong. As a rank it raises what the script raises.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     find_tools_of_this_environment()
     try:
         if not Path(arguments.script).is_file():
             raise ValueError(f"{arguments.script}: there is no such script")
         if not inside_launch():
-            script = [arguments.script, *arguments.arguments]
-            return launch("lomo_ds.run", script, arguments.num_ranks, "--no_local_rank")
+            return launch("lomo_ds.run", [arguments.script, *arguments.arguments], arguments.num_ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -42,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds run",
         description="Run an unchanged script: where its DeepSpeed JSON names an optimizer of lomo_ds, "

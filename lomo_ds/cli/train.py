@@ -1,7 +1,7 @@
 """``lomo-ds train``: fine-tune a model as a recipe says, on all accelerators of this machine or on CPU ranks.
 
-Called by a user, this starts DeepSpeed's launcher; called by a launcher (with RANK and WORLD_SIZE set), it is
-a rank.
+Called by a user, this starts the ranks; called by itself or by another launcher (with RANK and WORLD_SIZE
+set), it is a rank. What takes long to import is imported when the signals have their handlers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lomo_ds.cli.launcher import (
     num_ranks,
 )
 from lomo_ds.cli.main import USAGE_ERROR, find_tools_of_this_environment
-from lomo_ds.training.recipe_file import load_recipe, require_free_output
+from lomo_ds.lifeline import follow_launcher
+from lomo_ds.training.interruption import StopFlag
 
 FAILURE = 1
 
@@ -34,14 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``lomo-ds train``; None takes them from the command line.
 
     Returns:
-        0; 75 for a run that was told to stop and has been saved; 2 for a mistake in the recipe, and 1 for any
+        0; 75 for a run that was told to stop and can be resumed; 2 for a mistake in the recipe, and 1 for any
         other error, after one line on standard error that says what is wrong.
     """
-    arguments = _parser().parse_intermixed_args(argv)
+    follow_launcher()
+    stop = StopFlag()
+    with stop.listening():
+        return _main(argv, stop)
+
+
+def _main(argv: Sequence[str] | None, stop: StopFlag) -> int:
+    arguments = make_parser().parse_intermixed_args(argv)
     use_expandable_segments(os.environ)
     find_tools_of_this_environment()
     try:
-        return _run_rank(arguments) if inside_launch() else _launch(arguments)
+        return _run_rank(arguments, stop) if inside_launch() else _launch(arguments)
     except ValueError as error:
         return _report(error, USAGE_ERROR)
     except OSError as error:
@@ -56,7 +64,8 @@ def _report(error: Exception, exit_code: int) -> int:
     return exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of this command."""
     parser = argparse.ArgumentParser(
         prog="lomo-ds train",
         description="Fine-tune a model as a recipe says. docs/training.md explains the recipe's keys.",
@@ -75,20 +84,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_rank(arguments: argparse.Namespace) -> int:
+def _run_rank(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """Be a rank."""
+    from lomo_ds.training.recipe_file import load_recipe
+
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from lomo_ds.training.run import run
     from lomo_ds.zero3.collective_errors import OtherRankFailed
 
     try:
-        return run(recipe)
+        return run(recipe, stop=stop)
     except OtherRankFailed:
         return FAILURE  # the failed rank says what is wrong
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    """Check everything that can be checked here, then start DeepSpeed's launcher and wait for it."""
+    """Check everything that can be checked here, then start the ranks and wait for them."""
+    from lomo_ds.training.recipe_file import load_recipe, require_free_output
+
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     require_free_output(recipe)
     asked = arguments.num_ranks

@@ -15,13 +15,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import logger
 
 from lomo_ds.initialization import initialize
-from lomo_ds.optimizers import NOT_YET_USED, ShardedOptimizer
-from lomo_ds.rules.table import OWN_OPTIMIZERS
+from lomo_ds.optimizers import NOT_YET_USED, OPTIMIZERS, ShardedOptimizer
 from lomo_ds.zero3._internals import load_ds_config
 
-_OWN_TYPES = {name.lower() for name in OWN_OPTIMIZERS}
+_OWN_TYPES = {name.lower() for name in OPTIMIZERS}
 
 
 class Enabled:
@@ -46,7 +46,7 @@ class Enabled:
 def enable() -> Enabled:
     """Let ``deepspeed.initialize`` build our engine for the optimizers of lomo_ds, from now on.
 
-    A call goes to ``lomo_ds.initialize`` where its JSON names an optimizer of ``OWN_OPTIMIZERS``, in upper or
+    A call goes to ``lomo_ds.initialize`` where its JSON names an optimizer of ``OPTIMIZERS``, in upper or
     lower case, or its ``optimizer`` is one of ours. Modules that have imported the function by name already
     get the new one as well. A call that would train by another optimizer a model for which one of ours was
     built, and given to no engine, raises a ValueError.
@@ -74,15 +74,38 @@ def _routing(original: Callable) -> Callable:
     def initialize_by_json(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         given = signature.bind(*args, **kwargs).arguments
         named = _named_optimizer(given)
-        if _is_ours(optimizer := given.get("optimizer")):
+        model, optimizer = given.get("model"), given.get("optimizer")
+        if _is_ours(optimizer):
+            _advise_on_checkpointing(model)
             return initialize(*args, **kwargs)
         _refuse_lomo_optim(optimizer)
         if named or optimizer is not None:
-            _refuse_to_ignore(given.get("model"), named if optimizer is None else _name_of(optimizer))
-        return (initialize if named.lower() in _OWN_TYPES else original)(*args, **kwargs)
+            _refuse_to_ignore(model, named if optimizer is None else _name_of(optimizer))
+        if named.lower() in _OWN_TYPES:
+            _advise_on_checkpointing(model)
+            return initialize(*args, **kwargs)
+        return original(*args, **kwargs)
 
     initialize_by_json.routes_to_lomo_ds = True  # type: ignore[attr-defined]
     return initialize_by_json
+
+
+def _advise_on_checkpointing(model: Any) -> None:
+    """Name the other kind where ``gradient_checkpointing_enable`` chose the one that needs more memory."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    functions = (getattr(one, "_gradient_checkpointing_func", None) for one in modules)
+    chosen = next((one for one in functions if one is not None), None)
+    if getattr(chosen, "keywords", {}).get("use_reentrant") is False:
+        _say_once(
+            "lomo_ds: reentrant activation checkpointing needs less memory, since it keeps no gathered "
+            'weights of a layer: gradient_checkpointing_kwargs={"use_reentrant": True}'
+        )
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.info(text)
 
 
 def _is_routing(function: Callable) -> bool:

@@ -89,6 +89,13 @@ class LiveModel:
         live = self._live[name]
         return host_pieces(self._merged(live)) if live.adapters else self.exchange.pieces(live.tensor)
 
+    def stretch(self, name: str, start: int, stop: int) -> Tensor:
+        """See ``ModelTensors``; cost as of ``pieces``."""
+        live = self._live[name]
+        if live.adapters:
+            return self._merged(live).view(-1)[start:stop]
+        return self.exchange.stretch(live.tensor, start, stop)
+
     def _merged(self, live: LiveTensor) -> Tensor:
         """A weight with its adapters, in host memory."""
         weight = self.exchange.whole(live.tensor)

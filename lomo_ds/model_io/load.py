@@ -7,26 +7,22 @@ its own slice of every tensor, so that a rank needs room for its shard and the r
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
 from torch.nn import Module
 
+from lomo_ds.model_io.fill import load_remaining_buffers, load_shards
 from lomo_ds.model_io.folder import read_folder
-from lomo_ds.model_io.misfits import WRONG_SHAPE, refuse_misfits, wrong_shape
-from lomo_ds.model_io.named_tensors import flat_part, named_buffers, whole_shape
+from lomo_ds.model_io.model_class import CAUSAL_LM, build, find_model_class
 from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
-from lomo_ds.model_io.universal import UniversalFolder, read_universal
+from lomo_ds.model_io.universal import read_universal
+from lomo_ds.model_io.zero3_known import make_zero3_known
 from lomo_ds.zero3.collective_errors import failing_together
-
-_OUTDATED = re.compile(r"rotary_emb\.inv_freq$")
-"""Tensors that old checkpoints carry and that models compute themselves today."""
 
 
 def load_pretrained(
@@ -34,10 +30,14 @@ def load_pretrained(
     ds_json: Mapping[str, Any],
     trust_remote_code: bool = False,
     weights: str | os.PathLike | None = None,
+    model_class: str = CAUSAL_LM,
+    settings: Mapping[str, Any] | None = None,
 ) -> Module:
-    """A causal language model from a folder or the hub, cut over the ranks. Collective.
+    """A model from a folder or the hub, cut over the ranks. Collective.
 
-    Call it before ``lomo_ds.initialize``, with ``torch.distributed`` initialized.
+    Call it before ``lomo_ds.initialize``, with ``torch.distributed`` initialized. While the model lives,
+    transformers knows that ZeRO-3 is in use: ``generate`` keeps the ranks together, and a ``from_pretrained``
+    cuts its model, too. An export has the names of the folder.
 
     Args:
         name: folder in Hugging Face format, or name on the hub.
@@ -45,9 +45,13 @@ def load_pretrained(
         trust_remote_code: allow a model that brings its own code.
         weights: a universal checkpoint of DeepSpeed with all parameters, which then take the place of
             the folder's; the folder's own need not be there.
+        model_class: of transformers, an auto class or a model's own. Another class than the folder's may have
+            a head that the folder has not: rank 0 draws its initial values from torch's global generator.
+        settings: of the model's configuration, in place of the folder's, such as ``num_labels``.
 
     Raises:
-        ValueError: on all ranks alike, where the folder is not there or its tensors are not the model's.
+        ValueError: on all ranks alike, where the folder is not there, its tensors are not the model's, or a
+            causal language model is asked for and it holds another kind.
 
     Cost: host memory for the rank's shard and one tensor in the model's dtype: a parameter is whole for a
         moment when it is made. Each rank reads its own part of the files and no more.
@@ -56,13 +60,16 @@ def load_pretrained(
     with failing_together():
         source = read_folder(path) if weights is None else read_universal(Path(weights))
         config = _read_config(path, trust_remote_code)
+        for key, value in (settings or {}).items():
+            setattr(config, key, value)
     with plain_refusals(path):
-        model = build_sharded(config, ds_json, trust_remote_code)
+        model = build_sharded(config, ds_json, trust_remote_code, model_class)
     load_shards(model, source)
     if weights is not None:
-        _load_remaining_buffers(model, source, path)
+        load_remaining_buffers(model, source, path)
+    make_zero3_known(model, ds_json)
     generation = path / "generation_config.json"
-    if generation.is_file():
+    if generation.is_file() and model.can_generate():
         model.generation_config = type(model.generation_config).from_pretrained(path)
     return model
 
@@ -76,21 +83,23 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def build_sharded(config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool = False) -> Module:
-    """A causal language model of a config, cut over the ranks as it is made, without values. Collective.
+def build_sharded(
+    config: Any, ds_json: Mapping[str, Any], trust_remote_code: bool = False, model_class: str = CAUSAL_LM
+) -> Module:
+    """A model of a config, cut over the ranks as it is made, without values. Collective.
 
     Args:
         config: of transformers; its dtype is set.
         ds_json: DeepSpeed JSON with ZeRO stage 3; its bf16 and fp16 sections give the dtype.
         trust_remote_code: allow a model that brings its own code.
+        model_class: of transformers, an auto class or a model's own.
 
     Cost: on the device the rank's shard and one whole parameter.
     """
-    from transformers import AutoModelForCausalLM
-
+    found = find_model_class(model_class, config, trust_remote_code)
     config.dtype = model_dtype(ds_json)
     with _sharded_construction(ds_json):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = build(found, config, trust_remote_code)
     model.tie_weights()
     return model
 
@@ -136,9 +145,10 @@ def _sharded_construction(ds_json: Mapping[str, Any]) -> Iterator[None]:
     ``zero.Init`` takes the dtype from the JSON; its argument ``dtype`` turns fp32 into bf16 on CPU ranks.
     """
     from transformers.initialization import no_init_weights
+    from transformers.modeling_utils import set_zero3_state  # with it transformers cuts nothing itself
 
     cutting = deepspeed.zero.Init(config_dict_or_path=dict(ds_json))
-    with no_init_weights(), _rotary_buffers_kept_exact(), cutting:
+    with no_init_weights(), _rotary_buffers_kept_exact(), set_zero3_state(), cutting:
         yield
 
 
@@ -149,101 +159,3 @@ def _rotary_buffers_kept_exact() -> AbstractContextManager:
     except ImportError:
         return nullcontext()
     return prevent_arange_dtype_change()
-
-
-class WeightSource(Protocol):
-    """Files with weights: a ``ModelFolder`` or a ``UniversalFolder``."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def files(self) -> Mapping[str, Any]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def fits(self, name: str, shape: tuple[int, ...]) -> bool: ...
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None: ...
-
-
-@torch.no_grad()
-def load_shards(model: Module, source: WeightSource) -> None:
-    """Fill a cut model's shards (and its buffers) from files. Collective.
-
-    Args:
-        model: its parameters cut by ``deepspeed.zero.Init``; not yet given to ``lomo_ds.initialize``,
-            which gathers the small parameters that ZeRO-3 keeps whole.
-        source: values are cast to the model's dtype. A ``UniversalFolder`` need not hold the buffers.
-
-    Raises:
-        ValueError: on all ranks alike: tensors are missing, unexpected or of another shape.
-    """
-    with failing_together():
-        names_of = _names_of_params(model)
-        for name, buffer in named_buffers(model).items():
-            if not isinstance(source, UniversalFolder) or name in source.files:
-                names_of.setdefault(buffer, []).append(name)
-        _fill(_match(model, source, names_of), source)
-
-
-@torch.no_grad()
-def _load_remaining_buffers(model: Module, source: UniversalFolder, path: Path) -> None:
-    """Take from the model folder what a universal checkpoint does not hold. Collective."""
-    with failing_together():
-        buffers = {name: buffer for name, buffer in named_buffers(model).items() if name not in source.files}
-        if buffers:
-            folder = read_folder(path)
-            _refuse_misfits(folder, missing=[name for name in buffers if name not in folder.files])
-            for name, buffer in buffers.items():
-                folder.read_into(name, 0, buffer.view(-1))
-
-
-def _fill(targets: Mapping[str, Tensor], source: WeightSource) -> None:
-    for name, tensor in targets.items():
-        source.read_into(name, *flat_part(tensor))
-
-
-def _names_of_params(model: Module) -> dict[Tensor, list[str]]:
-    """Parameter -> all its names."""
-    names_of: dict[Tensor, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(param, []).append(name)
-    return names_of
-
-
-def _match(model: Module, source: WeightSource, names_of: Mapping[Tensor, list[str]]) -> dict[str, Tensor]:
-    """Tensor name in the files -> what it fills: a parameter (cut or whole) or a buffer.
-
-    A tied one is found under the first of its names that is there.
-    """
-    present = {tensor: [n for n in names if n in source.files] for tensor, names in names_of.items()}
-    known = {name for names in names_of.values() for name in names}
-    targets = {names[0]: tensor for tensor, names in present.items() if names}
-    shapes = {name: whole_shape(tensor) for name, tensor in targets.items()}
-    _refuse_misfits(
-        source,
-        missing=[names_of[tensor][0] for tensor, names in present.items() if not names],
-        unexpected=[n for n in source.files if n not in known and not _may_be_ignored(model, n)],
-        wrong=[
-            wrong_shape(name, source.shape(name), shape)
-            for name, shape in shapes.items()
-            if not source.fits(name, shape)
-        ],
-    )
-    return targets
-
-
-def _may_be_ignored(model: Module, name: str) -> bool:
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    return bool(_OUTDATED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
-
-
-def _refuse_misfits(
-    source: WeightSource,
-    missing: Sequence[str] = (),
-    unexpected: Sequence[str] = (),
-    wrong: Sequence[str] = (),
-) -> None:
-    misfits = {"missing": missing, "unexpected": unexpected, WRONG_SHAPE: wrong}
-    refuse_misfits(f"model: the tensors in {source.path} are not the model's", misfits)

@@ -38,6 +38,9 @@ class ModelTensors(Protocol):
         """A tensor's elements, row-major, in contiguous tensors on the host; a piece is overwritten by the
         next one."""
 
+    def stretch(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a tensor, row-major: 1-D, on the host."""
+
 
 def write_model(
     path: Path,

@@ -57,7 +57,7 @@ def plain_refusals(path: Path) -> Iterator[None]:
         text = str(error).strip()
         if _KEY in text:
             raise ValueError(_message(path, "it brings code of its own")) from None
-        if text.startswith("model: "):
+        if text.startswith(("model: ", "model_class: ")):
             raise
         reason = text.splitlines()[0] if text else "no reason given"
         raise ValueError(f"model: {path} cannot be used: {type(error).__name__}: {reason[:300]}") from error

@@ -51,24 +51,37 @@ class ShardExchange:
 
     # Rank 0 ------------------------------------------------------------------------------------
 
-    def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
-        """All elements of a tensor, row-major, in 1-D tensors of at most PIECE_BYTES on the host.
-
-        A piece is overwritten by the next one.
+    def pieces(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Elements ``start`` to ``stop`` of a tensor, row-major, in 1-D tensors of at most PIECE_BYTES on the
+        host. A piece is overwritten by the next one.
 
         Raises:
             RuntimeError: a rank could not send its part.
         """
         if not is_cut(tensor):
-            yield from host_pieces(tensor)
+            yield from host_pieces(tensor.detach().reshape(-1)[start:stop])
             return
         spec = shard_spec(tensor)
+        stop = spec.numel if stop is None else stop
         for rank, global_rank in enumerate(dist.get_process_group_ranks(process_group(tensor))):
-            numel = replace(spec, rank=rank).shard_numel
+            part = replace(spec, rank=rank)
+            first, last = max(start, part.start) - part.start, min(stop, part.stop) - part.start
             if global_rank == dist.get_rank():
-                yield from host_pieces(flat_part(tensor)[1])
+                yield from host_pieces(flat_part(tensor)[1][first : max(first, last)])
             else:
-                yield from self._pieces_of(global_rank, tensor, numel)
+                yield from self._pieces_of(global_rank, tensor, first, last)
+
+    def stretch(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a tensor, row-major: 1-D, in host memory of their own.
+
+        Raises:
+            RuntimeError: a rank could not send its part.
+        """
+        flat, done = torch.empty(stop - start, dtype=tensor.dtype), 0
+        for piece in self.pieces(tensor, start, stop):
+            flat[done : done + piece.numel()].copy_(piece)
+            done += piece.numel()
+        return flat
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor with all its elements, in host memory.
@@ -76,12 +89,8 @@ class ShardExchange:
         Raises:
             RuntimeError: a rank could not send its part.
         """
-        whole = torch.empty(whole_shape(tensor), dtype=tensor.dtype)
-        flat, done = whole.view(-1), 0
-        for piece in self.pieces(tensor):
-            flat[done : done + piece.numel()].copy_(piece)
-            done += piece.numel()
-        return whole
+        shape = whole_shape(tensor)
+        return self.stretch(tensor, 0, torch.Size(shape).numel()).view(shape)
 
     def end(self) -> None:
         """Let the other ranks return from ``serve``."""
@@ -89,11 +98,11 @@ class ShardExchange:
             if rank != dist.get_rank():
                 self._send(torch.tensor([_NOTHING_MORE, 0, 0]), rank)
 
-    def _pieces_of(self, rank: int, tensor: Tensor, numel: int) -> Iterator[Tensor]:
-        """A rank's part of a tensor, which has ``numel`` elements."""
+    def _pieces_of(self, rank: int, tensor: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+        """Elements ``start`` to ``stop`` of a rank's part of a tensor."""
         at_once = max(1, PIECE_BYTES // tensor.element_size())
-        for first in range(0, numel, at_once):
-            last = min(first + at_once, numel)
+        for first in range(start, stop, at_once):
+            last = min(first + at_once, stop)
             self._send(torch.tensor([self._numbers[tensor], first, last]), rank)
             if not int(self._receive(torch.empty(1, dtype=torch.int64), rank)):
                 raise RuntimeError(f"rank {rank} could not send its part of a tensor")

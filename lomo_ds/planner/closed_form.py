@@ -75,6 +75,7 @@ def closed_form(job: Job) -> ClosedForm:
 def _refuse_unknown(job: Job, shape: ModelShape) -> None:
     zero, ds_json = job.ds_json.get("zero_optimization", {}), job.ds_json
     refused = {
+        f'"optimizer.type": "{job.optimizer}", which has no backward': not job.has_backward,
         "--checkpointing non-reentrant": job.checkpointing == "non_reentrant",
         'fp32: neither "bf16.enabled" nor "fp16.enabled" is true': not any(
             _enabled(ds_json, key) for key in ("bf16", "fp16")

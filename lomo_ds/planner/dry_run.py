@@ -17,7 +17,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from lomo_ds.initialization import initialize
-from lomo_ds.model_io.load import build_sharded, load_shards
+from lomo_ds.model_io.fill import load_shards
+from lomo_ds.model_io.load import build_sharded
 from lomo_ds.planner.fake_rank import fake_rank
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger, Peak, Place, bytes_by_role
@@ -260,24 +261,25 @@ def claim_checkpoints(model: torch.nn.Module, ledger: Ledger) -> None:
 
 
 def run_step(engine: Any, job: Job, ledger: Ledger, step: str, traffic: Traffic | None = None) -> None:
-    """One step of the engine, in three phases, each of them once for every micro-batch that runs.
+    """One step of the engine in its phases; without a backward, every micro-batch runs.
 
     Args:
         engine, job, ledger: of the run.
         step: its name, which begins those of the phases.
         traffic: counts each micro-batch as often as ``micro_batch_weights`` says.
     """
-    counts = micro_batch_weights(job.num_micro_batches)
+    counts = micro_batch_weights(job.num_micro_batches) if job.has_backward else [1] * job.num_micro_batches
     closures = [
         partial(_forward, engine, job, traffic, count, is_last=at == len(counts))
         for at, count in enumerate(counts, start=1)
     ]
-    backward_and_step(engine, closures, phase=lambda name: ledger.phase(f"{step}: {name}"))
+    make_step = partial(backward_and_step, engine) if job.has_backward else engine.train_batch
+    make_step(closures, phase=lambda name: ledger.phase(f"{step}: {name}"))
 
 
 def _forward(engine: Any, job: Job, traffic: Traffic | None, count: int, is_last: bool) -> torch.Tensor:
     """The loss of a micro-batch that counts for ``count`` of the step's."""
-    if job.num_micro_batches > MAX_MICRO_BATCHES:
+    if job.has_backward and job.num_micro_batches > MAX_MICRO_BATCHES:
         engine.set_gradient_accumulation_boundary(is_last)
     if traffic is not None:
         traffic.times = count

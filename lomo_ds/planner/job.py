@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from lomo_ds.byte_units import GIB
 from lomo_ds.config import read_json_object
+from lomo_ds.optimizers import OPTIMIZERS
 from lomo_ds.planner.batch import MICRO, STEPS, TRAIN, num_micro_batches
 from lomo_ds.planner.device import DeviceKind
 from lomo_ds.planner.reserve import ReservePart, reserve_parts
-from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES
+from lomo_ds.rules.table import RULES
 from lomo_ds.zero3.supported import refuse_malformed
+from lomo_ds.zo.table import METHODS
 
 Checkpointing = Literal["reentrant", "non_reentrant", "none"]
 
@@ -28,7 +30,7 @@ class Job:
     Attributes:
         model: a transformers config.
         ds_json: DeepSpeed JSON, without what it leaves open.
-        optimizer: one of ``OWN_OPTIMIZERS`` and ``STOCK_OPTIMIZERS``, in any case; that of the JSON is
+        optimizer: one of ``OPTIMIZERS`` and ``STOCK_OPTIMIZERS``, in any case; that of the JSON is
             set to it.
         num_gpus: ranks.
         gpus_per_node: of them.
@@ -99,7 +101,12 @@ class Job:
     @property
     def is_own(self) -> bool:
         """Whether lomo_ds's engine runs it."""
-        return self.optimizer in OWN_OPTIMIZERS
+        return self.optimizer in OPTIMIZERS
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether a step has a backward; zeroth order has none."""
+        return self.optimizer not in METHODS
 
     @property
     def num_micro_batches(self) -> int:
@@ -143,8 +150,8 @@ class Job:
 
 
 def known_optimizers() -> tuple[str, ...]:
-    """The optimizers that a job can have: those of the table of rules, and DeepSpeed's own."""
-    return OWN_OPTIMIZERS + STOCK_OPTIMIZERS
+    """The optimizers that a job can have: lomo_ds's, and DeepSpeed's own."""
+    return (*OPTIMIZERS, *STOCK_OPTIMIZERS)
 
 
 def _known_optimizer(name: str) -> str:
@@ -226,7 +233,7 @@ PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str, Any]:
-    """Settings for little memory: bf16, exact clipping, low limits on gathered weights.
+    """Settings for little memory: bf16, low limits on gathered weights, and, with a backward, exact clipping.
 
     The limits are those of ds_configs/lomo_bf16_low_memory.json, which an installed package does not have.
 
@@ -234,14 +241,16 @@ def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str,
         optimizer: of the JSON.
         family: transformers' name of it; the vocabulary is in tiles for ``PLAIN_HEADS``.
     """
-    return {
-        "optimizer": {
-            "type": optimizer,
-            "params": {"lr": RULES[optimizer].lr if optimizer in RULES else 1e-3},
-        },
+    optimizer = _known_optimizer(optimizer)
+    row = (RULES | METHODS).get(optimizer)
+    for_backward = {
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
         "tiled_vocabulary": {"enabled": family in PLAIN_HEADS},
+    }
+    return {
+        "optimizer": {"type": optimizer, "params": {"lr": row.lr if row else 1e-3}},
+        **({} if optimizer in METHODS else for_backward),
+        "bf16": {"enabled": True},
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": True,

@@ -29,13 +29,21 @@ _BY_FILE = (
     ("lomo_ds/zero3/apply/pinned_buffer.py", Role.OFFLOADED_GRADIENTS),
     ("lomo_ds/zero3/apply/nvme_buffer.py", Role.OFFLOADED_GRADIENTS),
     ("lomo_ds/zero3/activation_offload.py", Role.CHECKPOINTS),
+    ("lomo_ds/zero3/zeroth_order/perturbation.py", Role.GATHERED),
     ("lomo_ds/zero3/vocabulary/row_tiles.py", Role.GATHERED),
     ("lomo_ds/zero3/vocabulary/tiled_functions.py", Role.ACTIVATIONS),
     ("torch/optim/", Role.OTHER),
 )
 """Part of the path of the file that asked for memory -> what the memory is for."""
 
-_OTHER_FILES = ("lomo_ds/rules/", "lomo_ds/zero3/", "lomo_ds/planner/", "lomo_ds/model_io/", "deepspeed/")
+_OTHER_FILES = (
+    "lomo_ds/rules/",
+    "lomo_ds/zo/",
+    "lomo_ds/zero3/",
+    "lomo_ds/planner/",
+    "lomo_ds/model_io/",
+    "deepspeed/",
+)
 
 
 def role_of_origin(file: str, phase: str) -> Role:

@@ -47,7 +47,7 @@ def _for_device(job: Job, run: DryRun) -> str:
         return 'lower "zero_optimization.stage3_max_live_parameters" (and "stage3_prefetch_bucket_size")'
     if roles["checkpoints"] >= missing:
         return 'set "activation_checkpointing.cpu_checkpointing" to true: checkpoints then wait on the host'
-    if _peaks_at_head(job, run):
+    if _peaks_at_head(job, run) and job.has_backward:
         return 'set "tiled_vocabulary.enabled" to true: the head and the embedding then come in pieces'
     if job.micro_batch > 1:
         return "lower --micro-batch"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def _mix(state: Tensor) -> Tensor:
+def mix(state: Tensor) -> Tensor:
     """Scramble int32 values in place by shifts and odd multipliers, so that near inputs end far apart."""
     for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, -0x7B935975)):
         state.bitwise_xor_((state >> shift).bitwise_and_(mask))
@@ -16,7 +16,8 @@ def _mix(state: Tensor) -> Tensor:
     return state.bitwise_xor_((state >> 16).bitwise_and_(0xFFFF))
 
 
-def _as_int32(value: int) -> int:
+def as_int32(value: int) -> int:
+    """The lowest 32 bits of ``value`` as a signed number."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value >= 1 << 31 else value
 
@@ -33,7 +34,7 @@ def seeds_of(key: tuple[int, ...]) -> tuple[int, int]:
     state = 0
     for word in key:
         state = _mix64((state + 0x9E3779B97F4A7C15 * (word + 1)) & 0xFFFFFFFFFFFFFFFF)
-    return _as_int32(state), _as_int32(state >> 32)
+    return as_int32(state), as_int32(state >> 32)
 
 
 def random_int32(key: tuple[int, ...], start: int, numel: int, device: torch.device) -> Tensor:
@@ -57,8 +58,8 @@ def random_int32(key: tuple[int, ...], start: int, numel: int, device: torch.dev
         Generators, 2014).
     """
     first, second = seeds_of(key)
-    counter = torch.arange(numel, dtype=torch.int32, device=device).add_(_as_int32(start + first))
-    return _mix(_mix(counter).add_(second))
+    counter = torch.arange(numel, dtype=torch.int32, device=device).add_(as_int32(start + first))
+    return mix(mix(counter).add_(second))
 
 
 def random_normal(key: tuple[int, ...], start: int, numel: int, device: torch.device) -> Tensor:

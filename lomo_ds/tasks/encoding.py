@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
-from lomo_ds.tasks.prompts import ChoiceExample, ResponseExample
+from lomo_ds.tasks.prompts import ChatExample, ChoiceExample, ResponseExample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,18 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str, max_length: int) -> 
     return EncodedAnswer(input_ids=input_ids, target_ids=target_ids)
 
 
+def encode_text(tokenizer: Any, text: str, max_length: int) -> tuple[int, ...]:
+    """Tokens of a text, without an end-of-text token; a longer one loses its beginning.
+
+    Raises:
+        ValueError: it has no token.
+    """
+    ids = _text_ids(tokenizer, text)
+    if not ids:
+        raise ValueError(f"task: the prompt {text[:60]!r} needs at least one token")
+    return _cut_beginning(ids, max_length, tokenizer.bos_token_id)
+
+
 def padding_id(tokenizer: Any) -> int:
     """A token for padding; which one does not matter, since padding is masked."""
     return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
@@ -89,15 +102,48 @@ def encode_response(tokenizer: Any, prompt: str, response: str, max_length: int)
     )
 
 
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]], max_length: int) -> EncodedAnswer:
+    """Tokenize a conversation by the tokenizer's chat template; the last message is to be predicted.
+
+    The template says where a text begins and ends: no token is added to what it gives.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: role and content of each.
+        max_length: of ``input_ids``, in tokens; a longer text loses its end.
+
+    Returns:
+        The encoded answer; without targets where the messages before fill ``max_length``.
+
+    Raises:
+        ValueError: no chat template, or one that writes the beginning in another way when the end is there.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("task: chat needs a tokenizer with a chat template, and the model's has none")
+    template = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+    prompt_ids = list(template(list(messages[:-1]), add_generation_prompt=True))
+    whole_ids = list(template(list(messages)))
+    if whole_ids[: len(prompt_ids)] != prompt_ids or len(whole_ids) == len(prompt_ids):
+        raise ValueError(
+            "task: the tokenizer's chat template does not write a conversation as the same text when the "
+            "answer is still missing, so that the answer cannot be told from the rest"
+        )
+    return EncodedAnswer(
+        input_ids=tuple(whole_ids[:-1][:max_length]),
+        target_ids=tuple(whole_ids[len(prompt_ids) : max_length + 1]),
+        is_cut=len(whole_ids) > max_length + 1,
+    )
+
+
 def encode_responses(
-    tokenizer: Any, examples: Sequence[ResponseExample], max_length: int
+    tokenizer: Any, examples: Sequence[ResponseExample | ChatExample], max_length: int
 ) -> list[EncodedAnswer]:
-    """Each example with its response.
+    """Each example with its response, or its last message.
 
     Raises:
         ValueError: prompts that leave no room for a response: how many, and the first of them.
     """
-    answers = [encode_response(tokenizer, one.prompt, one.response, max_length) for one in examples]
+    answers = [_encode_free_text(tokenizer, one, max_length) for one in examples]
     without = [number for number, answer in enumerate(answers, start=1) if not answer.target_ids]
     if without:
         raise ValueError(
@@ -105,6 +151,14 @@ def encode_responses(
             f"{len(answers)} examples (the first is example {without[0]}): raise it, or remove them"
         )
     return answers
+
+
+def _encode_free_text(
+    tokenizer: Any, example: ResponseExample | ChatExample, max_length: int
+) -> EncodedAnswer:
+    if isinstance(example, ChatExample):
+        return encode_chat(tokenizer, example.messages, max_length)
+    return encode_response(tokenizer, example.prompt, example.response, max_length)
 
 
 def _whole_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
@@ -126,6 +180,9 @@ def _whole_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int
 
 def _text_ids(tokenizer: Any, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
+    begin = tokenizer.bos_token_id
+    if begin is not None and ids[:2] == [begin] * 2:  # the text itself begins with that token
+        del ids[0]
     if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
         ids.pop()
     return ids

@@ -10,8 +10,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lomo_ds.tasks.classes import class_queries
 from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, padding_id
-from lomo_ds.tasks.prompts import ResponseExample
+from lomo_ds.tasks.prompts import FREE_TEXT
 from lomo_ds.tasks.scoring import Query, accuracy, answer_loss, option_scores, queries_for, rank_batches
 
 Watched = Callable[[list[Any]], Iterable[Any]]
@@ -74,7 +75,7 @@ class Evaluation(ABC):
 
         Args:
             engine: of ``lomo_ds.initialize``.
-            watched: wraps the list of this rank's batches to show progress.
+            watched: wraps the list of this rank's batches, of which every rank has equally many.
         """
         batches = rank_batches(self.all_queries(), self.batch_size, dist.get_rank(), dist.get_world_size())
         was_training = engine.training
@@ -188,24 +189,27 @@ class ResponseEvaluation(Evaluation):
         )
 
 
-def evaluation_of(tokenizer: Any, examples: Sequence[Any], max_length: int, batch_size: int) -> Evaluation:
+def evaluation_of(
+    tokenizer: Any, examples: Sequence[Any], max_length: int, batch_size: int, by_classifier: bool = False
+) -> Evaluation:
     """Tokenize a held-out set: questions with options, or prompts with responses.
 
     Args:
         tokenizer: of the model.
-        examples: at least one, all ``ChoiceExample`` or all ``ResponseExample``.
+        examples: at least one, all ``ChoiceExample`` or all of ``FREE_TEXT``.
         max_length: tokens of a text; longer prompts lose their beginning, longer responses their end.
         batch_size: queries of one forward on each rank.
+        by_classifier: the model has a score for each option, and does not read them.
 
     Raises:
         ValueError: an example without room for its answer.
     """
     pad_token_id = padding_id(tokenizer)
-    if isinstance(examples[0], ResponseExample):
+    if isinstance(examples[0], FREE_TEXT):
         answers = encode_responses(tokenizer, examples, max_length)
         return ResponseEvaluation(answers=answers, batch_size=batch_size, pad_token_id=pad_token_id)
     return ChoiceEvaluation(
-        queries=queries_for(tokenizer, examples, max_length),
+        queries=(class_queries if by_classifier else queries_for)(tokenizer, examples, max_length),
         labels=[example.label for example in examples],
         num_options=max(len(example.options) for example in examples),
         batch_size=batch_size,

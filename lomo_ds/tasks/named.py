@@ -1,4 +1,4 @@
-"""Tasks with a name: those of SuperGLUE with options, SST-2, and instructions with responses.
+"""Tasks with a name: those of SuperGLUE with options, SST-2, instructions with responses, conversations.
 
 SuperGLUE's own JSON lines have names for labels, and nested entries; the rows of the Hugging Face hub have
 numbers for labels, and are flat.
@@ -6,14 +6,14 @@ numbers for labels, and are flat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lomo_ds.config import did_you_mean
 from lomo_ds.tasks.data import Row, read_rows
-from lomo_ds.tasks.prompts import ChoiceExample, Example, ResponseExample
+from lomo_ds.tasks.prompts import ChatExample, ChoiceExample, Example, ResponseExample
 
 _YES_NO = (" Yes", " No")
 
@@ -55,8 +55,8 @@ class NamedTask:
         questions: list[Example] = []
         for number, row in enumerate(rows, start=1):
             try:
-                questions += self.examples(row)
-            except (KeyError, TypeError, ValueError) as error:
+                questions += self.examples(_WithoutNulls(row))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{where}, example {number} is not one of {self.label}: {error!r}") from None
         return questions
 
@@ -110,6 +110,20 @@ def _named_index(names: Sequence[str], value: Any) -> int:
     return _index(range(len(names)) if isinstance(value, int) else names, value)
 
 
+class _WithoutNulls(dict[str, Any]):
+    """A row, or an object in it, of which no value that is asked for may be null."""
+
+    def __getitem__(self, column: str) -> Any:
+        value = super().__getitem__(column)
+        if value is None:
+            raise ValueError(f"the column {column!r} is null")
+        if isinstance(value, Mapping):
+            return _WithoutNulls(value)
+        if isinstance(value, list):
+            return [_WithoutNulls(one) if isinstance(one, Mapping) else one for one in value]
+        return value
+
+
 # The questions of a row ---------------------------------------------------------------------------------
 
 
@@ -131,7 +145,7 @@ def _boolq(row: Row) -> Iterator[ChoiceExample]:
 
 
 def _wsc(row: Row) -> Iterator[ChoiceExample]:
-    target = row.get("target", row)
+    target = _WithoutNulls(row.get("target", row))
     prompt = (
         f'{row["text"]}\nDoes "{target["span2_text"]}" stand for "{target["span1_text"]}" there? Yes or no?\n'
         "Answer:"
@@ -186,6 +200,11 @@ def _instruction(row: Row) -> Iterator[ResponseExample]:
     yield ResponseExample(prompt=prompt, response=response)
 
 
+def _chat(row: Row) -> Iterator[ChatExample]:
+    messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+    yield ChatExample(messages=tuple(messages))
+
+
 def _superglue(label: str, examples: Callable[[Row], Iterator[ChoiceExample]]) -> NamedTask:
     folders = ("", f"{label}/", f"superglue/{label}/")
     return NamedTask(
@@ -215,5 +234,11 @@ TASKS: dict[str, NamedTask] = {
         examples=_instruction,
         train=("train.jsonl", "instructions/train.jsonl"),
         validation=("validation.jsonl", "val.jsonl", "instructions/validation.jsonl"),
+    ),
+    "chat": NamedTask(
+        label="chat",
+        examples=_chat,
+        train=("train.jsonl", "chat/train.jsonl"),
+        validation=("validation.jsonl", "val.jsonl", "chat/validation.jsonl"),
     ),
 }

@@ -86,6 +86,40 @@ class ResponseExample:
         if not self.response:
             raise ValueError("the response is empty")
 
+    @property
+    def answer(self) -> str:
+        """The text that should follow the prompt."""
+        return self.response
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatExample:
+    """A conversation, whose last message the model should give.
+
+    Attributes:
+        messages: role and content of each; the tokenizer's chat template makes the text of them.
+    """
+
+    messages: tuple[dict[str, str], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
+            raise ValueError("messages has to end with one of the assistant, after at least one other")
+
+    @property
+    def prompt(self) -> str:
+        """The messages before the last one, for people: the model reads what the chat template writes."""
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The content of the last message."""
+        return self.messages[-1]["content"]
+
+
+FREE_TEXT = (ResponseExample, ChatExample)
+"""Examples that the model answers in its own words."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResponsePrompt:
@@ -117,7 +151,7 @@ class ResponsePrompt:
         return ResponseExample(prompt=prompt, response=response)
 
 
-Example = ChoiceExample | ResponseExample
+Example = ChoiceExample | ResponseExample | ChatExample
 
 
 def _filled(template: str, number: int, row: Row) -> str:
@@ -130,3 +164,5 @@ def _filled(template: str, number: int, row: Row) -> str:
 def _require_column(key: str, column: str, number: int, row: Row) -> None:
     if column not in row:
         raise ValueError(f"{key}: example {number} has no column {column!r}; it has: {', '.join(row)}")
+    if row[column] is None:
+        raise ValueError(f"{key}: the column {column!r} of example {number} is null")

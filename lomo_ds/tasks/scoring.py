@@ -20,8 +20,13 @@ Model = Callable[..., Any]
 def answer_logits(model: Model, batch: AnswerBatch) -> Tensor:
     """Run the model; returns fp32 logits where answers are predicted, of shape (batch, kept, vocabulary).
 
+    A classifier has one row of logits for a text, of its classes; here every kept position has that row.
+
     Cost: logits of the kept positions only, instead of the whole sequence.
     """
+    if is_classifier(model):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits.float()[:, None].expand(-1, len(batch.kept), -1)
     outputs = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -29,6 +34,12 @@ def answer_logits(model: Model, batch: AnswerBatch) -> Tensor:
         use_cache=False,
     )
     return outputs.logits.float()
+
+
+def is_classifier(model: Model) -> bool:
+    """Whether a model (or an engine's) has a classifier, as its configuration says."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    return getattr(config, "problem_type", None) == "single_label_classification"
 
 
 def target_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lomo_ds.recipe import Recipe
+from lomo_ds.tasks.classes import encode_classes
 from lomo_ds.tasks.encoding import EncodedAnswer, encode_responses, encode_right_answers, padding_id
 from lomo_ds.tasks.evaluation import Evaluation, evaluation_of
-from lomo_ds.tasks.prompts import ResponseExample
+from lomo_ds.tasks.prompts import FREE_TEXT
 from lomo_ds.training.plan import RunPlan
 
 
@@ -48,7 +49,11 @@ def encode_data_sets(plan: RunPlan, tokenizer: Any) -> DataSets:
 
 
 def _encoded(key: str, tokenizer: Any, examples: Sequence[Any], recipe: Recipe) -> list[EncodedAnswer]:
-    encode = encode_responses if isinstance(examples[0], ResponseExample) else encode_right_answers
+    encode: Callable[..., list[EncodedAnswer]] = encode_right_answers
+    if recipe.has_classifier:
+        encode = encode_classes
+    elif isinstance(examples[0], FREE_TEXT):
+        encode = encode_responses
     try:
         return encode(tokenizer, examples, recipe.max_sequence_length)
     except ValueError as error:
@@ -60,6 +65,12 @@ def _evaluation(plan: RunPlan, tokenizer: Any) -> Evaluation | None:
     if not examples:
         return None
     try:
-        return evaluation_of(tokenizer, examples, recipe.max_sequence_length, recipe.evaluation.batch_size)
+        return evaluation_of(
+            tokenizer,
+            examples,
+            recipe.max_sequence_length,
+            recipe.evaluation.batch_size,
+            by_classifier=recipe.has_classifier,
+        )
     except ValueError as error:
         raise ValueError(f"data.evaluation: {error}") from None

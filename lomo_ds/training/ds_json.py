@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lomo_ds.config import read_json_object
+from lomo_ds.optimizers import is_zeroth_order
 from lomo_ds.recipe import LoraRecipe, Recipe
 from lomo_ds.training.schedule import SHAPES, num_warmup_steps
 from lomo_ds.zero3.supported import refuse_unsupported
@@ -51,7 +52,7 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
     _fill(filled, "optimizer.params.lr", recipe.optimizer.lr)
     _fill(filled, "optimizer.params.weight_decay", recipe.optimizer.weight_decay)
     if recipe.lora is not None:
-        _add_adapters(filled["optimizer"]["params"], recipe.lora)
+        _add_adapters(filled["optimizer"], recipe.lora)
     if filled["optimizer"]["params"].get("lr") is None:
         raise ValueError(
             'optimizer.lr is missing: give it in the recipe, or "optimizer.params.lr" in the JSON'
@@ -117,9 +118,15 @@ def _set_dtype(ds_json: dict[str, Any], dtype: str | None) -> None:
             ds_json[name]["enabled"] = False
 
 
-def _add_adapters(optimizer_params: dict[str, Any], lora: LoraRecipe) -> None:
-    """Add a parameter group for the adapters, in place; a frozen base needs no learning rate of its own."""
-    group = {"params": [_ADAPTERS], "type": "AdamW", "lr": lora.lr, "weight_decay": lora.weight_decay}
+def _add_adapters(optimizer: dict[str, Any], lora: LoraRecipe) -> None:
+    """Add a parameter group for the adapters, in place; a frozen base needs no learning rate of its own.
+
+    AdamW updates them where there are gradients.
+    """
+    group = {"params": [_ADAPTERS], "lr": lora.lr, "weight_decay": lora.weight_decay}
+    if not is_zeroth_order(optimizer["type"]):
+        group["type"] = "AdamW"
+    optimizer_params = optimizer.setdefault("params", {})
     others = optimizer_params.get("param_groups", [])
     optimizer_params["param_groups"] = others if group in others else [group, *others]
     if not lora.train_base:

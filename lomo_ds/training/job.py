@@ -18,6 +18,7 @@ from lomo_ds.training.interruption import StopFlag
 from lomo_ds.training.loop import TrainingSet
 from lomo_ds.training.metrics import StepMetrics, append_line, write_lines
 from lomo_ds.training.model import load_tokenizer
+from lomo_ds.training.monitors import tell_monitors
 from lomo_ds.training.outputs import OutputFolder
 from lomo_ds.training.plan import RunPlan, plan_run
 from lomo_ds.training.progress import TrainingProgress
@@ -55,7 +56,7 @@ class Job:
     engine: Any
     is_first: bool
     start_s: float
-    stop: StopFlag = field(default_factory=StopFlag)
+    stop: StopFlag
     history: list[StepMetrics] = field(default_factory=list)
     before: dict[str, float | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Job:
         self.history.append(metrics)
         if self.is_first:
             append_line(self.output.metrics, metrics)
+        tell_monitors(self.engine, metrics)
         self.progress.show(metrics)
 
     def training_set(self) -> TrainingSet:
@@ -103,6 +105,7 @@ def set_up(
     checkpoint: Path | None,
     make_engine: EngineMaker,
     start_s: float,
+    stop: StopFlag,
     notes: Sequence[str] = (),
 ) -> Job:
     """Check everything, claim the output folder, then load the model and build the engine. Collective.
@@ -112,6 +115,7 @@ def set_up(
         checkpoint: folder to resume from; None starts from the beginning.
         make_engine: builds the engine from the plan.
         start_s: when the run began, by ``time.perf_counter``.
+        stop: of this rank.
         notes: lines for the user.
 
     Raises:
@@ -139,6 +143,7 @@ def set_up(
         engine=_loaded_engine(plan, make_engine, progress),
         is_first=is_first,
         start_s=start_s,
+        stop=stop,
     )
     if checkpoint is not None:
         _resume(job, checkpoint)

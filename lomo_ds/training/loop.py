@@ -76,9 +76,9 @@ def _step(
     factor = dist.get_world_size() * len(parts) / num_targets
     closures = [_MicroBatch(engine, data, part, factor) for part in parts]
     lr = used_lr(engine)
-    engine.train_batch(closures)
+    mean_loss = engine.train_batch(closures)
     own = Share(
-        loss_sum=sum(closure.loss_sum.item() for closure in closures),
+        loss_sum=_loss_sum(engine, closures, mean_loss, num_targets),
         num_tokens=sum(closure.num_tokens for closure in closures),
         peak_bytes=peak_bytes(),
         stop_requested=stop.requested,
@@ -94,6 +94,13 @@ def _step(
         num_skipped_params=getattr(engine.optimizer, "num_skipped_params", 0),
     )
     return metrics, share.stop_requested
+
+
+def _loss_sum(engine: Any, closures: Sequence[_MicroBatch], mean_loss: Tensor, num_targets: int) -> float:
+    """This rank's sum over answer tokens; from the mean where closures were called at several points."""
+    if getattr(engine, "owns_forwards", False):
+        return mean_loss.item() * num_targets / dist.get_world_size()
+    return sum(closure.loss_sum.item() for closure in closures)
 
 
 class _MicroBatch:

@@ -12,8 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR
 import lomo_ds
 from lomo_ds.integrations.peft import add_adapters
 from lomo_ds.model_io.load import load_pretrained, model_folder
-from lomo_ds.model_io.remote_code import plain_refusals
+from lomo_ds.model_io.tokenizer import load_tokenizer as tokenizer_of
 from lomo_ds.recipe import Recipe
+from lomo_ds.tasks.classes import class_names
+from lomo_ds.tasks.encoding import padding_id
 from lomo_ds.training.ds_json import peak_lrs
 from lomo_ds.training.plan import RunPlan
 from lomo_ds.training.schedule import SHAPES, make_schedule, num_warmup_steps
@@ -22,22 +24,39 @@ from lomo_ds.zero3.collective_errors import failing_together
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The model's tokenizer. Collective: a rank that fails lets the others fail, too."""
-    from transformers import AutoTokenizer
-
     folder = model_folder(recipe.model)
-    with failing_together(), plain_refusals(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+    with failing_together():
+        return tokenizer_of(folder, recipe.trust_remote_code)
 
 
 def load_model(plan: RunPlan) -> Any:
     """The recipe's model, cut by ZeRO-3, with what the recipe adds to it. Collective."""
     recipe = plan.recipe
-    model = load_pretrained(recipe.model, plan.ds_json, recipe.trust_remote_code, recipe.weights)
+    model = load_pretrained(
+        recipe.model,
+        plan.ds_json,
+        recipe.trust_remote_code,
+        recipe.weights,
+        recipe.model_class,
+        _classifier_settings(plan) if recipe.has_classifier else None,
+    )
     if recipe.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora, recipe.seed)
     return model
+
+
+def _classifier_settings(plan: RunPlan) -> dict[str, Any]:
+    """What the configuration of a model with a classifier says of its classes and of padding."""
+    names = class_names(plan.train_examples)
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+        "pad_token_id": padding_id(load_tokenizer(plan.recipe)),
+    }
 
 
 def schedule_maker(plan: RunPlan) -> Callable[[Optimizer], LambdaLR] | None:

@@ -27,6 +27,7 @@ class OutputFolder:
         self.recipe = self.path / "recipe.yaml"
         self.ds_json = self.path / "ds_config.json"
         self.predictions = self.path / "predictions.jsonl"
+        self.predictions_before = self.path / "predictions_before.jsonl"
         self.plot = self.path / "loss_and_memory.png"
         self.summary = self.path / "summary.json"
         self.lr_search = self.path / "lr_search.json"
@@ -39,7 +40,7 @@ class OutputFolder:
     def begin(self, plan: RunPlan) -> None:
         """Create the folder, delete an earlier run's results and write the recipe and the JSON as used."""
         self.path.mkdir(parents=True, exist_ok=True)
-        results = (self.metrics, self.predictions, self.plot, self.summary)
+        results = (self.metrics, self.predictions, self.predictions_before, self.plot, self.summary)
         for file in (*results, self.lr_search, self.lr_search_plot):
             file.unlink(missing_ok=True)
         for folder in (self.model, self.adapters, self.checkpoints, self.lr_search_start):
@@ -52,9 +53,10 @@ class OutputFolder:
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self._write_json(self.ds_json, plan.ds_json)
 
-    def write_predictions(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write the figures of each held-out example."""
-        with self.predictions.open("w", encoding="utf-8") as stream:
+    def write_predictions(self, when: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write what each held-out example is, with its figures "before" or "after" training."""
+        path = self.predictions_before if when == "before" else self.predictions
+        with path.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def write_lr_search(self, found: Mapping[str, Any]) -> None:

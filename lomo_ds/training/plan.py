@@ -9,8 +9,10 @@ from typing import Any
 
 from lomo_ds.integrations.peft import require_peft
 from lomo_ds.optimizers import optimizer_from_json
-from lomo_ds.recipe import DatasetRecipe, LrSearchRecipe, Recipe, TaskRecipe
-from lomo_ds.rules.table import RULES
+from lomo_ds.optimizers.settings import ROWS
+from lomo_ds.recipe import LrSearchRecipe, Recipe
+from lomo_ds.recipe_data import DatasetRecipe, TaskRecipe
+from lomo_ds.tasks.classes import class_names
 from lomo_ds.tasks.data import Row, read_rows
 from lomo_ds.tasks.hub import load_rows, shown_source
 from lomo_ds.tasks.named import NamedTask, named_task
@@ -57,6 +59,8 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     ds_json = fill_ds_json(ds_json, recipe, world_size)
     optimizer_from_json(ds_json["optimizer"])  # for its checks
     train_examples, held_out_examples = _read_examples(recipe)
+    if recipe.has_classifier:
+        class_names([*train_examples, *held_out_examples])  # for its check
     per_epoch = num_steps_per_epoch(len(train_examples), recipe.batch.train_batch_size)
     num_steps = recipe.steps or (recipe.epochs or 0) * per_epoch  # one of them is given
     if recipe.lr_search:
@@ -91,9 +95,9 @@ def with_lr(plan: RunPlan, lr: float) -> RunPlan:
 
 
 def _with_default_lr(recipe: Recipe, ds_json: dict[str, Any]) -> Recipe:
-    """With the learning rate with which a search begins: the rule's own, which ``RULES`` has."""
+    """With the learning rate with which a search begins: the rule's own, which ``ROWS`` has."""
     asked = str((ds_json.get("optimizer") or {}).get("type", "Lomo")).lower()
-    row = next((row for name, row in RULES.items() if name.lower() == asked), None)
+    row = next((row for name, row in ROWS.items() if name.lower() == asked), None)
     if row is None:
         return recipe  # refused with the list of types
     return replace(recipe, optimizer=replace(recipe.optimizer, lr=row.lr))

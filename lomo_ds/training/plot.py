@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lomo_ds.byte_units import GIB
-from lomo_ds.rules.table import RULES
+from lomo_ds.optimizers.settings import ROWS
 from lomo_ds.training.lr_trials import Trial
 from lomo_ds.training.metrics import StepMetrics
 from lomo_ds.training.plan import RunPlan
 
-_TITLES = {name.lower(): row.title for name, row in RULES.items()}
+_TITLES = {name.lower(): row.title for name, row in ROWS.items()}
 """Optimizer of the JSON, in small letters -> how people call it."""
 
 

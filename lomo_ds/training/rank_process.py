@@ -12,6 +12,8 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from lomo_ds.zero3._internals import use_only_gloo_on_cpu
+
 
 @contextmanager
 def rank_process() -> Iterator[None]:
@@ -22,7 +24,7 @@ def rank_process() -> Iterator[None]:
     others.
     """
     _keep_quiet()
-    _use_only_gloo_on_cpu()
+    use_only_gloo_on_cpu()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed()
     yield
@@ -33,15 +35,3 @@ def _keep_quiet() -> None:
     """Keep the terminal for the progress bar: hide DeepSpeed's log and torch's deprecations."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-
-
-def _use_only_gloo_on_cpu() -> None:
-    """Keep DeepSpeed from making shared-memory buffers for CPU ranks, which nothing removes afterwards.
-
-    ZeRO-3 does not use them. DeepSpeed makes them where LOCAL_SIZE is set, as by its launcher: 69 MB per rank
-    in /dev/shm.
-    """
-    num_local_ranks = os.environ.get("LOCAL_SIZE")
-    if get_accelerator().device_name() == "cpu" and num_local_ranks:
-        os.environ.setdefault("LOCAL_WORLD_SIZE", num_local_ranks)
-        del os.environ["LOCAL_SIZE"]

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from lomo_ds.config import from_mapping, shown
-from lomo_ds.recipe import DatasetRecipe, Recipe
+from lomo_ds.recipe import Recipe
+from lomo_ds.recipe_data import DatasetRecipe
 
 _MODEL_OR_DATA = ("model", "data.train.dataset", "data.evaluation.dataset")
 """Keys whose value may also be a name on the hub."""

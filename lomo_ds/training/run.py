@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,7 +16,7 @@ from lomo_ds.checkpoint.latest_resumable import latest_resumable
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.evaluation import Evaluation
 from lomo_ds.training.compute_dtype import computes_on_cpu, with_agreed_dtype
-from lomo_ds.training.interruption import INTERRUPTED
+from lomo_ds.training.interruption import INTERRUPTED, StopFlag
 from lomo_ds.training.job import EngineMaker, Job, set_up
 from lomo_ds.training.loop import train
 from lomo_ds.training.lr_search import search_lr, with_found_lr
@@ -21,31 +24,34 @@ from lomo_ds.training.model import make_engine
 from lomo_ds.training.outputs import OutputFolder
 from lomo_ds.training.rank_process import rank_process
 from lomo_ds.training.results import Figures, write_results
+from lomo_ds.training.stopping import Stopped, until_stopped
 from lomo_ds.zero3.collective_errors import failing_together
 
 
-def run(recipe: Recipe, engine_maker: EngineMaker = make_engine) -> int:
+def run(recipe: Recipe, engine_maker: EngineMaker = make_engine, stop: StopFlag | None = None) -> int:
     """Do what a recipe says, as one of the ranks that a launcher has started. Collective.
 
     Args:
         recipe: of ``load_recipe``.
         engine_maker: builds another engine than ``lomo_ds.initialize``, for a comparison in the same loop. It
             needs every attribute and method that is used of ours here.
+        stop: of this process, where it has listened to signals already.
 
     Returns:
-        The exit code: 0, or ``INTERRUPTED`` where the run was told to stop and has been saved.
+        The exit code: 0, or ``INTERRUPTED`` where the run was told to stop and can be resumed.
 
     Raises:
         ValueError: a setting that is wrong, on all ranks, before a model is built or anything is written.
         OSError: a checkpoint or a result could not be written.
     """
     start_s = time.perf_counter()
-    with rank_process():
+    stop = stop or StopFlag()
+    with stop.listening(), rank_process():
         if _is_finished(recipe):
             return 0
         checkpoint = _checkpoint_to_resume(recipe)
         recipe, reason = with_agreed_dtype(with_found_lr(recipe, checkpoint), computes_on_cpu())
-        job = set_up(recipe, checkpoint, engine_maker, start_s, notes=[reason])
+        job = set_up(recipe, checkpoint, engine_maker, start_s, stop, notes=[reason])
         if job.plan.recipe.lr_search:
             search_lr(job)
         return 0 if _train_and_evaluate(job) else INTERRUPTED
@@ -81,29 +87,39 @@ def _checkpoint_to_resume(recipe: Recipe) -> Path | None:
 
 
 def _train_and_evaluate(job: Job) -> bool:
-    """Everything after loading; False where the run was told to stop before its last step."""
+    """Everything after loading; False where the run was told to stop, and has been saved, before its end."""
     if job.engine.global_steps == 0:
         held_out = job.data.held_out if job.plan.recipe.evaluation.before else None
         job.before = _evaluate(job, held_out, "before")
     job.end_phase("evaluation_before_s")
-    with job.progress, job.stop.listening():
+    with job.progress:
         ended = _train(job)
     job.engine.wait_for_checkpoint()
     job.end_phase("training_s")
     if not ended:
-        num_steps = job.engine.global_steps
-        job.progress.say(f"told to stop: saved after step {num_steps}; continue with resume=auto")
-        return False
-    after = _evaluate(job, job.data.held_out, "after")
+        return _stopped(job)
+    try:
+        after = _evaluate(job, job.data.held_out, "after")
+    except Stopped:
+        job.save()
+        job.engine.wait_for_checkpoint()
+        return _stopped(job)
     job.end_phase("evaluation_after_s")
     write_results(job, job.before | after)
     return True
+
+
+def _stopped(job: Job) -> bool:
+    num_steps = job.engine.global_steps
+    job.progress.say(f"told to stop: saved after step {num_steps}; continue with resume=auto")
+    return False
 
 
 def _train(job: Job) -> bool:
     """Make the steps that are left, and save between them; False where the run was told to stop."""
     every, num_steps = job.plan.recipe.checkpoint.every, job.plan.num_steps
     for metrics, stop_requested in train(job.engine, job.training_set(), job.stop):
+        job.stop.at_once = False  # from now on there is something to save
         job.record(metrics)
         is_due = every is not None and metrics.step % every == 0
         if (is_due or stop_requested) and math.isfinite(metrics.loss):
@@ -118,10 +134,18 @@ def _evaluate(job: Job, evaluation: Evaluation | None, when: str) -> Figures:
     if evaluation is None:
         return {f"accuracy_{when}": None, f"loss_{when}": None}
     job.progress.say(f"scoring {len(job.plan.held_out_examples)} held-out examples {when} training")
-    found = evaluation.evaluate(job.engine, job.progress.scoring)
+    found = evaluation.evaluate(job.engine, partial(_watched, job))
     accuracy = "" if found.accuracy is None else f"accuracy {found.accuracy:.3f}, "
     job.progress.say(f"{when} training: {accuracy}loss {found.loss:.4f}")
     with failing_together():
-        if job.is_first and when == "after":
-            job.output.write_predictions(found.lines)
+        if job.is_first:
+            examples = job.plan.held_out_examples
+            texts = ({"prompt": example.prompt, "answer": example.answer} for example in examples)
+            lines = (text | line for text, line in zip(texts, found.lines, strict=True))
+            job.output.write_predictions(when, lines)
     return {f"accuracy_{when}": found.accuracy, f"loss_{when}": found.loss}
+
+
+def _watched(job: Job, batches: list[Any]) -> Iterator[Any]:
+    """The batches that are scored, shown to the user, until a rank is told to stop."""
+    return until_stopped(job.progress.scoring(batches), job.stop, job.engine.device)

@@ -57,13 +57,16 @@ class LomoEngine(EngineBase):
         Raises:
             ValueError: not one closure for each micro-batch; nothing has changed then.
         """
+        self._require_all_closures(closures)
+        return backward_and_step(self, closures, phase)
+
+    def _require_all_closures(self, closures: Sequence[LossClosure]) -> None:
         num_micro_batches = self.gradient_accumulation_steps()
         if len(closures) != num_micro_batches:
             raise ValueError(
                 f"engine.train_batch: {len(closures)} closures for a step of {num_micro_batches} "
                 'micro-batches ("gradient_accumulation_steps"): pass one for each'
             )
-        return backward_and_step(self, closures, phase)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""

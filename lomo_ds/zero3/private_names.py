@@ -55,6 +55,12 @@ def _attributes(owner: str, used_for: str, *names: str) -> list[PrivateName]:
 
 
 CONTRACT: tuple[PrivateName, ...] = (
+    *_attributes(
+        "deepspeed.comm.torch",
+        "not compiling an operation for CPU ranks",
+        "__compatible_ops__",
+        "build_shm_op",
+    ),
     *_methods(
         _STAGE3,
         "keeping only the reduce bucket, applying shards inside backward",
@@ -177,6 +183,28 @@ CONTRACT: tuple[PrivateName, ...] = (
         "shutdown_init_context",
         "restore_init_context",
     ),
+    *_attributes(
+        _PARAMS,
+        "perturbing gathered parameters",
+        "ds_status",
+        "ds_persist",
+        "ds_active_sub_modules",
+        "ds_external_parameters",
+    ),
+    *_attributes(_STAGE3, "perturbing gathered parameters", "zero_hpz_partition_size", "parameter_offload"),
+    *_methods(
+        f"{_OFFLOAD}:DeepSpeedZeRoOffload",
+        "running two forwards in lockstep",
+        pre_sub_module_forward_function=("self", "sub_module"),
+        post_sub_module_forward_function=("self", "sub_module"),
+        get_param_coordinator=("self",),
+    ),
+    *_methods(
+        f"{_COORDINATOR}:PartitionedParameterCoordinator",
+        "running two forwards in lockstep",
+        reset_step=("self",),
+    ),
+    *_attributes(_COORDINATOR, "perturbing gathered parameters", "iter_params"),
     *_attributes(
         "deepspeed.runtime.zero.stage3",
         "planning: one rank without the others, and what it keeps",

@@ -72,15 +72,17 @@ def test_a_private_name_that_moved_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert finding.found == "the method is gone; for a test"
 
 
-def test_a_missing_compiler_is_wrong_only_where_ranks_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_noted_for_scripts_on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda tool: None)
-    for cpu_ranks, expected in ((True, ["wrong", "wrong", "note"]), (False, ["note"] * 3)):
+    for cpu_ranks, expected in ((True, [True, True, False]), (False, [False] * 3)):
         monkeypatch.setattr(doctor, "needs_cpu_op", lambda answer=cpu_ranks: answer)
-        assert [finding.state for finding in doctor.build_tools()] == expected
+        findings = list(doctor.build_tools())
+        assert [finding.state for finding in findings] == ["note"] * 3
+        assert ["scripts of your own" in finding.remedy for finding in findings] == expected
 
 
-def test_little_shared_memory_is_wrong_for_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_shared_memory_is_noted_for_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 64 * 2**20})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(doctor, "needs_cpu_op", lambda: True)
-    assert [finding.state for finding in doctor.shared_memory()] == ["wrong"]
+    assert [finding.state for finding in doctor.shared_memory()] == ["note"]

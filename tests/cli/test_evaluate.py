@@ -98,3 +98,25 @@ def test_mistakes_are_one_line(
     assert main([str(model), *(text for pair in arguments.items() for text in pair)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and part in error
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class", "message"),
+    [
+        ("BertConfig", "AutoModelForMaskedLM", "bert is a masked language model, not a causal"),
+        ("LlamaConfig", "AutoModelForSequenceClassification", "not those of a causal language model"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_in_one_line(
+    config: str, model_class: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    shape = {"vocab_size": 299, "hidden_size": 12, "intermediate_size": 18, "num_attention_heads": 2}
+    settings = getattr(transformers, config)(**shape, num_hidden_layers=1, tie_word_embeddings=True)
+    getattr(transformers, model_class).from_config(settings).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    data = write(tmp_path / "val.jsonl", ROWS["copa"][0])
+    assert main([str(tmp_path / "model"), "--task", "copa", "--data", str(data)]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert message in line

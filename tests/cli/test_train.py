@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import yaml
 
 from lomo_ds.cli import launcher
-from lomo_ds.cli.launcher import launch_environment, ranks_below
+from lomo_ds.cli.launcher import extension_cache, launch_environment
 from lomo_ds.cli.train import main
 from lomo_ds.training.interruption import INTERRUPTED
 from tests.faults.job import Job, run_to_end
@@ -57,9 +58,14 @@ def recipe_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Records the calls of the launcher and does not start it; the environment is not that of a rank."""
+    """Records what would be launched, and starts nothing; the environment is not that of a rank."""
     calls: list = []
-    monkeypatch.setattr(launcher, "wait_for", lambda command, environment: calls.append(command) or 0)
+
+    def run_ranks(command: list[str], environment: dict[str, str], world_size: int) -> int:
+        calls.append((command, world_size))
+        return 0
+
+    monkeypatch.setattr(launcher, "run_ranks", run_ranks)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -93,18 +99,18 @@ def test_mistakes_are_one_line_and_launch_nothing(
     assert not no_launch and not (recipe_path.parent / "out").exists()
 
 
-def test_number_of_ranks_and_overrides_are_passed_to_the_launcher(recipe_path: Path, no_launch: list):
+def test_number_of_ranks_and_overrides_are_passed_to_the_ranks(recipe_path: Path, no_launch: list):
     assert main([str(recipe_path), "seed=4", "--num-ranks", "4", "steps=9"]) == 0
-    (command,) = no_launch
-    assert command[command.index("--num_gpus") + 1] == "4"
-    assert command[-5:] == ["--module", "lomo_ds.cli.train", str(recipe_path), "seed=4", "steps=9"]
+    ((command, world_size),) = no_launch
+    assert world_size == 4
+    assert command[-5:] == ["-m", "lomo_ds.cli.train", str(recipe_path), "seed=4", "steps=9"]
     assert main([str(recipe_path), "--num-ranks", "0"]) != 0
     assert len(no_launch) == 1
 
 
 def test_the_launcher_decides_on_the_dtype(recipe_path: Path, no_launch: list, capsys: pytest.CaptureFixture):
     assert main([str(recipe_path), "dtype=auto"]) == 0
-    (command,) = no_launch
+    ((command, _),) = no_launch
     assert command[-2] == "dtype=auto" and command[-1] in ("dtype=bf16", "dtype=fp32")
     reason = capsys.readouterr().out
     assert reason.startswith(f"computing in {command[-1].removeprefix('dtype=')}: this CPU ")
@@ -114,7 +120,16 @@ def test_the_launcher_decides_on_the_dtype(recipe_path: Path, no_launch: list, c
 def test_cpu_ranks_get_one_thread_unless_asked_otherwise():
     assert launch_environment({}, 0)["DS_ACCELERATOR"] == "cpu"
     assert launch_environment({"OMP_NUM_THREADS": "3"}, 0)["OMP_NUM_THREADS"] == "3"
-    assert launch_environment({"A": "b"}, 8) == {"A": "b"}
+    assert launch_environment({"A": "b", "HOME": "/tmp"}, 8) == {"A": "b", "HOME": "/tmp"}
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(capsys: pytest.CaptureFixture):
+    assert extension_cache({"HOME": "/proc/1"}) == {
+        "TORCH_EXTENSIONS_DIR": f"{tempfile.gettempdir()}/torch_extensions_{os.getuid()}"
+    }
+    assert "/proc/1/.cache cannot be written" in capsys.readouterr().out
+    assert extension_cache({"HOME": "/proc/1", "TORCH_EXTENSIONS_DIR": "x"}) == {}
+    assert extension_cache({"HOME": "/proc/1", "XDG_CACHE_HOME": tempfile.gettempdir()}) == {}
 
 
 def launch(recipe_path: Path, *overrides: str) -> subprocess.CompletedProcess:
@@ -122,7 +137,8 @@ def launch(recipe_path: Path, *overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "lomo_ds.cli.train", str(recipe_path), *overrides, "--num-ranks", "2"]
     return subprocess.run(
         command,
-        env=environment | {"DS_ACCELERATOR": "cpu"},
+        env=environment
+        | {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(recipe_path.parent / "cache")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -134,6 +150,7 @@ def test_a_recipe_becomes_a_trained_model(recipe_path: Path):
 
     done = launch(recipe_path, "seed=5")
     assert done.returncode == 0, done.stderr
+    assert not (recipe_path.parent / "cache").exists(), "something was compiled"
     out = recipe_path.parent / "out"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -236,7 +253,7 @@ def test_sigterm_saves_and_the_run_can_be_resumed(recipe_path: Path):
 
     with long_run(recipe_path, "resume=auto") as again:
         wait_for_steps(recipe_path, num_steps + 3)
-        ranks = ranks_below(psutil.Process(again.pid))
+        ranks = psutil.Process(again.pid).children()
         next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
         text, _ = again.communicate(timeout=END_WITHIN_S)
     assert again.returncode not in (0, INTERRUPTED), text

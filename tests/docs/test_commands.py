@@ -113,6 +113,14 @@ def check_deepspeed(command: Command) -> None:
         assert find_spec(module) is not None, f"no module {module}"
 
 
+def check_torchrun(command: Command) -> None:
+    """torchrun knows its options, and the module that it launches is there."""
+    from torch.distributed.run import get_args_parser
+
+    arguments = get_args_parser().parse_args(command.arguments)
+    assert arguments.module and find_spec(arguments.training_script) is not None
+
+
 def check_pip(command: Command) -> None:
     """It installs this project, with extras that it has."""
     action, *words = command.arguments
@@ -141,6 +149,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     "launch/local.sh": check_script,
     "sbatch": check_script,
     "deepspeed": check_deepspeed,
+    "torchrun": check_torchrun,
     "pip": check_pip,
     "srun": check_srun,
 }

@@ -1,6 +1,6 @@
 """Hundreds of injections, at random moments; every run has to end equal to one that nothing happened to.
 
-Usage: python -m tests.faults.campaign [--count 210] [--seed 0] [--out docs/benchmarks]
+Usage: python -m tests.faults.campaign [--count 300] [--seed 0] [--out docs/benchmarks]
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=210, help="injections")
+    parser.add_argument("--count", type=int, default=300, help="injections")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for faults.md and faults.json")
     args = parser.parse_args()

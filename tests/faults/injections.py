@@ -99,6 +99,56 @@ def terminate_one_rank(inputs: Inputs, output: Path, dice: random.Random) -> Non
     assert {answer.value for answer in answers} == {INTERRUPTED}, text
 
 
+def signal_at_any_moment(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """SIGTERM, SIGUSR1, SIGINT or SIGHUP, to all ranks or to one, from the moment that they start."""
+    job = Job(inputs.recipe, output)
+    time.sleep(dice.uniform(0, 3))
+    job.kill(dice.choice([None, [0], [1]]), dice.choice(SIGNALS))
+    time.sleep(0.5)
+    job.kill(number=signal.SIGTERM)  # as the command does: a rank may wait for one that has not joined yet
+    job.end()
+
+
+def signal_in_loading(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """The same while the model is loaded: there is no checkpoint yet."""
+    _signal_after(Job(inputs.recipe, output), "loading", dice)
+
+
+def signal_in_scoring(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """The same while held-out examples are scored, before or after training."""
+    when = dice.choice(["before", "after"])
+    data = f"data.evaluation={inputs.recipe.parent / 'train.tsv'}"
+    job = Job(inputs.recipe, output, [data, "evaluation.batch_size=1"])
+    _signal_after(job, f"held-out examples {when} training", dice)
+
+
+def signal_in_saving(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """The same while a checkpoint is written."""
+    job = Job(inputs.recipe, output)
+    job.wait_for(job.is_saving)
+    _signal(job, dice)
+
+
+def signal_in_exporting(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """The same while the trained model is written."""
+    _signal_after(Job(inputs.recipe, output), "writing the model", dice)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def _signal_after(job: Job, text: str, dice: random.Random) -> None:
+    job.wait_for(lambda: job.has_written(text))
+    time.sleep(dice.uniform(0, 0.1))
+    _signal(job, dice)
+
+
+def _signal(job: Job, dice: random.Random) -> None:
+    """Send a signal; the ranks have to end, and no checkpoint that seems whole may be broken."""
+    job.kill(dice.choice([None, [0], [1]]), dice.choice(SIGNALS))
+    job.end()
+
+
 def not_a_number(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """A batch whose loss is not a number: all ranks end with a message, and no such step is saved."""
     job = Job(inputs.recipe, output, sabotage=spoil_a_batch)
@@ -123,9 +173,9 @@ def spoil_a_batch() -> None:
 
 
 def _started(inputs: Inputs, output: Path, dice: random.Random) -> Job:
-    """A job at a random moment between its first step and its last."""
+    """A job at a random moment between its second step and its last: all ranks have made the first one."""
     job = Job(inputs.recipe, output)
-    step = dice.randrange(1, NUM_STEPS - 1)
+    step = dice.randrange(2, NUM_STEPS - 1)
     job.wait_for(lambda: job.num_steps_made() >= step)
     time.sleep(dice.uniform(0, 0.03))
     return job
@@ -269,6 +319,11 @@ INJECTIONS: dict[str, Injection] = {
         kill_one_rank,
         terminate,
         terminate_one_rank,
+        signal_at_any_moment,
+        signal_in_loading,
+        signal_in_scoring,
+        signal_in_saving,
+        signal_in_exporting,
         not_a_number,
         truncate_a_file,
         flip_a_bit,

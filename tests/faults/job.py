@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -90,7 +91,8 @@ class Job:
         """Send a signal to some ranks, or to all."""
         for rank, pid in self._pool.pids.items():
             if ranks is None or rank in ranks:
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    os.kill(pid, number)
 
     def wait_for(self, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
         """Wait until something has happened; every few milliseconds it is looked at."""
@@ -105,6 +107,10 @@ class Job:
             return (self.output / "metrics.jsonl").read_bytes().count(b"\n")
         except FileNotFoundError:
             return 0
+
+    def has_written(self, text: str) -> bool:
+        """Whether rank 0 has printed something."""
+        return text in self._pool.output(0)
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written."""

@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
     patch.setitem(sys.modules, "datasets", None)  # nothing is searched on the hub
-    patch.setattr(launcher, "wait_for", lambda command, environment: 0)
+    patch.setattr(launcher, "run_ranks", lambda command, environment, world_size: 0)
     patch.setenv("DS_ACCELERATOR", "cpu")
     for name in ("RANK", "WORLD_SIZE", "LOMO_DS_TRACEBACK"):
         patch.delenv(name, raising=False)

@@ -24,6 +24,7 @@ from lomo_ds.initialization import _make_optimizer
 from lomo_ds.integrations import deepspeed as integration
 from lomo_ds.integrations import enable
 from lomo_ds.rules.table import OWN_OPTIMIZERS
+from tests.tiny import tiny_llama
 
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
 REAL = SimpleNamespace(initialize=deepspeed.initialize)
@@ -167,3 +168,20 @@ def test_importing_changes_nothing() -> None:
         "lomo_ds.initialize; lomo_ds.Lomo; assert deepspeed.initialize is before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_costlier_activation_checkpointing_is_named_once(
+    built: list[str], reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(integration.logger, "info", said.append)
+    monkeypatch.delenv("RANK", raising=False)
+    integration._say_once.cache_clear()
+    model = tiny_llama()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(2):
+        deepspeed.initialize(model=model, config=named("Lomo"))
+    deepspeed.initialize(model=model, config=ADAM)
+    assert built == ["lomo_ds", "lomo_ds", "deepspeed"]
+    assert len(said) == (not reentrant) and all('{"use_reentrant": True}' in line for line in said)

@@ -102,7 +102,15 @@ def run_failing(script: str, codes: str, environment: dict[str, str], folder: Pa
 
 @pytest.mark.parametrize(
     ("codes", "exit_code", "starts"),
-    [("1 137", 0, 3), ("2", 2, 1), ("75", 75, 1), ("1 1 1 1 1", 1, 4), ("", 0, 1)],
+    [
+        ("1 137", 0, 3),
+        ("2", 2, 1),
+        ("75", 75, 1),
+        ("130", 130, 1),
+        ("1 129", 129, 2),
+        ("1 1 1 1 1", 1, 4),
+        ("", 0, 1),
+    ],
 )
 def test_local_starts_again_after_a_crash_alone(
     codes: str, exit_code: int, starts: int, fake_programs: dict[str, str], tmp_path: Path

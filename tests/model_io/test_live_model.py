@@ -35,8 +35,8 @@ def test_each_tensor_is_written_once_under_its_first_name() -> None:
 
 
 def load_into_shared(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    from lomo_ds.model_io.fill import load_shards
     from lomo_ds.model_io.folder import read_folder
-    from lomo_ds.model_io.load import load_shards
 
     model = Shared()
     load_shards(model, read_folder(folder))

@@ -200,3 +200,20 @@ def test_a_rank_takes_memory_for_its_shard_and_one_tensor(tmp_path: Path) -> Non
     for peak, shard, largest in run_ranks(4, load_peak, *arguments, fresh=True):
         pieces_and_records = 8 << 20
         assert peak <= shard + largest + pieces_and_records < whole / 2
+
+
+def test_a_rank_takes_memory_for_its_shard_and_one_fused_tensor(tmp_path: Path) -> None:
+    """Of a mixture of 16 experts, whose fused weights are two thirds of a layer: 50 million in bf16."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 600}
+    config = MixtralConfig(num_hidden_layers=2, num_local_experts=16, **shape)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).bfloat16()
+    model.to_empty(device="cpu").save_pretrained(tmp_path / "model")
+    write_tiny_folder(tmp_path / "toy")
+    arguments = (str(tmp_path / "toy"), str(tmp_path / "model"), zero3(0, bf16=True))
+    for peak, shard, largest in run_ranks(4, load_peak, *arguments, fresh=True):
+        pieces_and_records = 8 << 20
+        assert largest == 16 * 2048 * 512 * 2
+        assert peak <= shard + largest + pieces_and_records

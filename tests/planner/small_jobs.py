@@ -100,7 +100,7 @@ def gpu_job(
 ) -> Job:
     """A job of accelerators: a model of a few million weights, with limits that suit it."""
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "vocab_size": 8000}
-    ds_json = default_ds_json() | (top or {})
+    ds_json = default_ds_json(settings.get("optimizer", "Lomo")) | (top or {})
     ds_json["zero_optimization"] = ds_json["zero_optimization"] | {
         "reduce_bucket_size": 10_000,
         "stage3_prefetch_bucket_size": 10_000,
@@ -121,6 +121,16 @@ def reserving(num_bytes: int) -> ReservedMemory:
 def rounding(way: str) -> dict[str, Any]:
     """Of a JSON: Lomo with a way of rounding."""
     return {"optimizer": {"type": "Lomo", "params": {"lr": 0.03, "rounding": way}}}
+
+
+def zeroth_order_jobs() -> dict[str, Job]:
+    """Name -> a job without a backward."""
+    apart = {"optimizer": {"type": "ZO-SGD", "params": {"lr": 1e-6, "paired": False}}}
+    return {
+        "ZO-SGD": gpu_job(optimizer="ZO-SGD"),
+        "ZO-SGD, not paired": gpu_job(top=apart, optimizer="ZO-SGD"),
+        "ZO-Adam, accumulation": gpu_job(top={"gradient_accumulation_steps": 5}, optimizer="ZO-Adam"),
+    }
 
 
 def gpu_jobs() -> dict[str, Job]:

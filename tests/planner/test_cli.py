@@ -177,6 +177,12 @@ def test_the_report_and_its_files(planned: tuple[Path, str, int]) -> None:
     assert json.loads((folder / "ds.json").read_text())["zero_optimization"]["stage"] == 3
 
 
+def assert_host_bytes_of_gradients(plan: dict[str, Any]) -> None:
+    """Two bytes a parameter; page-locked memory of each of the 8 ranks is rounded up by less than 64 KiB."""
+    rounding = plan["gradient_host_bytes_per_node"] - 2 * plan["num_params"]
+    assert 0 <= rounding < 8 * (64 << 10)
+
+
 def test_the_json(planned: tuple[Path, str, int]) -> None:
     plan = json.loads((planned[0] / "plan.json").read_text())
     assert set(ASKED) <= set(plan)
@@ -184,7 +190,7 @@ def test_the_json(planned: tuple[Path, str, int]) -> None:
     assert plan["reserve_parts"] == {"asked for": 512 << 20} and plan["reserve_bytes"] == 512 << 20
     assert plan["peak_device_bytes"] <= plan["reserved_peak_bytes"] <= plan["worst_case_reserved_bytes"]
     assert plan["peak_device_bytes"] <= plan["reserved_without_expandable_segments_bytes"]
-    assert plan["gradient_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
+    assert_host_bytes_of_gradients(plan)
     assert plan["wire_bytes_per_step"]["reduce_scatter"] > 0
     assert plan["flops_per_step"] > 6 * plan["num_params"] * 64
     assert plan["closed_form_peak_bytes"] is None
@@ -211,5 +217,5 @@ def test_the_users_json(tmp_path: Path) -> None:
     expected = written | {"train_micro_batch_size_per_gpu": 1}
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert json.loads((tmp_path / "written.json").read_text()) == plan["ds_json"] == expected
-    assert plan["gradient_host_bytes_per_node"] == pytest.approx(2 * plan["num_params"], rel=0.01)
+    assert_host_bytes_of_gradients(plan)
     assert '"gradient_accumulation_steps": 8' in plan["policy"]

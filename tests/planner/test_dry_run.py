@@ -61,6 +61,21 @@ def test_traffic_and_arithmetic(dry_runs: dict[str, DryRun]) -> None:
     assert run.host_traffic_bytes == pytest.approx(2 * run.gradient_host_bytes, rel=0.01)
 
 
+def test_zeroth_order_gathers_once_for_two_forwards(dry_runs: dict[str, DryRun]) -> None:
+    """And has no gradients; of 5 micro-batches each gathers the model."""
+    paired, apart, adam = (
+        dry_runs[name] for name in ("ZO-SGD", "ZO-SGD, not paired", "ZO-Adam, accumulation")
+    )
+    whole = 2 * paired.num_params * 7 / 8
+    for run, times in ((paired, 1), (apart, 2), (adam, 5)):
+        assert run.sent_bytes["all_gather"] == pytest.approx(times * whole, rel=0.02)
+        assert set(run.sent_bytes) == {"all_gather", "all_reduce"} and run.sent_bytes["all_reduce"] < 1000
+        assert run.peak_gradient_bytes == run.gradient_host_bytes == run.at_rest["gradients"] == 0
+    assert paired.flops == apart.flops == pytest.approx(adam.flops / 5)
+    assert adam.at_rest["rule state"] == pytest.approx(8 * paired.num_params / 8, rel=1e-3)
+    assert apart.device.num_bytes < paired.device.num_bytes
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_torch_reserves_what_is_live_and_more_where_the_device_lags(
     dry_runs: dict[str, DryRun], name: str

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from lomo_ds.tasks.batching import IGNORED, collate
-from lomo_ds.tasks.encoding import EncodedAnswer, encode_answer, encode_response, encode_responses
+from lomo_ds.tasks.encoding import (
+    EncodedAnswer,
+    encode_answer,
+    encode_chat,
+    encode_response,
+    encode_responses,
+    padding_id,
+)
 from lomo_ds.tasks.order import global_batches, micro_batches, num_steps_per_epoch
 from lomo_ds.tasks.prompts import ResponseExample
 from tests.tiny import tiny_tokenizer
@@ -111,3 +118,68 @@ def test_fewer_examples_than_a_batch_are_refused():
     assert num_steps_per_epoch(11, 3) == 3
     with pytest.raises(ValueError, match="train_batch_size 12 is more than the 11"):
         num_steps_per_epoch(11, 12)
+
+
+BOS, EOS = 0, 1
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def tokenizer_with_bos(**settings):
+    """The tiny one, which begins every text with a token."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_the_token_that_begins_a_text_is_never_doubled(start: str) -> None:
+    answer = encode_answer(tokenizer_with_bos(), f"{start}ab", " cd", 100)
+    assert answer.input_ids.count(BOS) == 1 and answer.input_ids[0] == BOS
+    response = encode_response(tokenizer_with_bos(), f"{start}ab", " cd", 100)
+    assert response.input_ids.count(BOS) == 1 and response.input_ids[0] == BOS
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_token_that_ends_a_text_is_predicted_though_it_also_pads(side: str) -> None:
+    tokenizer = tokenizer_with_bos(pad_token="</s>", padding_side=side)
+    answers = [encode_response(tokenizer, "ab", text, 100) for text in (" cd", " c")]
+    batch = collate(answers, padding_id(tokenizer))
+    assert padding_id(tokenizer) == EOS
+    assert batch.targets[0, -1] == EOS and EOS in batch.targets[1]
+    assert batch.attention_mask.sum(1).tolist() == [len(answer.input_ids) for answer in answers]
+    assert batch.attention_mask[1].tolist() == [1] * 5 + [0], "padding is on the right, whatever it says"
+
+
+def test_a_conversation_is_written_by_the_chat_template() -> None:
+    tokenizer = tokenizer_with_bos(chat_template=CHAT)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Ok"},
+    ]
+    answer = encode_chat(tokenizer, messages, 100)
+    whole = [*answer.input_ids, answer.target_ids[-1]]
+    assert tokenizer.decode(whole) == "<s>[user]Hi[assistant]Yo</s>[user]Bye[assistant]Ok</s>"
+    assert tokenizer.decode(answer.target_ids) == "Ok</s>" and whole.count(BOS) == 1
+    cut = encode_chat(tokenizer, messages, len(whole) - 2)
+    assert tokenizer.decode(cut.target_ids) == "Ok" and cut.is_cut
+
+
+def test_conversations_need_a_template_that_writes_the_beginning_alike() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    with pytest.raises(ValueError, match="the model's has none"):
+        encode_chat(tokenizer_with_bos(), messages, 100)
+    changing = tokenizer_with_bos(chat_template="{{ messages | length }}" + CHAT)
+    with pytest.raises(ValueError, match="the answer cannot be told from the rest"):
+        encode_chat(changing, messages, 100)

@@ -127,7 +127,7 @@ def test_instructions_have_a_prompt_and_a_response(column: str, tmp_path: Path) 
 
 
 def test_every_task_is_tested() -> None:
-    assert set(TASKS) == {*ROWS, "instructions"}
+    assert set(TASKS) == {*ROWS, "instructions", "chat"}
 
 
 def test_an_unknown_task_names_the_closest() -> None:
@@ -144,3 +144,22 @@ def test_a_training_file_may_have_another_name_where_it_is_the_only_one(tmp_path
         task.train_file(tmp_path)
     whole = write(tmp_path / "sst2" / "train.jsonl", row)
     assert task.train_file(tmp_path) == whole
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_null_in_a_row_is_refused(name: str, tmp_path: Path) -> None:
+    row = ROWS[name][0]
+    column = "text" if name == "multirc" else next(key for key in row if isinstance(row[key], str))
+    null = {"passage": row["passage"] | {"text": None}} if name == "multirc" else {column: None}
+    path = write(tmp_path / "a.jsonl", row, row | null)
+    with pytest.raises(ValueError, match=rf"a\.jsonl, example 2 is not one of .*'{column}' is null"):
+        named_task(name).read(path)
+
+
+def test_a_conversation_ends_with_the_assistant(tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
+    (example,) = named_task("chat").read(write(tmp_path / "a.jsonl", {"messages": [asked, said]}))
+    assert example.messages == (asked, said)
+    for wrong in ([asked], [said], [asked, said | {"content": None}], None):
+        with pytest.raises(ValueError, match="example 1 is not one of chat"):
+            named_task("chat").read(write(tmp_path / "a.jsonl", {"messages": wrong}))

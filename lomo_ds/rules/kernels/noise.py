@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _mixed(value):
-    """``rules.noise._mix`` of uint32 values."""
+    """``rules.noise.mix`` of uint32 values."""
     value = (value ^ (value >> 16)) * 0x7FEB352D
     value = (value ^ (value >> 15)) * 0x846CA68B
     return value ^ (value >> 16)

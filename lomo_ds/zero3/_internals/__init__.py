@@ -9,16 +9,29 @@ DeepSpeed.
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
+from lomo_ds.zero3._internals.cpu_comm import use_only_gloo_on_cpu
 from lomo_ds.zero3._internals.engine import EngineBase
+from lomo_ds.zero3._internals.forward import (
+    ForwardHooks,
+    gathered_for,
+    hooked_modules,
+    is_gathered,
+    kept_gathered,
+    modules_in_forward,
+    num_external_params,
+    set_modules_in_forward,
+)
 from lomo_ds.zero3._internals.params import (
     accumulation_dtype,
     all_gathered,
     full_numel,
     full_shape,
     init_context_suspended,
+    is_persistent,
     is_sharded,
     local_shard,
     process_group,
+    process_group_size,
     shard_spec,
     stored_shard,
 )
@@ -36,6 +49,7 @@ __all__ = [
     "DEEPSPEED_SOURCES",
     "DeepSpeedConfig",
     "EngineBase",
+    "ForwardHooks",
     "ReducedGradient",
     "Stage3Base",
     "accumulation_dtype",
@@ -44,13 +58,23 @@ __all__ = [
     "forget_module_state",
     "full_numel",
     "full_shape",
+    "gathered_for",
+    "hooked_modules",
     "init_context_suspended",
+    "is_gathered",
+    "is_persistent",
     "is_sharded",
+    "kept_gathered",
     "load_ds_config",
     "local_shard",
+    "modules_in_forward",
+    "num_external_params",
     "permanent_buffers",
     "process_group",
+    "process_group_size",
     "ranks_not_compared",
+    "set_modules_in_forward",
     "shard_spec",
     "stored_shard",
+    "use_only_gloo_on_cpu",
 ]

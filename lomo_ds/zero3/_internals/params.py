@@ -62,6 +62,16 @@ def process_group(param: Parameter) -> Any:
     return param.ds_process_group
 
 
+def process_group_size(param: Parameter) -> int:
+    """Ranks over which ``param`` is cut."""
+    return dist.get_world_size(process_group(param))
+
+
+def is_persistent(param: Parameter) -> bool:
+    """Whether ZeRO-3 keeps the whole parameter gathered, as it does with small ones."""
+    return bool(param.ds_persist)
+
+
 def full_shape(param: Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, cut or not yet cut."""
     return tuple(param.ds_shape if is_sharded(param) else param.shape)

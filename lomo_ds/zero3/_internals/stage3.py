@@ -87,8 +87,11 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
     def on_stray_gradient(self, param: Parameter) -> None:
         raise NotImplementedError
 
+    reduces_gradients = True
+    """Whether there are gradients at all, and with them a reduce bucket."""
+
     def _setup_for_real_optimizer(self) -> None:
-        if self.contiguous_gradients:
+        if self.contiguous_gradients and self.reduces_gradients:
             for dtype, bucket in self.ipg_buckets.items():
                 bucket.buffer = torch.empty(
                     self.reduce_bucket_size, dtype=dtype, device=get_accelerator().current_device_name()
@@ -189,6 +192,11 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
         self.invalidate_secondary_tensor()
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
+    @property
+    def has_secondary_copies(self) -> bool:
+        """Whether hpZ keeps more copies of the weights, made of what was gathered."""
+        return self.zero_hpz_partition_size > 1
 
     def surround_edits(self, surrounding: Surrounding) -> None:
         """Let ``surrounding`` surround each write of parameters that the user has edited to their shards."""

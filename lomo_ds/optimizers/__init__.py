@@ -1,143 +1,41 @@
 """The optimizers that users name or build. They hold settings; the engine does the updates.
 
-Which there are, and what each can be told, comes from the table of rules.
+Which there are, and what each can be told, comes from the tables of rules and of zeroth-order methods.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lomo_ds.config import NonNegative, did_you_mean, from_mapping, shown
+from lomo_ds.config import did_you_mean, from_mapping, shown
+from lomo_ds.optimizers.settings import (
+    ALL_SETTINGS,
+    ROWS,
+    RULE_SETTINGS,
+    Apply,
+    CommonConfig,
+    OptimizerConfig,
+    ZerothOrderConfig,
+    config_type,
+)
 from lomo_ds.rules.clipping import Clipping
 from lomo_ds.rules.param_groups import split_by_patterns
-from lomo_ds.rules.rounding import Rounding, RoundingSetting, resolve_rounding
+from lomo_ds.rules.rounding import Rounding, resolve_rounding
 from lomo_ds.rules.rule import Rule
-from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES, settings_of
+from lomo_ds.rules.table import OWN_OPTIMIZERS
+from lomo_ds.zo.table import METHODS
 
-Apply = Literal["auto", "immediate", "deferred", "two_pass"]
-"""When a reduced gradient shard is applied; see docs/semantics.md."""
-
-_RULE_SETTINGS = {name: settings_of(row.rule) for name, row in RULES.items()}
-_ALL_SETTINGS = tuple(dict.fromkeys(key for own in _RULE_SETTINGS.values() for key in own))
 NOT_YET_USED = WeakTensorKeyDictionary()
 """Parameter -> name of the optimizer of ours that was built for it and that no engine has received."""
 
 _RENAMED = {"park_to": 'offload_gradients: {"device": "nvme", "nvme_path": FOLDER}'}
-
-
-@dataclass(frozen=True, kw_only=True)
-class OffloadGradientsConfig:
-    """``"optimizer.params.offload_gradients"``: where ``deferred`` keeps gradients until the step boundary.
-
-    Attributes:
-        device: "cpu" for host memory, "nvme" for a file.
-        nvme_path: folder of that file, on every node.
-    """
-
-    device: Literal["cpu", "nvme"] = "cpu"
-    nvme_path: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.device == "nvme" and not self.nvme_path:
-            raise ValueError('nvme_path has to name a folder where device is "nvme"')
-        if self.device == "cpu" and self.nvme_path is not None:
-            raise ValueError(
-                f'nvme_path: {self.nvme_path!r} needs "device": "nvme": set it, or delete the path'
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseGroupConfig:
-    """An entry of ``"optimizer.params.param_groups"``; the fields of all rules' settings are added to it.
-
-    Attributes:
-        params: name patterns as of a shell; a parameter goes to the first group that matches it.
-        lr, weight_decay: of the group; None for the optimizer's.
-        frozen: the group is not trained.
-        type: the rule of the group ("AdamW" for adapters); None for the optimizer's own.
-    """
-
-    params: list[str]
-    lr: NonNegative | None = None
-    weight_decay: NonNegative | None = None
-    frozen: bool = False
-    type: Literal[tuple(RULES)] | None = None  # type: ignore[valid-type]
-
-    def settings(self) -> dict[str, Any]:
-        """What the group changes, in torch's form."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        del given["params"], given["frozen"]
-        return {key: value for key, value in given.items() if value is not None}
-
-
-def _any_rules_type(setting: str) -> Any:
-    """What a group may give for a setting that several rules may have, each with its own type."""
-    types = [own[setting] for own in _RULE_SETTINGS.values() if setting in own]
-    return functools.reduce(operator.or_, types) | None
-
-
-if TYPE_CHECKING:
-    GroupConfig = BaseGroupConfig
-else:
-    GroupConfig = make_dataclass(
-        "GroupConfig",
-        [(key, _any_rules_type(key), field(default=None)) for key in _ALL_SETTINGS],
-        bases=(BaseGroupConfig,),
-        frozen=True,
-        kw_only=True,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """``"optimizer": {"type": ..., "params": {...}}`` of the DeepSpeed JSON; the rule's settings are added.
-
-    Attributes:
-        lr: learning rate.
-        weight_decay: what the rule makes of it is said there.
-        apply: when a reduced gradient shard is applied.
-        clipping: what ``gradient_clipping`` bounds.
-        rounding: how low-precision weights are written back; "auto" as of ``resolve_rounding``.
-        seed: of everything that is drawn: stochastic rounding, and what rules draw.
-        offload_gradients: where gradients wait that are applied at the step boundary.
-        param_groups: groups by name patterns.
-    """
-
-    lr: NonNegative
-    weight_decay: NonNegative = 0.0
-    apply: Apply = "auto"
-    clipping: Clipping = "global"
-    rounding: RoundingSetting = "auto"
-    seed: int = 0
-    offload_gradients: OffloadGradientsConfig | None = None
-    param_groups: tuple[GroupConfig, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.offload_gradients is not None and self.apply in ("immediate", "two_pass"):
-            raise ValueError(
-                f'offload_gradients is given, but "apply": "{self.apply}" offloads nothing: set apply to '
-                '"deferred" or "auto", or delete offload_gradients'
-            )
-
-
-def _config_type(name: str) -> type[OptimizerConfig]:
-    rule = RULES[name].rule
-    own = [
-        (f.name, _RULE_SETTINGS[name][f.name], field(default=f.default))
-        for f in fields(rule)  # type: ignore[arg-type]
-        if f.default is not MISSING
-    ]
-    return make_dataclass(f"{name}Config", own, bases=(OptimizerConfig,), frozen=True, kw_only=True)
 
 
 def _require_bounds(lr: float, weight_decay: float) -> None:
@@ -164,7 +62,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ValueError: a setting that is unknown or out of range, also in a group.
     """
 
-    config_type: ClassVar[type[OptimizerConfig]]
+    config_type: ClassVar[type[CommonConfig]]
     _opt_called = True  # else torch's schedulers warn that step() was not called: the engine makes the steps
 
     def __init__(self, params: ParamsT, **settings: Any) -> None:
@@ -173,12 +71,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         config = from_mapping(self.config_type, settings, name)
         if config.param_groups:
             raise ValueError(f"{name}: pass groups in torch's form, as params; patterns are the JSON's")
-        self.apply: Apply = config.apply
-        self.clipping: Clipping = config.clipping
+        first_order = config if isinstance(config, OptimizerConfig) else OptimizerConfig(lr=0.0)
+        self.apply: Apply = first_order.apply
+        self.clipping: Clipping = first_order.clipping
+        self.offload_gradients = first_order.offload_gradients
+        self.zeroth_order = config if isinstance(config, ZerothOrderConfig) else None
         self.rounding: Rounding = resolve_rounding(config.rounding)
         self.seed = config.seed
-        self.offload_gradients = config.offload_gradients
-        own = {key: getattr(config, key) for key in _RULE_SETTINGS[name]}
+        own = {key: getattr(config, key) for key in RULE_SETTINGS[name]}
         super().__init__(params, {"lr": config.lr, "weight_decay": config.weight_decay, "type": name, **own})
 
     @property
@@ -189,7 +89,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, held to the same bounds as the defaults."""
         if param_group.get("type", self.defaults["type"]) != self.defaults["type"]:
-            param_group = {**dict.fromkeys(_ALL_SETTINGS), **param_group}
+            param_group = {**dict.fromkeys(ALL_SETTINGS), **param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _require_bounds(group["lr"], group["weight_decay"])
@@ -211,18 +111,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 def _optimizer_class(name: str) -> type[ShardedOptimizer]:
     """The class that users build in Python: ``lomo_ds.Lomo``."""
-    rule = RULES[name].rule
+    rule = ROWS[name].rule
     body = {
-        "__doc__": f"{RULES[name].title} on ZeRO-3's shards; settings: ``{name}Config``.\n\n{rule.__doc__}",
+        "__doc__": f"{ROWS[name].title} on ZeRO-3's shards; settings: ``{name}Config``.\n\n{rule.__doc__}",
         "__module__": __name__,
-        "config_type": _config_type(name),
+        "config_type": config_type(name),
     }
     return type(name, (ShardedOptimizer,), body)
 
 
-OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {name: _optimizer_class(name) for name in OWN_OPTIMIZERS}
+OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {
+    name: _optimizer_class(name) for name in (*OWN_OPTIMIZERS, *METHODS)
+}
 """Name in the JSON -> class. Each is also an attribute of ``lomo_ds`` and of this module."""
 globals().update(OPTIMIZERS)
+
+
+def is_zeroth_order(name: str) -> bool:
+    """Whether the optimizer of that name, in any case, trains with forwards alone."""
+    return str(name).lower() in {method.lower() for method in METHODS}
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
@@ -232,13 +139,13 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
         ValueError: an unknown type, or a setting that the rule does not have.
     """
     name = group["type"]
-    if name not in RULES:
-        raise ValueError(f"parameter group: unknown type {name!r}; {did_you_mean(str(name), RULES)}")
-    settings = {key: group[key] for key in _ALL_SETTINGS if group.get(key) is not None}
-    strange = [key for key in settings if key not in _RULE_SETTINGS[name]]
+    if name not in ROWS:
+        raise ValueError(f"parameter group: unknown type {name!r}; {did_you_mean(str(name), ROWS)}")
+    settings = {key: group[key] for key in ALL_SETTINGS if group.get(key) is not None}
+    strange = [key for key in settings if key not in RULE_SETTINGS[name]]
     if strange:
         raise ValueError(f"parameter group: {name} has no {', '.join(strange)}")
-    return from_mapping(RULES[name].rule, settings, f"parameter group of type {name}")
+    return from_mapping(ROWS[name].rule, settings, f"parameter group of type {name}")
 
 
 def optimizer_from_json(
@@ -275,7 +182,7 @@ def optimizer_from_json(
     return lambda model, params: cls(_groups(model, params, config), **own)
 
 
-def _groups(model: Module, params: Iterable | None, config: OptimizerConfig) -> ParamsT:
+def _groups(model: Module, params: Iterable | None, config: CommonConfig) -> ParamsT:
     if not config.param_groups:
         return model.parameters() if params is None else params
     trained = {id(param) for param in model.parameters() if param.requires_grad}

@@ -1,0 +1,1 @@
+"""What a zeroth-order step takes, compared with a forward."""

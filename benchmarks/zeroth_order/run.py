@@ -1,0 +1,98 @@
+"""Memory, bytes on the wire and time of a ZO-SGD step, compared with one evaluation forward.
+
+Usage: python -m benchmarks.zeroth_order.run [--ranks 2] [--rounds 3] [--workload JSON] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.common.machine import command_line, describe_machine, describe_versions
+from benchmarks.common.paths import PAGES
+from benchmarks.common.rank_processes import run_ranks
+
+DEADLINE_S = 3600.0
+MODES = {"true": "two forwards in lockstep", "false": "one after the other"}
+"""``paired`` -> what the page calls it."""
+
+
+def ratio(result: dict[str, Any], clock: str) -> float:
+    """Seconds of a step over those of a forward next to it, the median over the rounds."""
+    return statistics.median(one["step"][clock] / one["forward"][clock] for one in result["times"])
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """A line of the table, of rank 0."""
+    peak, sent = result["peak_bytes"], result["sent_bytes"]
+    same = "forward of twice the batch" if name == "true" else "forward"
+    cells = [
+        MODES[name],
+        f"{peak['step'] / 2**20:.0f} MiB",
+        f"{peak['step'] / peak[same]:.3f}",
+        f"{sent['step'] / sent['forward']:.3f}",
+        f"{ratio(result, 'cpu_seconds'):.2f}",
+        f"{ratio(result, 'seconds'):.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| ZO-SGD step | peak of live tensors | / evaluation forward's | bytes sent / one forward's | "
+        "processor time / one forward's | time / one forward's |",
+        "|---|---|---|---|---|---|",
+        *(row(name, result) for name, result in results.items()),
+    ]
+    return "\n".join(lines)
+
+
+def page(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
+    """docs/benchmarks/zeroth_order.md."""
+    facts = ", ".join(f"{name} {what}" for name, what in (describe_machine() | describe_versions()).items())
+    return f"""# What a zeroth-order step takes
+
+A step of ZO-SGD on rank 0 of {args.ranks}, compared with a forward of the same batch without a graph; where
+two forwards run in lockstep, its memory is compared with a forward of twice the batch. Live tensors are
+counted by the planner's ledger, bytes by DeepSpeed's log. Times are medians over {args.rounds} rounds, in
+each of which a forward and a step were timed one after the other on the same ranks: processor time is of rank
+0's process.
+
+{table(results)}
+
+    {command_line()}
+
+{facts}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workload", default='{"micro_batch": 1, "sequence_length": 1024}')
+    parser.add_argument("--out", type=Path, default=PAGES)
+    args = parser.parse_args()
+    words = ["--workload", args.workload, "--rounds", str(args.rounds)]
+    results = {
+        paired: run_ranks(
+            "benchmarks.zeroth_order.job", ["--paired", paired, *words], args.ranks, DEADLINE_S
+        )[0]
+        for paired in MODES
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "zeroth_order.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "zeroth_order.md").write_text(page(results, args))
+    Console().print(table(results), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

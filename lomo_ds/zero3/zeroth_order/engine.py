@@ -1,0 +1,90 @@
+"""DeepSpeed's engine for methods that train with forwards alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from lomo_ds.zero3._internals import EngineBase
+from lomo_ds.zero3.engine import LomoEngine
+from lomo_ds.zero3.step import LossClosure, Phase, no_phase
+from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
+from lomo_ds.zero3.zeroth_order.optimizer import HOW_TO_STEP, ZerothOrderOptimizer
+from lomo_ds.zo.settings import ZerothOrderSettings
+
+
+class ZerothOrderEngine(LomoEngine):
+    """``DeepSpeedEngine`` that makes its steps by ``train_batch``; a plain forward is an evaluation.
+
+    Args:
+        settings: how a step's gradient is estimated.
+        engine_arguments: of DeepSpeed's engine, by name.
+    """
+
+    owns_forwards: ClassVar[bool] = True
+
+    def __init__(self, settings: ZerothOrderSettings, **engine_arguments: Any) -> None:
+        self._settings = settings
+        EngineBase.__init__(self, **engine_arguments)
+        self.set_gradient_accumulation_boundary(True)
+
+    def make_sharded_optimizer(self, **stage3_arguments: Any) -> ZerothOrderOptimizer:
+        return ZerothOrderOptimizer(self._settings, **stage3_arguments)
+
+    def tile_vocabulary(self, config: TiledVocabularyConfig) -> None:
+        """Nothing: a forward has no gradients of the vocabulary that could be in tiles."""
+        assert not config.enabled, "refused before"
+
+    def train_batch(self, closures: Sequence[LossClosure], phase: Phase = no_phase) -> Tensor:
+        """Make one step; see ``StepEngine``. Collective.
+
+        Each closure is called at several points around the weights, without a graph, on the same data and
+        with the same random numbers. Its loss need not be differentiable: accuracy will do.
+
+        Args:
+            closures: one for each micro-batch of the step, each returning one number: the mean over this
+                rank's examples, as a tensor or a Python number.
+            phase: surrounds its parts.
+
+        Returns:
+            The mean of the losses that the estimate was made of, on this rank: 0-dim.
+
+        Raises:
+            ValueError: not one closure for each micro-batch, or a loss that is not one finite number; on all
+                ranks, and nothing has changed then.
+        """
+        self._require_all_closures(closures)
+        with torch.no_grad(), phase("forward"):
+            loss = self.optimizer.estimate(closures, self.global_steps)
+        with phase("update"):
+            EngineBase.step(self)
+        return loss
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the model: at a point of ``train_batch`` within it, else on the weights. Collective."""
+        self.optimizer.frozen_params.refuse_training()
+        self.optimizer.refresh_gathered_params()
+        return EngineBase.forward(self, *inputs, **kwargs)
+
+    def backward(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            RuntimeError: always; says what to call.
+        """
+        raise RuntimeError(f"engine.backward: {self._method} {HOW_TO_STEP}")
+
+    def step(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            RuntimeError: always; says what to call.
+        """
+        raise RuntimeError(f"engine.step: {self._method} {HOW_TO_STEP}")
+
+    @property
+    def _method(self) -> str:
+        return type(self.optimizer.optimizer).__name__
