@@ -70,7 +70,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def end(run: subprocess.Popen) -> tuple[int, str]:
     """Exit code and text; fails where a process is left."""
-    text, _ = run.communicate(timeout=20)
+    text, _ = run.communicate(timeout=90)
     _, left = psutil.wait_procs(run.below, timeout=5)
     assert not left
     return run.returncode, text
@@ -159,7 +159,7 @@ def test_one_rank_that_stops_lets_the_others_stop(start: Start) -> None:
     ],
 )
 def test_one_rank_that_fails_ends_the_others(start: Start, work: str, exit_code: int, line: str) -> None:
-    assert end(start(f"time.sleep(0.3)\n{work}")) == (exit_code, line)
+    assert end(start(f"time.sleep(5)  # until both are ready\n{work}")) == (exit_code, line)
 
 
 @pytest.mark.ranks

@@ -62,7 +62,8 @@ def test_accumulation_offloads_gradients(runs: dict) -> None:
     assert "immediate" in once.policy and once.gradient_host_bytes == 0
     assert "deferred" in often.policy and '"gradient_accumulation_steps": 6' in often.policy
     for run in (twice, often):
-        assert run.gradient_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
+        # page-locked memory is rounded up by less than 64 KiB; parts that do not divide by 8 are padded
+        assert 0 <= run.gradient_host_bytes - 2 * run.num_params / 8 < 1.01 * (64 << 10)
 
 
 def test_a_step_is_all_of_its_micro_batches(runs: dict) -> None:
@@ -70,6 +71,6 @@ def test_a_step_is_all_of_its_micro_batches(runs: dict) -> None:
     assert often.flops == 6 * once.flops
     assert often.sent_bytes["reduce_scatter"] == 6 * once.sent_bytes["reduce_scatter"]
     # offloaded once, fetched and offloaded again by five more micro-batches, and fetched by the update
-    assert often.host_traffic_bytes == pytest.approx(12 * often.gradient_host_bytes, rel=0.01)
+    assert often.host_traffic_bytes == pytest.approx(12 * 2 * often.num_params / 8, rel=0.01)
     tokens = estimate_time(accumulating("Lomo", 6), often, find_hardware("3090")).tokens
     assert tokens == 6 * 128

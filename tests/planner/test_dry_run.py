@@ -43,7 +43,8 @@ def test_tiles_hold_no_table(dry_runs: dict[str, DryRun]) -> None:
 
 def test_the_host_has_the_offloaded_gradients_and_little_else(dry_runs: dict[str, DryRun]) -> None:
     run = dry_runs["tiles"]
-    assert run.gradient_host_bytes == pytest.approx(2 * run.num_params / 8, rel=1e-3)
+    # page-locked memory is rounded up by less than 64 KiB; parts that do not divide by 8 are padded
+    assert 0 <= run.gradient_host_bytes - 2 * run.num_params / 8 < 1.01 * (64 << 10)
     assert run.peaks["step 2: backward"]["host"].num_bytes == run.gradient_host_bytes
     offloaded = dry_runs["offloaded"].peaks["step 2: backward"]["host"].by_role()
     assert offloaded["checkpoints"] >= 3 * 2 * 128 * 512
@@ -58,7 +59,7 @@ def test_traffic_and_arithmetic(dry_runs: dict[str, DryRun]) -> None:
     matrices = run.num_params - 8000 * 512
     assert run.flops == pytest.approx(8 * matrices * 128, rel=0.15)
     assert dry_runs["one GPU"].sent_bytes == {}
-    assert run.host_traffic_bytes == pytest.approx(2 * run.gradient_host_bytes, rel=0.01)
+    assert run.host_traffic_bytes == pytest.approx(2 * 2 * run.num_params / 8, rel=0.01)
 
 
 def test_zeroth_order_gathers_once_for_two_forwards(dry_runs: dict[str, DryRun]) -> None:

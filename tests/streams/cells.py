@@ -92,7 +92,8 @@ class Cell:
         }
         if self.is_own:
             # stochastic rounding: with nearest the host reads now and then whether weights move at all
-            params = {"lr": 1e-3, "apply": self.apply, "rounding": "stochastic"}
+            params = {"lr": 1e-3, "rounding": "stochastic"}
+            params |= {} if self.optimizer.startswith("ZO") else {"apply": self.apply}
             top["optimizer"] = {"type": self.optimizer, "params": params}
             top["tiled_vocabulary"] = {"enabled": self.tiled, "tile_numel": 64 * 200}
         else:
@@ -159,6 +160,12 @@ def _call(engine: Any, job: Job) -> None:
     ids = torch.zeros((1, job.seq_len), dtype=torch.long, device=engine.device)
     with torch.no_grad():
         engine.module(input_ids=ids)
+
+
+def _forwards(engine: Any, job: Job) -> None:
+    """A step of forwards alone; then the model is called without the engine."""
+    engine.train_batch([partial(_loss, engine, job)])
+    _call(engine, job)
 
 
 def _write_by_hand(engine: Any, job: Job) -> None:
@@ -228,6 +235,7 @@ SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
     "train": _step,
     "evaluate in step": _evaluate_in_step,
     "call module": _call_module,
+    "forwards": _forwards,
     "write by hand": _write_by_hand,
     "write to shards": _write_to_shards,
     "set weights": _set_weights,

@@ -52,10 +52,9 @@ def trained(recipe: Recipe, out: str) -> tuple[list[float], float, list[dict[str
     from lomo_ds.training.job import set_up
     from lomo_ds.training.loop import train
     from lomo_ds.training.model import make_engine
-    from lomo_ds.training.run import _training_set
 
     job = set_up(recipe, None, make_engine, 0.0)
-    losses = [metrics.loss for metrics, _ in train(job.engine, _training_set(job), StopFlag())]
+    losses = [metrics.loss for metrics, _ in train(job.engine, job.training_set(), StopFlag())]
     found = job.data.held_out.evaluate(job.engine)
     export_pretrained(job.engine, out)
     job.engine.destroy()
