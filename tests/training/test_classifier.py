@@ -53,7 +53,7 @@ def trained(recipe: Recipe, out: str) -> tuple[list[float], float, list[dict[str
     from lomo_ds.training.loop import train
     from lomo_ds.training.model import make_engine
 
-    job = set_up(recipe, None, make_engine, 0.0)
+    job = set_up(recipe, None, make_engine, 0.0, StopFlag())
     losses = [metrics.loss for metrics, _ in train(job.engine, job.training_set(), StopFlag())]
     found = job.data.held_out.evaluate(job.engine)
     export_pretrained(job.engine, out)
