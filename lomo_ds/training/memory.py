@@ -7,23 +7,21 @@ from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 
+from lomo_ds.training.compute_dtype import computes_on_cpu
+
 
 def peak_bytes() -> int:
     """Peak of this rank so far: allocated memory of the accelerator, or resident memory of a CPU rank."""
-    if _is_cpu():
+    if computes_on_cpu():
         return _peak_resident_bytes()
     return int(get_accelerator().max_memory_allocated())
 
 
 def peak_source() -> str:
     """What ``peak_bytes`` measures, in words for the summary."""
-    if _is_cpu():
+    if computes_on_cpu():
         return "peak resident memory of the process, libraries included (CPU ranks)"
     return f"most bytes allocated by torch on {get_accelerator().device_name()}"
-
-
-def _is_cpu() -> bool:
-    return get_accelerator().device_name() == "cpu"
 
 
 def _peak_resident_bytes() -> int:

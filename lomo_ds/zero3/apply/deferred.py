@@ -93,7 +93,7 @@ class Deferred(ApplyPolicy):
 
     def replace_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
         if param not in self._arrived:
-            raise RuntimeError(f"no gradient for {self._context.name_of(param)!r} since the last step")
+            super().replace_gradient(param, grad_shard)  # raises: there is none
         self._buffer.drop(param)
         self._norm.measure(param, self._buffer.add(param, grad_shard.to(self._buffer.dtype)))
 
