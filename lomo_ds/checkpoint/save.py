@@ -27,6 +27,7 @@ from lomo_ds.model_io.folder import MODEL_FOLDER
 from lomo_ds.model_io.json_file import write_json
 from lomo_ds.model_io.model_writer import write_model_files
 from lomo_ds.zero3.collective_errors import failing_together
+from lomo_ds.zero3.host_group import new_host_group
 
 CLIENT_FILE = "client_state.pt"
 
@@ -151,7 +152,7 @@ class CheckpointWriter:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+        self._group = new_host_group()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future | None = None
 

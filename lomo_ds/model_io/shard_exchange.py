@@ -18,6 +18,7 @@ from torch import Tensor
 from lomo_ds.model_io.named_tensors import flat_part, is_cut, whole_shape
 from lomo_ds.model_io.tensor_file import PIECE_BYTES, host_pieces
 from lomo_ds.zero3._internals import process_group, shard_spec
+from lomo_ds.zero3.host_group import new_host_group
 
 _NOTHING_MORE = -1
 
@@ -25,7 +26,7 @@ _NOTHING_MORE = -1
 @contextmanager
 def host_group() -> Iterator[dist.ProcessGroup]:
     """A group of all ranks that sends what is in host memory. Collective."""
-    group = dist.new_group(backend="gloo")
+    group = new_host_group()
     yield group
     dist.barrier()  # nobody may leave while another rank still receives
     dist.destroy_process_group(group)

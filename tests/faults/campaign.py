@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.faults.injections import INJECTIONS, NEED_MOUNT, Inputs, can_mount, prepare
+from tests.faults.injections import INJECTIONS, Inputs, prepare, reason_to_skip
 from tests.faults.job import DEADLINE_S, run_to_end, same_run
 
 OUTCOMES = ("survived", "lost", "wrong", "hung")
@@ -59,8 +59,8 @@ def inject(name: str, inputs: Inputs, output: Path, seed: str) -> Result:
 
 def run_campaign(count: int, seed: int, folder: Path) -> Iterator[Result]:
     """All kinds of injections in turn, ``count`` in all."""
-    mountable = can_mount(folder / "probe")
-    names = [name for name in INJECTIONS if mountable or name not in NEED_MOUNT]
+    reasons = {name: reason_to_skip(name, folder / "probe") for name in INJECTIONS}
+    names = [name for name, reason in reasons.items() if not reason]
     inputs = prepare(folder / "prepared")
     for number in range(count):
         output = folder / "run"

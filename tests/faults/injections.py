@@ -6,17 +6,20 @@ that it promises of the fault itself has been checked; the caller then lets the 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lomo_ds.training.interruption import INTERRUPTED
-from tests.faults.job import NUM_STEPS, Job, checkpoints, copy_run, same_run, write_inputs
+from tests.faults.job import NUM_STEPS, Job, TwoNodeJob, checkpoints, copy_run, same_run, write_inputs
+from tests.harness.two_nodes import TwoNodes, reason_against
 
 _SMALL_DISK_BYTES = 400_000
 """Room for two checkpoints of the tiny model and not for three."""
@@ -32,11 +35,24 @@ class Inputs:
         recipe: path.
         reference: output of a run that nothing happened to.
         halfway: output of a run that was killed halfway, with two checkpoints.
+        nodes: two nodes for the ranks that an injection starts; None for this machine.
     """
 
     recipe: Path
     reference: Path
     halfway: Path
+    nodes: TwoNodes | None = None
+
+    def start(
+        self, output: Path, overrides: Sequence[str] = (), sabotage: Callable[[], None] | None = None
+    ) -> Job:
+        """A job of two ranks that trains as the recipe says."""
+        if self.nodes is None:
+            return Job(self.recipe, output, overrides, sabotage=sabotage)
+        return TwoNodeJob(self.nodes, self.recipe, output, overrides, sabotage)
+
+
+Injection = Callable[[Inputs, Path, random.Random], None]
 
 
 def prepare(folder: Path) -> Inputs:
@@ -65,10 +81,7 @@ def kill_in_training(inputs: Inputs, output: Path, dice: random.Random) -> None:
 
 def kill_in_saving(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """kill -9 of all ranks while a checkpoint is being written."""
-    job = Job(inputs.recipe, output)
-    first = dice.randrange(NUM_STEPS - 2)
-    job.wait_for(lambda: job.num_steps_made() >= first and job.is_saving())
-    time.sleep(dice.uniform(0, 0.08))
+    job = _saving(inputs, output, dice)
     job.kill()
     job.end()
 
@@ -101,7 +114,7 @@ def terminate_one_rank(inputs: Inputs, output: Path, dice: random.Random) -> Non
 
 def signal_at_any_moment(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """SIGTERM, SIGUSR1, SIGINT or SIGHUP, to all ranks or to one, from the moment that they start."""
-    job = Job(inputs.recipe, output)
+    job = inputs.start(output)
     time.sleep(dice.uniform(0, 3))
     job.kill(dice.choice([None, [0], [1]]), dice.choice(SIGNALS))
     time.sleep(0.5)
@@ -111,27 +124,27 @@ def signal_at_any_moment(inputs: Inputs, output: Path, dice: random.Random) -> N
 
 def signal_in_loading(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """The same while the model is loaded: there is no checkpoint yet."""
-    _signal_after(Job(inputs.recipe, output), "loading", dice)
+    _signal_after(inputs.start(output), "loading", dice)
 
 
 def signal_in_scoring(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """The same while held-out examples are scored, before or after training."""
     when = dice.choice(["before", "after"])
     data = f"data.evaluation={inputs.recipe.parent / 'train.tsv'}"
-    job = Job(inputs.recipe, output, [data, "evaluation.batch_size=1"])
+    job = inputs.start(output, [data, "evaluation.batch_size=1"])
     _signal_after(job, f"held-out examples {when} training", dice)
 
 
 def signal_in_saving(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """The same while a checkpoint is written."""
-    job = Job(inputs.recipe, output)
+    job = inputs.start(output)
     job.wait_for(job.is_saving)
     _signal(job, dice)
 
 
 def signal_in_exporting(inputs: Inputs, output: Path, dice: random.Random) -> None:
     """The same while the trained model is written."""
-    _signal_after(Job(inputs.recipe, output), "writing the model", dice)
+    _signal_after(inputs.start(output), "writing the model", dice)
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -172,13 +185,97 @@ def spoil_a_batch() -> None:
     loop.token_loss_sum = spoiled
 
 
+def _saving(
+    inputs: Inputs, output: Path, dice: random.Random, sabotage: Callable[[], None] | None = None
+) -> Job:
+    """A job that is writing a checkpoint, not always its first."""
+    job = inputs.start(output, sabotage=sabotage)
+    first = dice.randrange(NUM_STEPS - 2)
+    job.wait_for(lambda: job.num_steps_made() >= first and job.is_saving())
+    time.sleep(dice.uniform(0, 0.08))
+    return job
+
+
+def _saving_slowly(inputs: Inputs, output: Path, dice: random.Random) -> Job:
+    """The same, where writing takes longer than cutting a link."""
+    job = _saving(inputs, output, dice, write_slowly)
+    time.sleep(dice.uniform(0, 0.2))
+    return job
+
+
+def write_slowly() -> None:
+    """Let the tensors of a checkpoint take a quarter of a second before and after they are written."""
+    from lomo_ds.checkpoint import save
+
+    quick = save._write_tensors
+
+    def slow(*arguments):
+        time.sleep(0.25)
+        records = quick(*arguments)
+        time.sleep(0.25)
+        return records
+
+    save._write_tensors = slow
+
+
 def _started(inputs: Inputs, output: Path, dice: random.Random) -> Job:
     """A job at a random moment between its second step and its last: all ranks have made the first one."""
-    job = Job(inputs.recipe, output)
+    job = inputs.start(output)
     step = dice.randrange(2, NUM_STEPS - 1)
     job.wait_for(lambda: job.num_steps_made() >= step)
     time.sleep(dice.uniform(0, 0.03))
     return job
+
+
+# Two nodes -----------------------------------------------------------------------------------------
+
+
+def cut_in_training(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """The link between two nodes is cut at a random moment of training: both sides end by themselves."""
+    with _on_two_nodes(inputs) as inputs:
+        _cut(inputs, _started(inputs, output, dice))
+
+
+def cut_in_saving(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """The same while a checkpoint is being written."""
+    with _on_two_nodes(inputs) as inputs:
+        _cut(inputs, _saving_slowly(inputs, output, dice))
+
+
+def lose_a_node(inputs: Inputs, output: Path, dice: random.Random) -> None:
+    """A node without power, in training or in saving: its rank is gone and no packet tells the other one."""
+    with _on_two_nodes(inputs) as inputs:
+        job = dice.choice([_started, _saving_slowly])(inputs, output, dice)
+        inputs.nodes.set_link("down")
+        job.kill([dice.randrange(2)])
+        answers, _ = job.end()
+    assert all(answer.traceback_text for answer in answers)
+
+
+def _cut(inputs: Inputs, job: Job) -> None:
+    inputs.nodes.set_link("down")
+    answers, _ = job.end()
+    assert all(answer.traceback_text for answer in answers)
+    assert not any((job.output / "checkpoints").glob(".*")), "something was left behind"
+
+
+def on_two_nodes(injection: Injection) -> Injection:
+    """The same injection into ranks on two nodes."""
+
+    @functools.wraps(injection)
+    def injected(inputs: Inputs, output: Path, dice: random.Random) -> None:
+        with _on_two_nodes(inputs) as inputs:
+            injection(inputs, output, dice)
+
+    injected.__name__ += "_on_two_nodes"
+    injected.__doc__ = f"On two nodes: {injection.__doc__}"
+    return injected
+
+
+@contextlib.contextmanager
+def _on_two_nodes(inputs: Inputs) -> Iterator[Inputs]:
+    with TwoNodes().connected() as nodes:
+        yield replace(inputs, nodes=nodes)
 
 
 # Damaged files ------------------------------------------------------------------------------------
@@ -309,7 +406,20 @@ class _mounted:
         subprocess.run(["umount", "-l", str(self._folder)], check=True)
 
 
-Injection = Callable[[Inputs, Path, random.Random], None]
+NEED_MOUNT = ("full_disk", "disk_that_fills_up", "read_only_folder")
+ON_TWO_NODES = [
+    on_two_nodes(injection)
+    for injection in (
+        kill_one_rank,
+        terminate,
+        terminate_one_rank,
+        signal_in_loading,
+        signal_in_scoring,
+        signal_in_saving,
+        signal_in_exporting,
+    )
+]
+NEED_NODES = ("cut_in_training", "cut_in_saving", "lose_a_node", *(one.__name__ for one in ON_TWO_NODES))
 
 INJECTIONS: dict[str, Injection] = {
     injection.__name__: injection
@@ -333,14 +443,24 @@ INJECTIONS: dict[str, Injection] = {
         full_disk,
         disk_that_fills_up,
         read_only_folder,
+        cut_in_training,
+        cut_in_saving,
+        lose_a_node,
+        *ON_TWO_NODES,
     )
 }
-NEED_MOUNT = ("full_disk", "disk_that_fills_up", "read_only_folder")
+
+
+def reason_to_skip(name: str, folder: Path) -> str:
+    """Why an injection cannot be made here; empty where it can. ``folder`` is made for trying it."""
+    if name in NEED_MOUNT and not can_mount(folder):
+        return "needs the right to mount a disk in memory"
+    return f"network namespaces: {reason_against()}" if name in NEED_NODES and reason_against() else ""
 
 
 def can_mount(folder: Path) -> bool:
     """Whether this process may mount a disk in memory."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     try:
         with _mounted(folder, "size=64k"):
             return True

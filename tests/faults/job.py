@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from tests.harness.pool import take_pool
+from tests.harness.pool import RankPool, take_pool
 from tests.harness.rank import Answer
+from tests.harness.two_nodes import TwoNodes
 from tests.tiny import tiny_llama, tiny_tokenizer, write_reviews
 
 NUM_STEPS = 12
@@ -84,8 +85,11 @@ class Job:
         sabotage: Callable[[], None] | None = None,
     ) -> None:
         self.output = output
-        self._pool = take_pool(world_size, fresh=True)
+        self._pool = self._new_pool(world_size)
         self._pool.start(train_rank, (str(recipe), [*overrides, f"output={output}"], sabotage), {})
+
+    def _new_pool(self, world_size: int) -> RankPool:
+        return take_pool(world_size, fresh=True)
 
     def kill(self, ranks: Sequence[int] | None = None, number: int = signal.SIGKILL) -> None:
         """Send a signal to some ranks, or to all."""
@@ -127,6 +131,29 @@ class Job:
             return answers, "\n".join(self._pool.output(rank) for rank in range(len(answers)))
         finally:
             self._pool.end()
+
+
+class TwoNodeJob(Job):
+    """The same with each of two ranks on a node of its own: a network namespace.
+
+    Args:
+        nodes: the nodes, connected.
+        recipe: see `Job`; and so are the others.
+    """
+
+    def __init__(
+        self,
+        nodes: TwoNodes,
+        recipe: Path,
+        output: Path,
+        overrides: Sequence[str] = (),
+        sabotage: Callable[[], None] | None = None,
+    ) -> None:
+        self._nodes = nodes
+        super().__init__(recipe, output, overrides, sabotage=sabotage)
+
+    def _new_pool(self, world_size: int) -> RankPool:
+        return take_pool(world_size, fresh=True, networks=self._nodes.names)
 
 
 def train_rank(recipe: str, overrides: list[str], sabotage: Callable[[], None] | None) -> int:

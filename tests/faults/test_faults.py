@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.injections import INJECTIONS, NEED_MOUNT, Inputs, can_mount, prepare
+from tests.faults.injections import INJECTIONS, Inputs, prepare, reason_to_skip
 from tests.faults.job import run_to_end, same_run
+
+TWO_NODES = "_on_two_nodes"
+"""End of the names of injections that are made by default on one node."""
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +19,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return prepare(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("name", INJECTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(TWO_NODES)) for name in INJECTIONS]
+)
 def test_the_run_survives(name: str, inputs: Inputs, tmp_path: Path) -> None:
-    if name in NEED_MOUNT and not can_mount(tmp_path / "probe"):
-        pytest.skip("needs the right to mount a disk in memory")
+    if reason := reason_to_skip(name, tmp_path / "probe"):
+        pytest.skip(reason)
     output = tmp_path / "out"
     INJECTIONS[name](inputs, output, random.Random(name))
     run_to_end(inputs.recipe, output)

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,11 @@ _zygotes: list[Zygote] = []
 _pools: dict[int, RankPool] = {}
 
 
-def take_pool(world_size: int, fresh: bool) -> RankPool:
-    """The warm pool of this world size, which is the caller's from now on, or a new one."""
+def take_pool(world_size: int, fresh: bool, networks: Sequence[str] = ()) -> RankPool:
+    """The warm pool of this world size, which is the caller's from now on, or a new one.
+
+    ``networks`` names the network namespace of each rank of a new one, where they are not on this machine's.
+    """
     pool = _pools.pop(world_size, None)
     if pool is not None and not fresh and pool.is_idle():
         return pool
@@ -84,7 +87,7 @@ def take_pool(world_size: int, fresh: bool) -> RankPool:
     if not _zygotes:
         _zygotes.append(Zygote())
         atexit.register(end_all)
-    return RankPool(_zygotes[0], world_size)
+    return RankPool(_zygotes[0], world_size, networks or [""] * world_size)
 
 
 def end_all() -> None:
@@ -102,14 +105,14 @@ class RankPool:
         leaked: what the last call left behind on its ranks; such a pool is not used again.
     """
 
-    def __init__(self, zygote: Zygote, world_size: int) -> None:
+    def __init__(self, zygote: Zygote, world_size: int, networks: Sequence[str]) -> None:
         self._zygote = zygote
         self._world_size = world_size
         self._pids: dict[int, int] = {}
         self._connections: dict[int, Connection] = {}
         self._log_starts: dict[int, int] = {}
         self.leaked = ""
-        self._setups = self._new_setups()
+        self._setups = self._new_setups(networks)
         try:
             for setup in self._setups:
                 self._pids[setup.rank], self._connections[setup.rank] = zygote.fork(setup)
@@ -118,10 +121,10 @@ class RankPool:
             self.end()
             raise
 
-    def _new_setups(self) -> list[RankSetup]:
+    def _new_setups(self, networks: Sequence[str]) -> list[RankSetup]:
         folder = tempfile.mkdtemp(dir=self._zygote.folder, prefix=f"world{self._world_size}_")
         common = {"world_size": self._world_size, "folder": folder, "master_port": free_port()}
-        return [RankSetup(rank=rank, **common) for rank in range(self._world_size)]
+        return [RankSetup(rank=rank, network=network, **common) for rank, network in enumerate(networks)]
 
     def is_idle(self) -> bool:
         """Whether every rank lives and waits for a call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import os
@@ -13,8 +14,15 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+
+CLONE_NEWNET = 0x40000000
+INTERFACE = "lomo0"
+"""The network interface of a node that is a namespace; see ``tests.harness.two_nodes``."""
+NODE_TIMEOUT_S = 6.0
+"""How long a collective waits there for a rank that cannot be reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +34,14 @@ class RankSetup:
         world_size: ranks of the pool.
         folder: of the pool; holds the rendezvous file and a log for each rank.
         master_port: a free TCP port, for code that reads MASTER_PORT.
+        network: network namespace of a node that the rank is on; the machine's own where empty.
     """
 
     rank: int
     world_size: int
     folder: str
     master_port: int
+    network: str = ""
 
     @property
     def log_path(self) -> str:
@@ -84,6 +94,8 @@ def redirect_output(path: str) -> None:
 
 def join_group(setup: RankSetup) -> None:
     """Initialize deepspeed.comm over gloo for the pool's world size. Collective."""
+    if setup.network:
+        move_to_node(setup.network)
     os.environ.update(
         RANK=str(setup.rank),
         LOCAL_RANK=str(setup.rank),
@@ -92,6 +104,7 @@ def join_group(setup: RankSetup) -> None:
         MASTER_PORT=str(setup.master_port),
     )
     import deepspeed
+    from deepspeed import constants
 
     rendezvous = os.path.join(setup.folder, "rendezvous")
     deepspeed.init_distributed(
@@ -99,8 +112,20 @@ def join_group(setup: RankSetup) -> None:
         init_method=f"file://{rendezvous}",
         rank=setup.rank,
         world_size=setup.world_size,
+        timeout=constants.default_pg_timeout,
         verbose=False,
     )
+
+
+def move_to_node(network: str) -> None:
+    """Enter a network namespace, and let collectives wait there for ``NODE_TIMEOUT_S`` alone."""
+    from deepspeed import constants
+
+    with open(f"/run/netns/{network}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {network}")
+    os.environ.update(GLOO_SOCKET_IFNAME=INTERFACE, DEEPSPEED_TIMEOUT="1")
+    constants.default_pg_timeout = timedelta(seconds=NODE_TIMEOUT_S)  # the variable holds whole minutes
 
 
 def answer_bytes(message: bytes) -> bytes:

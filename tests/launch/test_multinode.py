@@ -18,7 +18,7 @@ import yaml
 
 from lomo_ds.training.interruption import INTERRUPTED
 from tests.faults.job import run_to_end, same_run, write_inputs
-from tests.launch.two_nodes import ADDRESSES, TwoNodes, reason_against
+from tests.harness.two_nodes import ADDRESSES, TwoNodes, reason_against
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
 

@@ -10,8 +10,9 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.harness.rank import INTERFACE
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-INTERFACE = "lomo0"
 
 
 def reason_against() -> str:
