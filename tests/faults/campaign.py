@@ -21,7 +21,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.faults.injections import INJECTIONS, Inputs, prepare, reason_to_skip
+from tests.faults.injections import INJECTIONS, reason_to_skip
+from tests.faults.inputs import Inputs, prepare
 from tests.faults.job import DEADLINE_S, run_to_end, same_run
 
 OUTCOMES = ("survived", "lost", "wrong", "hung")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.injections import INJECTIONS, Inputs, prepare, reason_to_skip
+from tests.faults.injections import INJECTIONS, reason_to_skip
+from tests.faults.inputs import Inputs, prepare
 from tests.faults.job import run_to_end, same_run
 
 TWO_NODES = "_on_two_nodes"
