@@ -26,7 +26,7 @@ $(STAMP): constraints.txt pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install -c constraints.txt setuptools wheel
 	$(RUN) -m pip install -c constraints.txt '$(TORCH)'
-	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[test,quickstart,bench]'
+	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[test,quickstart,bench,docs]'
 	touch $@
 
 test: $(STAMP)  ## run the default tests on CPU ranks, the cheapest first
@@ -66,7 +66,6 @@ lint: $(STAMP)  ## check style, formatting, types and shell scripts
 	.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 docs: $(STAMP)  ## build the documentation as a site in build/site; it loads nothing from the network
-	$(RUN) -c 'import material' || $(RUN) -m pip install -c constraints.txt '.[docs]'
 	DS_ACCELERATOR=cpu $(RUN) -m mkdocs build --strict
 
 format: $(STAMP)  ## fix style and formatting

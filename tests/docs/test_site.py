@@ -6,7 +6,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -79,8 +78,6 @@ def test_the_recipe_of_getting_started_is_one() -> None:
     assert from_mapping(Recipe, yaml.safe_load(text), "recipe").batch.train_batch_size == 16
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs mkdocs-material: make docs installs it")
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
