@@ -68,6 +68,7 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
         self.clip = GradClip(self.optimizer.clipping, self.clip_grad)
         specs = param_specs(self.module, self.trainable_params())
         self.stream = self.shard_stream()
+        self.before_gathers(self.stream.let_gathers_follow)
         self.updater = Updater(self.optimizer, self.clip, specs, self.group_index(), self.stream)
         self.policy = self._make_policy()
         others = [param for param in self.module.parameters() if param not in self.updater.entries]
@@ -239,12 +240,7 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
             )
 
     def refresh_gathered_params(self) -> None:
-        """Before a forward: make gathered copies new where shards changed and no step has ended.
-
-        Gathers wait for the current stream, where others may have written shards, as
-        ``deepspeed.zero.GatheredParameters`` does.
-        """
-        self.stream.let_gathers_follow()
+        """Before a forward: make gathered copies new where shards changed and no step has ended."""
         if self.updater.shards_changed:
             self.release_gathered_params()
             self.gather_persistent_params()

@@ -45,12 +45,16 @@ class ShardStream:
             yield
 
     def publish(self) -> None:
-        """Let the current stream and G wait for what has been written."""
+        """Let the current stream wait for what has been written; G follows it (``let_gathers_follow``)."""
         if self._updates is not None:
             get_accelerator().current_stream().wait_stream(self._updates)
-            self._gathers.wait_stream(self._updates)
 
     def let_gathers_follow(self) -> None:
-        """Let G wait for the current stream, on which somebody else may have written shards."""
+        """Let G wait for the current stream, before each module's gathers.
+
+        So it waits for updates that were published, and for whoever else has written to shards. It also
+        bounds memory: ZeRO-3 lets the host be two fetches ahead of G, and a G that kept no pace with the
+        current stream would gather weights much faster than they are used up.
+        """
         if self._updates is not None:
             self._gathers.wait_stream(get_accelerator().current_stream())

@@ -8,8 +8,9 @@ current stream, which runs forward and backward; R, DeepSpeed's for reduced grad
    inside backward, at the step, for a tiled vocabulary, and when a checkpoint is loaded.
 2. R first waits for the stream of who asks (``writing``), so for every reader so far: D has waited for G's
    gathers, and for what it used. A gradient from another stream's memory is recorded for R.
-3. Readers wait for R: D and G, as soon as writing is over (``publish``), at the end of a backward, of a
-   step and of a load. G also waits for D before each forward, since others write to shards on D.
+3. Readers wait for R: D, as soon as writing is over (``publish``), at the end of a backward, of a step and
+   of a load; and G for D, before each module's gathers. Others, too, write to shards on D, and a G that ran
+   ahead of D would gather weights faster than D uses them up.
 4. C waits for R before it copies a gradient away. R waits for C, shard by shard, before it uses what C has
    brought; C waits for R before it brings something into the same place.
 """

@@ -141,6 +141,7 @@ def gpu_jobs() -> dict[str, Job]:
     unlimited = {"stage3_max_live_parameters": 10**9, "stage3_prefetch_bucket_size": 50_000_000}
     return {
         "tiles": gpu_job(),
+        "9 layers": gpu_job({"num_hidden_layers": 9}),
         "offloaded": gpu_job(top=offloaded, micro_batch=8),
         "whole vocabulary": gpu_job(top=whole),
         "no checkpointing": gpu_job(checkpointing="none", micro_batch=8),

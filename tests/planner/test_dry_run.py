@@ -88,6 +88,15 @@ def test_torch_reserves_what_is_live_and_more_where_the_device_lags(
     assert run.reserved.worst_on_card == run.reserved.worst  # 24 GiB are enough for these
 
 
+def test_a_device_that_lags_gathers_no_more_for_more_layers(dry_runs: dict[str, DryRun]) -> None:
+    """Gathers keep pace with the layers that use them; else six layers more would wait to be used."""
+    few, many = (dry_runs[name].reserved for name in ("tiles", "9 layers"))
+    more_bytes = (many.worst.peak_bytes - many.usual.peak_bytes) - (
+        few.worst.peak_bytes - few.usual.peak_bytes
+    )
+    assert more_bytes < 2 * 512 * 1408  # less than one matrix of an MLP
+
+
 def test_a_cpu_rank_has_no_device(dry_runs: dict[str, DryRun]) -> None:
     assert dry_runs["Lomo, 2 ranks"].reserved.usual.peak_bytes == 0
 

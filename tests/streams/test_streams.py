@@ -15,11 +15,8 @@ from tests.streams.matrix import DEFAULT, findings_of, whole_matrix
 from tests.streams.sites import sites
 from tests.streams.trace import Site
 
-ASKERS = (
-    Cell(optimizer="AdaLomo", tiled=True, num_steps=1),
-    Cell(apply="deferred", script="call module", num_steps=1),
-)
-"""Cells in which updates were once made on the stream of who asked for them."""
+ASKER = Cell(optimizer="AdaLomo", tiled=True, num_steps=1)
+"""In it some updates were once made on the stream of who asked for them."""
 
 
 @contextmanager
@@ -46,8 +43,8 @@ def run(job: tuple[Cell, bool]) -> Examined:
 
 @pytest.fixture(scope="module")
 def examined() -> dict[tuple[Cell, bool], Examined]:
-    """The default cells with the rule, as they are and with each wait left out; some without the rule."""
-    jobs = [(cell, True) for cell in DEFAULT] + [(cell, False) for cell in ASKERS]
+    """The default cells with the rule, as they are and with each wait left out; one without the rule."""
+    jobs = [(cell, True) for cell in DEFAULT] + [(ASKER, False)]
     return dict(zip(jobs, in_child(run, jobs), strict=True))
 
 
@@ -69,9 +66,8 @@ def test_every_wait_of_the_engine_is_needed(
     assert any(findings.races or findings.frees for findings in reached if findings)
 
 
-@pytest.mark.parametrize("cell", ASKERS, ids=str)
-def test_updates_on_other_streams_are_found(examined: dict[tuple[Cell, bool], Examined], cell: Cell) -> None:
-    findings = examined[cell, False].findings
+def test_updates_on_other_streams_are_found(examined: dict[tuple[Cell, bool], Examined]) -> None:
+    findings = examined[ASKER, False].findings
     pairs = {(earlier.split()[0], later.split()[0]) for _, earlier, later in findings.races}
     assert pairs & {("R", "D"), ("D", "G")}, str(findings)
 

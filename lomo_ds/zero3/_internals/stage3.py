@@ -211,6 +211,11 @@ class Stage3Base(DeepSpeedZeroOptimizer_Stage3):
             gathers=self.parameter_offload._DeepSpeedZeRoOffload__allgather_stream,
         )
 
+    def before_gathers(self, action: Callable[[], None]) -> None:
+        """Call ``action`` each time before a module's parameters are gathered, in forward and in backward."""
+        coordinator = self.parameter_offload.get_param_coordinator()
+        coordinator.fetch_sub_module = _Preceded(action, coordinator.fetch_sub_module)
+
     def warn_of_allocator_flushes(self) -> None:
         """Say, as DeepSpeed's own step does, that torch's allocator had to give memory back to find some."""
         retries = int(get_accelerator().memory_stats().get("num_alloc_retries") or 0)
@@ -279,3 +284,14 @@ def _drop_grad(param: Parameter) -> None:
 def _reduced(param: Parameter, partition: Tensor) -> ReducedGradient:
     real = partition.view(-1).narrow(0, 0, shard_spec(param).shard_numel)
     return ReducedGradient(param, real)
+
+
+class _Preceded:
+    """A method before which an action is done."""
+
+    def __init__(self, action: Callable[[], None], method: Callable[..., Any]) -> None:
+        self._action, self._method = action, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._action()
+        return self._method(*args, **kwargs)
