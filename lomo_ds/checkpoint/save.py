@@ -164,9 +164,10 @@ class CheckpointWriter:
                 happened to raise a RuntimeError. Nothing is left behind, earlier checkpoints are whole.
         """
         self.wait()
-        with failing_together(self._group):
-            self._begin(job)
-        _require_shared(job, self._group)
+        with abandoned_on_failure(job, self._group):
+            with failing_together(self._group):
+                self._begin(job)
+            _require_shared(job, self._group)
         if asynchronous:
             job = replace(job, snapshot=job.snapshot.on_host())
             self._running = self._thread.submit(_write, job, self._group)
@@ -201,7 +202,7 @@ def _require_shared(job: SaveJob, group: dist.ProcessGroup) -> None:
 def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
     """The part that may run during training. Collective over ``group``."""
     rank, scratch = dist.get_rank(group), job.root.scratch(job.tag)
-    try:
+    with abandoned_on_failure(job, group):
         records = _write_tensors(job, scratch, group)
         with failing_together(group):
             records |= _write_small_files(job, scratch, rank)
@@ -210,8 +211,15 @@ def _write(job: SaveJob, group: dist.ProcessGroup) -> None:
         with failing_together(group):
             if rank == 0:
                 _publish(job, scratch, {name: record for part in everyones for name, record in part.items()})
+
+
+@contextmanager
+def abandoned_on_failure(job: SaveJob, group: dist.ProcessGroup) -> Iterator[None]:
+    """Leave nothing of a checkpoint whose writing fails, also where other ranks cannot be reached."""
+    try:
+        yield
     except BaseException:
-        if rank == 0:
+        if dist.get_rank(group) == 0:
             job.root.abandon(job.tag)
         raise
 

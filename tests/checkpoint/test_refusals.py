@@ -6,10 +6,12 @@ import re
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from lomo_ds.checkpoint import save
 from tests.checkpoint import jobs
 from tests.checkpoint.test_resume import same_tree
 from tests.harness import run_ranks
@@ -46,6 +48,10 @@ def refused_saves(folder: Path) -> dict[str, str]:
     engine.backward(engine(rank_batch(0, rank, engine.world_size)))
     said["boundary"] = message_of(engine.save_checkpoint, folder)
     engine.step()
+    with mock.patch.object(save, "_require_shared", side_effect=ConnectionError("reset by peer")):
+        said["lost"] = message_of(engine.save_checkpoint, folder)
+    torch.distributed.barrier()
+    said["left"] = " ".join(path.name for path in folder.iterdir())
     said["after all"] = message_of(engine.save_checkpoint, folder)
     return said
 
@@ -59,10 +65,12 @@ def test_what_cannot_be_saved_is_refused_and_the_next_save_works(tmp_path: Path)
         "client_state": "client_state cannot be saved so that it loads without running code",
         "keep_last": "keep_last has to be at least 1",
         "boundary": "between engine.backward and the step",
+        "lost": "reset by peer",
     }.items():
         assert part in first[name] and part in second[name]
     assert "NotADirectoryError" in first["file"] or "FileExistsError" in first["file"]
     assert "rank 0 failed" in second["file"]
+    assert first["left"] == second["left"] == ""
     assert first["after all"] == second["after all"] == ""
     assert sorted(path.name for path in folder.iterdir()) == ["global_step1", "latest"]
 
