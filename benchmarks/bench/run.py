@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -29,11 +28,10 @@ from benchmarks.bench.summary import summarize, summarize_job
 from benchmarks.common.contestants import CONTESTANTS, Workload
 from benchmarks.common.machine import command_line, describe_machine, describe_versions
 from benchmarks.common.paths import PAGES, RUNS, SHIPPED_JSON
-from benchmarks.common.rank_processes import RANK_ENVIRONMENT, run_ranks
+from benchmarks.common.rank_processes import RANK_ENVIRONMENT, reason_of, run_ranks
 
 DEADLINE_S = 1200.0
 """Of one job; the first one with offloading compiles DeepSpeed's op, which takes minutes."""
-_ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Exit)\b.*)$", re.MULTILINE)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,8 +96,7 @@ def attempt(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     except RuntimeError as error:
         if CONTESTANTS[job.contestant].program == "lomo_ds":
             raise
-        lines = _ERROR_LINE.findall(str(error)) or str(error).strip().splitlines()
-        return {"wall_s": time.monotonic() - start_s, "failure": lines[-1]}
+        return {"wall_s": time.monotonic() - start_s, "failure": reason_of(error)}
 
 
 def run_rounds(rounds: list[Round], kept: KeptRounds, args: argparse.Namespace, console: Console) -> None:
