@@ -1,4 +1,4 @@
-"""What `make gpu-check` adds to torch's CUDA sanitizer, with the sanitizer's own bookkeeping; and its cells."""
+"""What `make gpu-check` adds to torch's CUDA sanitizer, on the sanitizer's own records; and its cells."""
 
 from __future__ import annotations
 
