@@ -73,4 +73,5 @@ def require_card() -> Card:
 
 
 if __name__ == "__main__":
-    print(require_card())
+    found = require_card()
+    print(f"{found.name}, {found.memory}")

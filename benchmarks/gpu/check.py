@@ -86,7 +86,7 @@ def run_job(job: Job, setup: Setup, start_s: float, end_s: float) -> dict[str, A
         results = run_ranks(job.module, arguments, 1, limit_s, environment)
     except RanksFailed as failure:
         results = failure.results
-        found["failure"] = reason_of(failure)
+        found |= {"failure": reason_of(failure), "log": str(failure)}
     return found | (results[0] or {}) | {"wall_s": time.monotonic() - begun_s}
 
 

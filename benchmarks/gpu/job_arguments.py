@@ -20,10 +20,10 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def attempt(measure: Callable[[Given], dict[str, Any]], what: Given) -> dict[str, Any]:
-    """What ``measure`` finds, or ``failure``, one line, when it raises: others are measured all the same."""
+    """What ``measure`` finds, or, when it raises, ``failure``, one line, and ``traceback``."""
     try:
         return measure(what)
     except Exception as error:
-        traceback.print_exc()
         said = next(iter(str(error).strip().splitlines()), "")
-        return {"failure": f"{type(error).__name__}: {said}".removesuffix(": ")}
+        reason = f"{type(error).__name__}: {said}".removesuffix(": ")
+        return {"failure": reason, "traceback": traceback.format_exc()}

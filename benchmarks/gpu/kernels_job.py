@@ -20,9 +20,17 @@ from lomo_ds.rules.kernels import dispatch
 from lomo_ds.rules.param_spec import ParamSpec
 from lomo_ds.rules.rounding import Rounding
 from lomo_ds.rules.table import OWN_OPTIMIZERS, RULES
+from tests.rules.kernels.interpreted import copy_of
 
 NUM_WARM_UP, NUM_CALLS = 3, 20
 TOY = 2
+ELEMENTWISE = ("Lomo", "SignSGD")
+"""Rules without sums: kernels give the bits of torch's operations."""
+MOST_DIFFERING = 1e-3
+"""Of the weights by other rules: some may be on the other side of a rounding."""
+SUMS_DIFFER = 1e-5
+"""Upper estimate of the part by which updates differ when sums of 1024 are added up in another order."""
+COMPARED_SHAPE = (1024, 1024)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -55,6 +63,27 @@ def update_bandwidth(name: str, rounding: Rounding, spec: ParamSpec, device: str
     return row_of(RULES[name].title, rounding, seconds, count.num_bytes) | {"launches": count.launches}
 
 
+def compare_with_torch(name: str, rounding: Rounding, spec: ParamSpec, device: str) -> dict[str, Any]:
+    """An update on this device, and the same one by torch's operations on it.
+
+    Raises:
+        AssertionError: they differ by more than sums in another order explain.
+    """
+    rule = RULES[name].rule()
+    shard = make_shard(rule, spec, rounding, device)
+    before, expected = shard.param.float(), copy_of(shard)
+    update(rule, shard, is_guarded=False)
+    with kernels_on_meta(fused=False):
+        update(rule, expected, is_guarded=False)
+    after = expected.param.float()
+    off = (shard.param.float() - after).abs()
+    share = float((off > 0).float().mean())
+    assert share <= (0 if name in ELEMENTWISE else MOST_DIFFERING), f"{share:.2e} of the weights differ"
+    bound = torch.finfo(torch.bfloat16).eps * after.abs() + SUMS_DIFFER * (after - before).abs()
+    assert (off <= bound).all(), "weights differ by more than a rounding"
+    return {"differing": share}
+
+
 def row_of(rule: str, rounding: str, seconds: float, num_bytes: int) -> dict[str, Any]:
     """A row of the table."""
     found = {"seconds": seconds, "bytes": num_bytes, "bytes_per_s": num_bytes / seconds}
@@ -74,7 +103,7 @@ def check_kernels(device: str) -> dict[str, Any]:
 
 
 def kind_of(device: str) -> str:
-    """ "cuda" for "cuda:0"."""
+    """The type of a device: ``cuda`` of ``cuda:0``."""
     return device.partition(":")[0]
 
 
@@ -89,7 +118,10 @@ def main() -> None:
     rows.append({"name": "copy"} | attempt(lambda _: copy_bandwidth(spec, device), None))
     # rules of one way of rounding after one another: the first ways are compiled already
     cells = itertools.product(get_args(Rounding), OWN_OPTIMIZERS)
+    small = ParamSpec(shape=(64, 64) if args.toy else COMPARED_SHAPE, rank=0, world_size=1, role="matrix")
     for rounding, name in list(cells)[: TOY if args.toy else None]:
+        same = attempt(lambda cell: compare_with_torch(*cell, small, device), (name, rounding))
+        rows.append({"name": f"{RULES[name].title}, {rounding}, compared with torch"} | same)
         found = attempt(lambda cell: update_bandwidth(*cell, spec, device), (name, rounding))
         rows.append({"name": f"{RULES[name].title}, {rounding}"} | found)
         write_result({"rows": rows}, args.out)

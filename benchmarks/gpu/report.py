@@ -16,6 +16,8 @@ from benchmarks.gpu.plot import plot
 from lomo_ds.byte_units import gib
 from lomo_ds.rules.rounding import Rounding
 
+_REPORTS_SHOWN = 3
+"""In full; all of them are in gpu.json."""
 Row = dict[str, Any]
 Part = dict[str, Any]
 
@@ -65,7 +67,7 @@ def page(results: dict[str, Any], setup: Setup, plotted: bool) -> str:
     for part in results["parts"]:
         lines.append(f"## {part['title']}\n")
         if part["failures"]:
-            lines.append("**Failed**:\n")
+            lines.append("**Failed** (`gpu.json` has tracebacks and logs):\n")
             lines.append("\n".join(f"- `{failure}`" for failure in part["failures"]) + "\n")
         if rows_of(part):
             lines += SECTIONS[part["name"]](rows_of(part))
@@ -110,7 +112,7 @@ def sanitizer(rows: list[Row]) -> list[str]:
     seen = "It reports" if control else "It was **not** seen to report"
     texts = [f"{seen} two streams that write the same tensor without a wait.\n"]
     reports = [report for row in cells for report in row["reports"]]
-    texts += [f"```text\n{report.strip()}\n```\n" for report in reports]
+    texts += [f"```text\n{report.strip()}\n```\n" for report in reports[:_REPORTS_SHOWN]]
     return [table(["policy", "cells", "reports"], lines), *texts]
 
 
@@ -166,8 +168,15 @@ def kernels(rows: list[Row]) -> list[str]:
 
     rules = [rule for rule in dict.fromkeys(row["rule"] for row in measured) if rule != "copy"]
     lines = [[rule, *(told(found.get((rule, rounding))) for rounding in roundings)] for rule in rules]
+    same = [row["differing"] for row in rows if "differing" in row]
+    texts = [
+        f"Kernels compared with torch's operations here: {len(same)} updates are equal but for at most "
+        f"{share:.1e} of their elements, which differ by a rounding.\n"
+        for share in [max(same, default=0.0)]
+        if same
+    ]
     of_copy = f"A copy (`tensor.copy_`): {copy / 1e9:.0f} GB/s.\n" if copy else "The copy was not measured.\n"
-    return [of_copy, table(["GB/s (of the copy's)", *roundings], lines)]
+    return [*texts, of_copy, table(["GB/s (of the copy's)", *roundings], lines)]
 
 
 SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {

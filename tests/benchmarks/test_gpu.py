@@ -21,9 +21,11 @@ from benchmarks.common.rank_processes import job_environment
 from benchmarks.gpu import card, cases, check, kernels_job, memory_job, phases, report, run
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.parts import PARTS, Job, Part, Setup
+from benchmarks.kernels import count
 from lomo_ds.allocator_settings import VARIABLES
 from lomo_ds.planner.closed_form import closed_form
 from lomo_ds.rules.kernels import dispatch, operations
+from lomo_ds.rules.param_spec import ParamSpec
 from tests.benchmarks import late_job
 
 GIB = 1 << 30
@@ -256,3 +258,28 @@ def test_kernels_that_do_not_run_are_a_failure_with_its_reason(monkeypatch: pyte
         assert kernels_job.check_kernels("cpu") == {}
     finally:
         dispatch.has_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "is_right"), [("Lomo", 1, False), ("SinkGD", 1, True), ("SinkGD", 9, False)]
+)
+def test_updates_by_kernels_are_compared_with_torchs(
+    name: str, off: int, is_right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A "kernel" whose first weight is off by some roundings."""
+    updates = []
+
+    def wrong_update(rule: Any, shard: Any, is_guarded: bool) -> None:
+        count.update(rule, shard, is_guarded)
+        if not updates:
+            shard.param.view(torch.int16)[0] += off
+        updates.append(rule)
+
+    monkeypatch.setattr(kernels_job, "update", wrong_update)
+    spec = ParamSpec(shape=(64, 32), rank=0, world_size=1, role="matrix")
+    if is_right:
+        found = kernels_job.compare_with_torch(name, "stochastic", spec, "cpu")
+        assert found["differing"] == pytest.approx(1 / spec.numel)
+    else:
+        with pytest.raises(AssertionError, match="weights differ"):
+            kernels_job.compare_with_torch(name, "stochastic", spec, "cpu")

@@ -47,7 +47,7 @@ class Replay:
             handler._handle_stream_synchronization(1 + entry.stream)
 
     def _launch(self, number: int, op: Op) -> None:
-        """A collective counts as reading, on the stream that asks: its schema names nothing that it writes."""
+        """A collective counts as reading, on the stream that asks: its schema names nothing written."""
         stream = 1 + (op.actor if op.follows is None else op.follows)
         at = [access for access in op.accesses if access.block not in self._on_host]
         written = {address(one) for one in at if one.writes and op.follows is None}
