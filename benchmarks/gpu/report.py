@@ -28,12 +28,18 @@ def write_report(out: Path, setup: Setup, parts: list[Part], wall_s: float) -> P
     Args:
         out: folder.
         setup: where it was measured.
-        parts: of ``check.run_part``.
+        parts: of ``check.run_part``; plots that fail are added to them, and the page is written without.
         wall_s: of all of them.
 
     Returns:
         The page's path.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        plotted = plot(out / "gpu.png", setup.card.name, parts)
+    except Exception as error:
+        plotted, failure = False, f"{type(error).__name__}: {error}"
+        parts.append({"name": "plots", "title": "Plots", "jobs": [], "failures": [failure], "wall_s": 0.0})
     results = {
         "command": command_line(),
         "card": dataclasses.asdict(setup.card),
@@ -42,9 +48,7 @@ def write_report(out: Path, setup: Setup, parts: list[Part], wall_s: float) -> P
         "wall_s": wall_s,
         "parts": parts,
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    plotted = plot(out / "gpu.png", setup.card.name, parts)
     path = out / "gpu.md"
     path.write_text(page(results, setup, plotted), encoding="utf-8")
     return path

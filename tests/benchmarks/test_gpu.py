@@ -113,6 +113,17 @@ def test_parts_that_fail_are_named_and_the_others_are_there(folder: Path) -> Non
     assert (folder / "gpu.png").stat().st_size > 10_000
 
 
+def test_a_page_is_written_without_plots_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> bool:
+        raise OSError("no fonts")
+
+    monkeypatch.setattr(report, "plot", fails)
+    parts: list[dict[str, Any]] = []
+    path = report.write_report(tmp_path, ON_CPU, parts, 1.0)
+    assert parts[0]["failures"] == ["OSError: no fonts"] and "- `OSError: no fonts`" in path.read_text()
+    assert "gpu.png" not in path.read_text()
+
+
 # Without a GPU -----------------------------------------------------------------------------------------
 
 
