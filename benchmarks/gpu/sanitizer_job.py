@@ -35,7 +35,7 @@ def cells() -> Iterator[Cell]:
         yield replace(cell, world_size=1, hpz=1)
     for cell in whole_matrix():
         plain = (cell.hpz, cell.threshold, cell.checkpointing, cell.overlap) == (1, 0, "reentrant", True)
-        if plain and cell.micro_batches == (2 if cell.apply == "deferred" else 1):
+        if plain and cell.micro_batches == 1:
             yield replace(cell, world_size=1)
 
 

@@ -1,13 +1,9 @@
-"""`make gpu-check`: every part with data on a CPU rank, parts that fail, what is decided without a GPU."""
+"""`make gpu-check`: every part with data on a CPU rank, parts that fail, and what a GPU would get."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +13,10 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.common.contestants import CONTESTANTS
+from benchmarks.common.paths import ROOT
 from benchmarks.common.rank_processes import job_environment
-from benchmarks.gpu import card, cases, check, kernels_job, memory_job, phases, report, run
+from benchmarks.gpu import cases, check, kernels_job, memory_job, phases, report, speed_job
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.parts import PARTS, Job, Part, Setup
 from benchmarks.kernels import count
@@ -82,7 +80,7 @@ def test_a_part_runs_on_a_cpu_rank(part: Part, folder: Path) -> None:
 @pytest.mark.ranks
 def test_memory_is_that_of_the_plan(folder: Path) -> None:
     """Of live tensors on a CPU rank, byte for byte; but for what gloo has not released in time."""
-    (row,) = report.rows_of(results_of(folder)["Memory and the plan's"])
+    (row,) = report.rows_of(results_of(folder)["Memory"])
     assert row["allocated"] == pytest.approx(row["plan"]["allocated"], rel=0.02)
     assert row["phases"].keys() == row["plan"]["phases"].keys()
     assert row["plan"]["fits"]
@@ -124,70 +122,6 @@ def test_a_page_is_written_without_plots_that_fail(tmp_path: Path, monkeypatch: 
     assert "gpu.png" not in path.read_text()
 
 
-# Without a GPU -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.ranks
-def test_without_a_gpu_one_line_says_so_before_anything_heavy_is_imported() -> None:
-    code = "import sys; sys.argv[1:] = []\nfrom benchmarks.gpu import run\n"
-    code += "try:\n    run.main()\nexcept SystemExit as end:\n"
-    code += "    print(end.code, *{'torch', 'deepspeed', 'rich', 'matplotlib'} & set(sys.modules))"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "2\n"
-    assert done.stderr == card.NO_GPU + "\n" and done.stderr.count("\n") == 1
-
-
-class Driver:
-    """Answers as NVIDIA's driver."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def cuInit(self, flags: int) -> int:
-        return 0
-
-    def cuDeviceGetCount(self, count: Any) -> int:
-        count._obj.value = self._number
-        return 0
-
-    def cuDeviceGet(self, device: Any, number: int) -> None:
-        device._obj.value = 0
-
-    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> None:
-        name.value = b"NVIDIA Test"
-
-    def cuDeviceTotalMem_v2(self, total: Any, device: Any) -> None:
-        total._obj.value = 24 * GIB
-
-    def cuDriverGetVersion(self, version: Any) -> None:
-        version._obj.value = 13010
-
-    def cuDeviceGetAttribute(self, part: Any, attribute: int, device: Any) -> None:
-        part._obj.value = {75: 8, 76: 9}[attribute]
-
-
-def test_the_driver_tells_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(1))
-    assert card.find_card() == Card(name="NVIDIA Test", total_bytes=24 * GIB, capability="8.9", driver="13.1")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(0))
-    assert card.find_card() is None
-
-
-@pytest.mark.parametrize(("cuda", "told"), [(None, "built without CUDA"), ("13.0", "built for CUDA 13.0")])
-def test_a_torch_that_cannot_use_the_gpu_is_told_apart(
-    cuda: str | None, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    with pytest.raises(SystemExit) as end:
-        run.require_cuda()
-    assert end.value.code == 2
-    assert told in capsys.readouterr().err
-
-
 # What is run on a GPU ------------------------------------------------------------------------------------
 
 
@@ -198,6 +132,8 @@ def on_gpu(memory_gib: float) -> Setup:
 def test_all_deadlines_are_within_ten_minutes() -> None:
     assert sum(part.deadline_s for part in PARTS) <= 585, "the page takes some seconds"
     assert set(report.SECTIONS) == {part.name for part in PARTS}
+    page = (ROOT / "docs" / "gpu-check.md").read_text()
+    assert [part.name for part in PARTS if f"\n| {part.title} | {part.deadline_s:.0f} |" not in page] == []
 
 
 def test_a_rank_on_cuda_has_nothing_of_the_environment_of_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +172,13 @@ def test_a_case_needs_what_the_closed_form_says(case: cases.Case) -> None:
     job = memory_job.job_of(case, int(case.needs_gib * GIB), on_cpu=False)
     spare = case.needs_gib * GIB - closed_form(job).peak_bytes - job.reserve_bytes
     assert 0 <= spare <= 1.5 * GIB
+
+
+def test_no_more_is_offloaded_than_the_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    speed_job.require_host_memory(CONTESTANTS["lomo-immediate"], cases.LARGE)
+    with pytest.raises(MemoryError, match=r"needs 23\.\d+ GiB of host memory, 8.00 GiB are available"):
+        speed_job.require_host_memory(CONTESTANTS["adamw-offload"], cases.LARGE)
 
 
 def test_a_part_without_a_job_has_failed() -> None:

@@ -47,16 +47,18 @@ class Replay:
             handler._handle_stream_synchronization(1 + entry.stream)
 
     def _launch(self, number: int, op: Op) -> None:
-        """A collective counts as reading, on the stream that asks: its schema names nothing written."""
+        """An operation. What a collective returns counts as written by the stream that asks for it, after the
+        point for which NCCL's stream waits.
+        """
         stream = 1 + (op.actor if op.follows is None else op.follows)
+        if op.follows is not None:
+            self._handler.syncs.record_state(number, stream)
         at = [access for access in op.accesses if access.block not in self._on_host]
-        written = {address(one) for one in at if one.writes and op.follows is None}
+        written = {address(one) for one in at if one.writes}
         read = {address(one) for one in at} - written
         aliases: dict[int, list[str]] = {one: [] for one in read | written}
         found = self._handler._handle_kernel_launch(stream, read, written, set(), op.name, aliases)
         self.num_reports += len(found)
-        if op.follows is not None:
-            self._handler.syncs.record_state(number, stream)
 
 
 def address(access: Access) -> int:
