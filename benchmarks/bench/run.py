@@ -14,7 +14,6 @@ import dataclasses
 import json
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -156,20 +155,16 @@ def describe_run(args: argparse.Namespace, records: list[dict[str, Any]]) -> dic
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of every program that is compared."""
-    try:
-        return describe_versions() | {"lomo-optim": version("lomo-optim")}
-    except PackageNotFoundError:
-        return describe_versions()
-
-
 def keep_rounds(args: argparse.Namespace) -> KeptRounds:
     """The rounds that an interrupted run of the same command has finished."""
     identity = {
         "arguments": {key: str(value) for key, value in vars(args).items() if key not in ("out", "runs")}
     }
-    identity |= {"machine": describe_machine(), "versions": versions(), "sources": hash_of_sources()}
+    identity |= {
+        "machine": describe_machine(),
+        "versions": describe_versions("lomo-optim"),
+        "sources": hash_of_sources(),
+    }
     return KeptRounds(args.runs / "rounds.json", identity)
 
 
@@ -185,7 +180,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not any("ranks" in record for record in records):
         sys.exit("none of the contestants runs here")
     run = describe_run(args, records) | {"num_starts": kept.num_starts}
-    results = {"run": run, "machine": describe_machine(), "versions": versions()}
+    results = {"run": run, "machine": describe_machine(), "versions": describe_versions("lomo-optim")}
     results |= {"summary": summarize(records), "records": records}
     write_report(args.out, results)
     kept.forget()

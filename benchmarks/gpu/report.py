@@ -44,7 +44,7 @@ def write_report(out: Path, setup: Setup, parts: list[Part], wall_s: float) -> P
         "command": command_line(),
         "card": dataclasses.asdict(setup.card),
         "machine": describe_machine(),
-        "versions": describe_versions(),
+        "versions": describe_versions("triton", "lomo-optim"),
         "wall_s": wall_s,
         "parts": parts,
     }
