@@ -95,14 +95,14 @@ def run_ranks(
 def job_environment(device: Device = "cpu") -> dict[str, str]:
     """The environment of a process that runs a module of benchmarks: this one's, for a rank on ``device``.
 
-    On CUDA DeepSpeed finds the accelerator itself, whatever this process uses; torch's memory is in
-    expandable segments, as under ``lomo-ds train``; and the limit of threads is the machine's.
+    On CUDA DeepSpeed uses that or fails, whatever this process uses; torch's memory is in expandable
+    segments, as under ``lomo-ds train``; and the limit of threads is the machine's.
     """
     environment = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix, "torch_extensions"))} | os.environ
     environment |= RANK_ENVIRONMENT
     if device == "cuda":
-        for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
-            del environment[name]
+        environment["DS_ACCELERATOR"] = device
+        del environment["OMP_NUM_THREADS"]
         use_expandable_segments(environment)
     for name, folder in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", ROOT)):
         environment[name] = os.pathsep.join(filter(None, [str(folder), environment.get(name)]))

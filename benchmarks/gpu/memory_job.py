@@ -85,6 +85,7 @@ def train(job: Job, phases: Phases) -> float:
 
 def measure(job: Job) -> dict[str, Any]:
     """Peak bytes of the job on this device: allocated and reserved, and allocated in each phase."""
+    join_ranks()
     with measured_phases() as phases:
         step_s = train(job, phases)
     peaks = phases.phase_peaks()
@@ -101,9 +102,10 @@ def main() -> None:
     job = job_of(CASES[args.case], args.card_bytes, get_accelerator().device_name() == "cpu")
     row = {"name": str(CASES[args.case]), "tokens": job.micro_batch * job.seq_len}
     with planned(job) as plan_of_job:
-        join_ranks()
         row |= attempt(measure, job)
         write_result({"rows": [row]}, args.out)
+        if "failure" in row:
+            os._exit(0)  # without waiting for the plan
         row["plan"] = plan_of_job.result()
     finish_rank({"rows": [row]}, args.out)
 
