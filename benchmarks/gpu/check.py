@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +58,30 @@ def run_part(part: Part, setup: Setup, end_s: float, tell: Callable[[str], None]
         end_s: until when its jobs may run, of ``time.monotonic``.
         tell: called with a line for each finished job.
     """
-    start_s, jobs, failures = time.monotonic(), [], []
+    start_s, found, failures = time.monotonic(), [], []
     try:
-        for job in part.jobs(setup):
-            jobs.append(run_job(job, setup, start_s, end_s))
-            failed = list(failures_of(jobs[-1]))
+        for result in run_jobs(part.jobs(setup), setup, start_s, end_s):
+            found.append(result)
+            failed = list(failures_of(result))
             failures += failed
-            done = f"{part.title}: {job.name}: {'; '.join(failed) or 'done'}"
-            tell(f"{done} ({jobs[-1]['wall_s']:.0f} s)")
+            said = "; ".join(failed) or f"{result['name']}: done"
+            tell(f"{part.title}: {said} ({result['wall_s']:.0f} s)")
     except Exception as error:
         failures.append(f"{type(error).__name__}: {error}")
         tell(f"{part.title}: {failures[-1]}")
-    if not jobs and not failures:
+    if not found and not failures:
         failures.append("none of its jobs fits this card")
     wall_s = time.monotonic() - start_s
-    return {"name": part.name, "title": part.title, "jobs": jobs, "failures": failures, "wall_s": wall_s}
+    return {"name": part.name, "title": part.title, "jobs": found, "failures": failures, "wall_s": wall_s}
+
+
+def run_jobs(jobs: Sequence[Job], setup: Setup, start_s: float, end_s: float) -> Iterator[dict[str, Any]]:
+    """One job after another, those that run meanwhile apart; yields what ``run_job`` returns."""
+    run = partial(run_job, setup=setup, start_s=start_s, end_s=end_s)
+    with ThreadPoolExecutor() as pool:
+        meanwhile = [pool.submit(run, job) for job in jobs if job.meanwhile]
+        yield from (run(job) for job in jobs if not job.meanwhile)
+        yield from (future.result() for future in meanwhile)
 
 
 def run_job(job: Job, setup: Setup, start_s: float, end_s: float) -> dict[str, Any]:

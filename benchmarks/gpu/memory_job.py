@@ -1,15 +1,9 @@
-"""One job with data on this device, and the plan for it, made meanwhile; started by ``run.py``."""
+"""One job with data on this device, or the plan for it; started by ``run.py``."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,6 +12,7 @@ from benchmarks.common.rank_job import finish_rank, join_ranks, write_result
 from benchmarks.gpu.cases import CASES, Case
 from benchmarks.gpu.job_arguments import attempt, job_parser
 from benchmarks.gpu.phases import Phases, measured_phases
+from lomo_ds.cli.launcher import end_process
 from lomo_ds.planner.dry_run import NUM_STEPS, build_engine, dry_run, run_step
 from lomo_ds.planner.fit import fits
 from lomo_ds.planner.job import Job, default_ds_json
@@ -25,7 +20,6 @@ from lomo_ds.planner.presets import model_config
 from lomo_ds.zero3._internals import stored_shard
 from tests.planner.small_jobs import small_job, small_json
 
-_NO_GPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 _STD = 0.02
 """Of the weights, as LLaMA's start."""
 
@@ -58,16 +52,6 @@ def plan(job: Job) -> dict[str, Any]:
     return {"allocated": max(live.values()), "reserved": reserved, "phases": live, "fits": fits(job, run)}
 
 
-@contextmanager
-def planned(job: Job) -> Iterator[Future]:
-    """The plan of a process that knows of no GPU, made while the block runs."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        with mock.patch.dict(os.environ, _NO_GPU):
-            future = pool.submit(plan, job)
-        yield future
-
-
 def train(job: Job, phases: Phases) -> float:
     """Load, initialize and step as the plan does, with random weights; returns the last step's seconds."""
     engine = build_engine(job, phases)
@@ -85,7 +69,6 @@ def train(job: Job, phases: Phases) -> float:
 
 def measure(job: Job) -> dict[str, Any]:
     """Peak bytes of the job on this device: allocated and reserved, and allocated in each phase."""
-    join_ranks()
     with measured_phases() as phases:
         step_s = train(job, phases)
     peaks = phases.phase_peaks()
@@ -98,15 +81,16 @@ def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--case", type=int, required=True, help="number in CASES")
     parser.add_argument("--card-bytes", type=int, required=True)
+    parser.add_argument("--on", choices=("cpu", "cuda"), required=True, help="device of the job")
+    parser.add_argument("--plan", action="store_true", help="plan it; else run it, on this device")
     args = parser.parse_args()
-    job = job_of(CASES[args.case], args.card_bytes, get_accelerator().device_name() == "cpu")
-    row = {"name": str(CASES[args.case]), "tokens": job.micro_batch * job.seq_len}
-    with planned(job) as plan_of_job:
-        row |= attempt(measure, job)
-        write_result({"rows": [row]}, args.out)
-        if "failure" in row:
-            os._exit(0)  # without waiting for the plan
-        row["plan"] = plan_of_job.result()
+    case = CASES[args.case]
+    job = job_of(case, args.card_bytes, args.on == "cpu")
+    if args.plan:
+        write_result({"rows": [], "plans": {str(case): plan(job)}}, args.out)
+        end_process(0)
+    join_ranks()
+    row = {"name": str(case), "tokens": job.micro_batch * job.seq_len} | attempt(measure, job)
     finish_rank({"rows": [row]}, args.out)
 
 

@@ -44,6 +44,7 @@ class Job:
         arguments: of the module.
         environment: in addition to that of a rank.
         share: of the part's time that it may take at most.
+        meanwhile: it runs while the others do, and needs no GPU.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Job:
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
+    meanwhile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +84,31 @@ def sanitizer(setup: Setup) -> list[Job]:
     return [Job(name="all cells", module="benchmarks.gpu.sanitizer_job", environment=watched)]
 
 
+NO_GPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""For a plan, which needs none."""
+
+
 def memory(setup: Setup) -> list[Job]:
-    """The largest jobs that fit the card."""
-    chosen = cases.cases_for(setup.card)[-1 if setup.toy else 0 :]
-    return [
-        Job(
+    """The largest jobs that fit the card, and meanwhile their plans, half a minute of one core each."""
+    jobs = []
+    for case in cases.cases_for(setup.card)[-1 if setup.toy else 0 :]:
+        at = ("--case", f"{cases.CASES.index(case)}", "--card-bytes", f"{setup.card.total_bytes}")
+        run = Job(
             name=str(case),
             module="benchmarks.gpu.memory_job",
-            arguments=("--case", f"{cases.CASES.index(case)}", "--card-bytes", f"{setup.card.total_bytes}"),
+            arguments=(*at, "--on", setup.device),
             share=0.6,
         )
-        for case in chosen
-    ]
+        planned = dataclasses.replace(
+            run,
+            name=f"plan of {case}",
+            arguments=(*run.arguments, "--plan"),
+            environment=NO_GPU,
+            share=1.0,
+            meanwhile=True,
+        )
+        jobs += [planned, run]
+    return jobs
 
 
 def speed(setup: Setup) -> list[Job]:

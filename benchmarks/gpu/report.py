@@ -35,6 +35,8 @@ def write_report(out: Path, setup: Setup, parts: list[Part], wall_s: float) -> P
         The page's path.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        add_plans(part["jobs"])
     try:
         plotted = plot(out / "gpu.png", setup.card.name, parts)
     except Exception as error:
@@ -52,6 +54,13 @@ def write_report(out: Path, setup: Setup, parts: list[Part], wall_s: float) -> P
     path = out / "gpu.md"
     path.write_text(page(results, setup, plotted), encoding="utf-8")
     return path
+
+
+def add_plans(jobs: list[Row]) -> None:
+    """Put each plan into the row of the job that was planned, as ``plan``."""
+    plans = {name: plan for job in jobs for name, plan in job.get("plans", {}).items()}
+    for row in [row for job in jobs for row in job["rows"] if row.get("name") in plans]:
+        row["plan"] = plans[row["name"]]
 
 
 def page(results: dict[str, Any], setup: Setup, plotted: bool) -> str:

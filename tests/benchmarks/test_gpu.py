@@ -151,7 +151,11 @@ def test_a_rank_on_cuda_has_nothing_of_the_environment_of_cpu_ranks(monkeypatch:
 def test_each_part_has_its_jobs_on_a_gpu() -> None:
     jobs = {part.name: part.jobs(on_gpu(80)) for part in PARTS}
     assert [job.environment for job in jobs["sanitizer"]] == [{"TORCH_CUDA_SANITIZER": "1"}]
-    assert len(jobs["memory"]) == 3 and str(cases.TABLE_1) in [job.name for job in jobs["memory"]]
+    runs = [job.name for job in jobs["memory"] if not job.meanwhile]
+    assert len(runs) == 3 and str(cases.TABLE_1) in runs
+    plans = [job for job in jobs["memory"] if job.meanwhile]
+    assert [job.name for job in plans] == [f"plan of {name}" for name in runs]
+    assert all(job.environment["DS_ACCELERATOR"] == "cpu" for job in plans)
     assert [job.arguments[1] for job in jobs["speed"]][-1] == "adamw-offload", "it may compile for long"
 
 
