@@ -56,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = [
         late(out),
         Part(name="broken", title="Broken", deadline_s=0, jobs=raises),
-        Part(name="kernels", title="Fails", deadline_s=120, jobs=fails),
-        *(dataclasses.replace(part, deadline_s=240) for part in PARTS),
+        Part(name="kernels", title="Fails", deadline_s=600, jobs=fails),
+        *(dataclasses.replace(part, deadline_s=600) for part in PARTS),
     ]
     assert check.check(parts, ON_CPU, out) == 1
     return out
