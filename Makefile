@@ -14,7 +14,7 @@ PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 .PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults test-signals \
 	test-slurm test-multinode docs lint format quickstart clean \
 	bench bench-checkpoint bench-adapters bench-quality bench-rules bench-rounding bench-plan \
-	bench-checkpoint-memory bench-wire bench-zeroth-order
+	bench-checkpoint-memory bench-wire bench-zeroth-order gpu-check
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -112,6 +112,12 @@ bench-rules: $(STAMP)  ## all rules by held-out loss on three tasks, five seeds:
 bench-rounding: $(STAMP)  ## AdaLomo in fp32 and in bf16, stochastic and nearest rounding, 200 steps
 	$(RUN) recipes/prepare_quickstart.py
 	$(RUN) -m benchmarks.rounding.run
+
+# Without a GPU it ends here, before anything is installed.
+gpu-check:  ## on a GPU, in ten minutes: equality, streams, memory, time, kernels; writes docs/benchmarks/gpu.md
+	@$(PYTHON) -m benchmarks.gpu.card
+	@$(MAKE) --no-print-directory $(STAMP)
+	$(RUN) -m benchmarks.gpu.run
 
 clean:  ## remove caches and build outputs; .venv, runs and downloads stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

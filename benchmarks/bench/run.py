@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,10 @@ from benchmarks.bench.summary import summarize, summarize_job
 from benchmarks.common.contestants import CONTESTANTS, Workload
 from benchmarks.common.machine import command_line, describe_machine, describe_versions
 from benchmarks.common.paths import PAGES, RUNS, SHIPPED_JSON
-from benchmarks.common.rank_processes import RANK_ENVIRONMENT, run_ranks
+from benchmarks.common.rank_processes import RANK_ENVIRONMENT, reason_of, run_ranks
 
 DEADLINE_S = 1200.0
 """Of one job; the first one with offloading compiles DeepSpeed's op, which takes minutes."""
-_ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Exit)\b.*)$", re.MULTILINE)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,8 +95,7 @@ def attempt(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     except RuntimeError as error:
         if CONTESTANTS[job.contestant].program == "lomo_ds":
             raise
-        lines = _ERROR_LINE.findall(str(error)) or str(error).strip().splitlines()
-        return {"wall_s": time.monotonic() - start_s, "failure": lines[-1]}
+        return {"wall_s": time.monotonic() - start_s, "failure": reason_of(error)}
 
 
 def run_rounds(rounds: list[Round], kept: KeptRounds, args: argparse.Namespace, console: Console) -> None:
@@ -159,20 +155,16 @@ def describe_run(args: argparse.Namespace, records: list[dict[str, Any]]) -> dic
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of every program that is compared."""
-    try:
-        return describe_versions() | {"lomo-optim": version("lomo-optim")}
-    except PackageNotFoundError:
-        return describe_versions()
-
-
 def keep_rounds(args: argparse.Namespace) -> KeptRounds:
     """The rounds that an interrupted run of the same command has finished."""
     identity = {
         "arguments": {key: str(value) for key, value in vars(args).items() if key not in ("out", "runs")}
     }
-    identity |= {"machine": describe_machine(), "versions": versions(), "sources": hash_of_sources()}
+    identity |= {
+        "machine": describe_machine(),
+        "versions": describe_versions("lomo-optim"),
+        "sources": hash_of_sources(),
+    }
     return KeptRounds(args.runs / "rounds.json", identity)
 
 
@@ -188,7 +180,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not any("ranks" in record for record in records):
         sys.exit("none of the contestants runs here")
     run = describe_run(args, records) | {"num_starts": kept.num_starts}
-    results = {"run": run, "machine": describe_machine(), "versions": versions()}
+    results = {"run": run, "machine": describe_machine(), "versions": describe_versions("lomo-optim")}
     results |= {"summary": summarize(records), "records": records}
     write_report(args.out, results)
     kept.forget()

@@ -6,7 +6,8 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -32,10 +33,14 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def describe_versions() -> dict[str, str]:
-    """The packages that the figures depend on."""
+def describe_versions(*more: str) -> dict[str, str]:
+    """The packages that the figures depend on, and those of ``more`` that are installed."""
     packages = ("lomo_ds", "deepspeed", "torch", "transformers")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    found = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    for name in more:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _lines(path: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lomo_ds
@@ -59,7 +60,7 @@ def warm_up_imports(contestant: Contestant) -> None:
     if contestant.program == "lomo_optim":
         importlib.import_module("lomo_optim")
     model = whole_model(TOY)
-    ids = torch.zeros(1, 8, dtype=torch.long)
+    ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
     for optimizer_class in (torch.optim.SGD, torch.optim.AdamW):
         optimizer = optimizer_class(model.parameters(), lr=0.0)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -83,12 +84,13 @@ def sharded_model(workload: Workload, config: dict[str, Any]) -> LlamaForCausalL
 
 
 def whole_model(workload: Workload) -> LlamaForCausalLM:
-    """The model in bf16 on this rank alone."""
+    """The model in bf16 on this rank alone, made on its device."""
     torch.manual_seed(SEED)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(llama_config(workload))
+        with torch.device(get_accelerator().current_device_name()):
+            model = LlamaForCausalLM(llama_config(workload))
     finally:
         torch.set_default_dtype(before)
     return _ready_to_train(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -57,31 +58,40 @@ def kernels_on_meta(fused: bool) -> Iterator[None]:
         yield
 
 
-def count_update(rule: Rule, spec: ParamSpec, rounding: Rounding, is_guarded: bool) -> CountLaunches:
-    """One bf16 parameter's update on one rank, with the measuring of its gradient.
+def make_shard(rule: Rule, spec: ParamSpec, rounding: Rounding, device: str) -> Shard:
+    """A bf16 shard with a gradient, the rule's state and what rounding keeps."""
+    param = torch.empty(spec.shard_numel, dtype=torch.bfloat16, device=device).normal_(std=0.02)
+    state, error = rule.init_state(spec, param), error_state(rounding, param)
+    write_back = WriteBack(rounding=rounding, key=(0, 1, 1), start=spec.start, error=error)
+    grad = torch.empty_like(param).normal_(std=1e-3)
+    return Shard(param=param, grad=grad, spec=spec, state=state, write_back=write_back)
+
+
+def update(rule: Rule, shard: Shard, is_guarded: bool) -> None:
+    """A parameter's update on one rank, with the measuring of its gradient.
 
     As the engine does it for a bucket of one parameter: a gradient that has to outlive the bucket is copied,
-    and an update's sums are all-reduced as they are. The all-reduce itself is not counted.
+    and an update's sums are all-reduced as they are. The all-reduce itself is left out.
 
     Args:
-        rule, spec, rounding: of the update.
+        rule, shard: of the parameter.
         is_guarded: it is applied inside backward, and left out where a gradient is not finite.
     """
-    param = torch.empty(spec.shard_numel, dtype=torch.bfloat16, device="meta")
-    grad = torch.empty_like(param)
-    state, error = rule.init_state(spec, param), error_state(rounding, param)
     settings = StepSettings(lr=1e-3, weight_decay=0.1, grad_scale=0.5)
-    with CountLaunches() as counter:
-        squares = sum_of_squares(grad)
-        if is_guarded and rule.needs_sums(spec):
-            grad = grad.clone()
-        write_back = WriteBack(rounding=rounding, key=(0, 1, 1), start=spec.start, error=error)
-        shard = Shard(param=param, grad=grad, spec=spec, state=state, write_back=write_back)
-        start = partial(rule.update_, settings=settings)
-        update = finite_or_unchanged(start, shard, squares, lambda flag: None) if is_guarded else start(shard)
-        totals = None
+    squares = sum_of_squares(shard.grad)
+    if is_guarded and rule.needs_sums(shard.spec):
+        shard = replace(shard, grad=shard.grad.clone())
+    start = partial(rule.update_, settings=settings)
+    running = finite_or_unchanged(start, shard, squares, lambda flag: None) if is_guarded else start(shard)
+    totals = None
+    with suppress(StopIteration):
         while True:
-            try:
-                totals = update.send(totals)
-            except StopIteration:
-                return counter
+            totals = running.send(totals)
+
+
+def count_update(rule: Rule, spec: ParamSpec, rounding: Rounding, is_guarded: bool) -> CountLaunches:
+    """What the update of one bf16 parameter launches, reads and writes; see ``update``."""
+    shard = make_shard(rule, spec, rounding, "meta")
+    with CountLaunches() as counter:
+        update(rule, shard, is_guarded)
+    return counter

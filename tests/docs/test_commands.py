@@ -17,7 +17,7 @@ from tests.docs.commands import PROGRAMS, ROOT, Command, commands, commands_in
 COMMANDS = commands()
 PLACEHOLDERS = {"N": "1", "key=value": "seed=1"}
 GPU_PROGRAMS = ("sbatch", "deepspeed")
-GPU_TARGETS = ("test-gpu",)
+GPU_TARGETS = ("test-gpu", "gpu-check")
 
 
 class Parsed(BaseException):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from lomo_ds.rules.table import OWN_OPTIMIZERS
 from tests.reference.model import TinyModel, rank_batch
-from tests.reference.rules import WholeOptimizer
+from tests.reference.rules import NUM_TRIALS, REFERENCES, Predictor, WholeOptimizer
 
-LRS = {"Lomo": 0.5, "AdaLomo": 0.4}
-MAX_GRAD_NORM = 0.5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+POLICIES = {"immediate": 0.0, "deferred": 1.0, "two_pass": 1.0}
+"""Policy -> what the norm is clipped to."""
 LOSS_FACTOR = 4.0
-"""Makes the gradient's norm larger than ``MAX_GRAD_NORM``, so that it is clipped."""
+"""Makes the gradient's norm larger than what it is clipped to."""
+NUM_STEPS = 3
 
 NUM_LAYERS, WIDTH, NUM_ROWS = 64, 1024, 8
 MATRIX_NUMEL = WIDTH * WIDTH
@@ -21,15 +29,17 @@ LIMIT_NUMEL = 1_000_000
 """Of each of ZeRO-3's limits: less than a matrix, so that a gradient is reduced alone."""
 
 
-def ds_json(optimizer: str, apply: str, max_grad_norm: float, **more: Any) -> dict[str, Any]:
+def ds_json(optimizer: str, apply: str, lr: float, max_grad_norm: float, **more: Any) -> dict[str, Any]:
     """The JSON of one rank with low limits."""
+    params = {"lr": lr, "apply": apply, "rounding": "nearest"}
     return {
         "train_micro_batch_size_per_gpu": 2,
-        "optimizer": {"type": optimizer, "params": {"lr": LRS[optimizer], "apply": apply}},
+        "optimizer": {"type": optimizer, "params": params},
         "gradient_clipping": max_grad_norm,
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": True,
+            "memory_efficient_linear": False,
             "reduce_bucket_size": LIMIT_NUMEL,
             "stage3_prefetch_bucket_size": LIMIT_NUMEL,
             "stage3_max_live_parameters": LIMIT_NUMEL,
@@ -39,48 +49,87 @@ def ds_json(optimizer: str, apply: str, max_grad_norm: float, **more: Any) -> di
     } | more
 
 
-def seeded_model() -> TinyModel:
-    torch.manual_seed(0)
-    return TinyModel(loss_factor=LOSS_FACTOR)
+class Steps(NamedTuple):
+    """A way to train, compared with plain torch."""
+
+    optimizer: str
+    apply: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.optimizer}, {self.apply}, {self.dtype}"
+
+    @property
+    def max_grad_norm(self) -> float:
+        return POLICIES[self.apply]
+
+    @property
+    def lr(self) -> float:
+        return REFERENCES[self.optimizer].lrs["global" if self.max_grad_norm else "off"]
+
+    def model(self) -> TinyModel:
+        torch.manual_seed(0)
+        return TinyModel(loss_factor=LOSS_FACTOR, dtype=DTYPES[self.dtype])
 
 
-def engine_step(optimizer: str, apply: str, max_grad_norm: float) -> dict[str, Tensor]:
-    """The parameters after one step of the engine, on the CPU. Collective, on one rank."""
+ALL_STEPS = [Steps(*parts) for parts in product(OWN_OPTIMIZERS, POLICIES, DTYPES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """How far some steps are from those of plain torch, in tolerances.
+
+    Attributes:
+        steps: of the parameter that is farthest off; at most 1 where they are right.
+        unmoved: of the parameter that would be found most easily if it were left as it was, in the parameter
+            for which that is smallest; more than 1 where every parameter counts.
+    """
+
+    steps: float
+    unmoved: float
+
+
+def compare_steps(steps: Steps) -> Distance:
+    """Train on this rank alone, and each step from the same weights by plain torch on the same device.
+
+    ZeRO-3's own linear layer rounds once more than torch's, which therefore replaces it.
+    """
+    with mock.patch.object(torch.nn.functional, "linear", torch._C._nn.linear):
+        return _distance(steps, list(_engine_steps(steps)))
+
+
+def _engine_steps(steps: Steps) -> Iterator[dict[str, Tensor]]:
+    """The parameters before the first step and after each, on the CPU. Collective, on one rank."""
     import deepspeed
 
     import lomo_ds
 
-    model = seeded_model()
-    engine, *_ = lomo_ds.initialize(model=model, config=ds_json(optimizer, apply, max_grad_norm))
-    engine.backward(engine(rank_batch(0, 0, 1).to(engine.device)))
-    engine.step()
-    params = dict(model.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(params.values())):
-        return {name: param.detach().cpu().clone() for name, param in params.items()}
+    more = {"bf16": {"enabled": True}} if steps.dtype == "bf16" else {}
+    config = ds_json(steps.optimizer, steps.apply, steps.lr, steps.max_grad_norm, **more)
+    engine, *_ = lomo_ds.initialize(model=steps.model(), config=config)
+    params = dict(engine.module.named_parameters())
+    for step in range(NUM_STEPS + 1):
+        with deepspeed.zero.GatheredParameters(list(params.values())):
+            yield {name: param.detach().cpu().clone() for name, param in params.items()}
+        if step < NUM_STEPS:
+            engine.backward(engine(rank_batch(step, 0, 1).to(engine.device)))
+            engine.step()
 
 
-def plain_step(optimizer: str, max_grad_norm: float, device: str) -> dict[str, Tensor]:
-    """The same step by torch's SGD or transformers' Adafactor on a whole model."""
-    model = seeded_model().to(device)
-    model(rank_batch(0, 0, 1).to(device)).backward()
-    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    before = {name: param.detach() for name, param in trained.items()}
-    whole = WholeOptimizer(model, optimizer, LRS[optimizer], "global", max_grad_norm)
-    after, norm = whole.step(before, {name: param.grad for name, param in trained.items()})
-    assert norm > MAX_GRAD_NORM, "the test clips nothing"
-    frozen = {name: param.detach() for name, param in model.named_parameters()}
-    return {name: after.get(name, param).cpu() for name, param in frozen.items()}
+def _distance(steps: Steps, history: list[dict[str, Tensor]]) -> Distance:
+    from deepspeed.accelerator import get_accelerator
 
-
-def compare_steps(optimizer: str, apply: str, device: str) -> None:
-    """Both steps give the same parameters, and both move every trained one. Collective, on one rank."""
-    max_grad_norm = 0.0 if apply == "immediate" else MAX_GRAD_NORM
-    actual = engine_step(optimizer, apply, max_grad_norm)
-    expected = plain_step(optimizer, max_grad_norm, device)
-    for name, start in seeded_model().named_parameters():
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
-        moved = (expected[name] - start.detach()).abs().max()
-        assert not start.requires_grad or moved > 1e-4, f"{name} has not moved"
+    device = get_accelerator().current_device_name()
+    settings = (steps.optimizer, steps.lr, "global", steps.max_grad_norm)
+    optimizers = [WholeOptimizer(steps.model(), *settings) for _ in range(1 + NUM_TRIALS)]
+    predictor = Predictor(steps.model().to(device), optimizers)
+    off, unmoved = 0.0, defaultdict(list)
+    for step, (before, after) in enumerate(pairwise(history)):
+        expected = predictor.step(before, [[rank_batch(step, 0, 1).to(device)]])
+        for name in expected.tolerance:
+            off = max(off, expected.distance(name, after[name]))
+            unmoved[name].append(expected.distance(name, before[name]))
+    return Distance(steps=off, unmoved=min(map(max, unmoved.values())))
 
 
 class Stack(nn.Module):
@@ -119,7 +168,7 @@ def step_peak_bytes(optimizer: str, device: str) -> tuple[int, int]:
     (hidden @ hidden.T).sum().item()  # allocates the workspace of matrix products
     before_bytes = torch.cuda.memory_allocated()
     engine, *_ = lomo_ds.initialize(
-        model=model, config=ds_json(optimizer, "immediate", 0.0, bf16={"enabled": True})
+        model=model, config=ds_json(optimizer, "immediate", 0.1, 0.0, bf16={"enabled": True})
     )
     for _ in range(2):
         torch.cuda.synchronize()

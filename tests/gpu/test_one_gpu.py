@@ -12,7 +12,11 @@ from tests.gpu import jobs
 from tests.harness import run_ranks
 
 WEIGHT_BYTES = 2 * jobs.NUM_LAYERS * jobs.MATRIX_NUMEL
-STEPS = [("Lomo", "immediate"), ("Lomo", "deferred"), ("AdaLomo", "immediate"), ("AdaLomo", "deferred")]
+ON_A_CPU = [
+    jobs.Steps("Lomo", "deferred", "fp32"),
+    jobs.Steps("AdaLomo", "immediate", "bf16"),
+    jobs.Steps("RMNP", "two_pass", "fp32"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,14 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("optimizer", "apply"), STEPS)
-def test_a_step_on_a_gpu_is_that_of_plain_torch(optimizer: str, apply: str, one_rank: None) -> None:
-    jobs.compare_steps(optimizer, apply, "cuda")
+@pytest.mark.parametrize("steps", jobs.ALL_STEPS, ids=str)
+def test_steps_on_a_gpu_are_those_of_plain_torch(steps: jobs.Steps, one_rank: None) -> None:
+    check(jobs.compare_steps(steps))
+
+
+def check(distance: jobs.Distance) -> None:
+    assert distance.steps <= 1.0
+    assert distance.unmoved >= 3.0, "the tolerance hides no step"
 
 
 @pytest.mark.gpu
@@ -47,7 +56,7 @@ def test_a_gpu_never_holds_all_gradients(optimizer: str, one_rank: None) -> None
     assert in_step <= bound
 
 
-@pytest.mark.parametrize(("optimizer", "apply"), STEPS)
-def test_the_same_step_on_a_cpu_rank(optimizer: str, apply: str) -> None:
+@pytest.mark.parametrize("steps", ON_A_CPU, ids=str)
+def test_the_same_steps_on_a_cpu_rank(steps: jobs.Steps) -> None:
     """Keeps what the tests above run in order where there is no GPU."""
-    run_ranks(1, jobs.compare_steps, optimizer, apply, "cpu")
+    check(run_ranks(1, jobs.compare_steps, steps)[0])
