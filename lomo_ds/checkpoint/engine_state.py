@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -169,15 +169,30 @@ class EngineState:
         with self._optimizer.replacing_shards(), torch.no_grad():
             yield
 
-    def reset_rules(self) -> None:
-        """Give every rule the state of a first step."""
-        self._optimizer.updater.reset()
+    def admit(self, names: Iterable[str]) -> None:
+        """Make room for the state of parameters that have been frozen until now. Collective.
 
-    def set_num_updates(self, num_updates: Mapping[str, int]) -> None:
-        """Set how many updates each parameter has had, by name; what is not trained is left out."""
-        for name, param in self.params().items():
-            if name in num_updates and param in self._entries:
-                self._entries[param].num_updates = num_updates[name]
+        Args:
+            names: of parameters; those that are trained already, or that cannot be, are left out.
+        """
+        params, updater = self.params(), self._optimizer.updater
+        new = [params[name] for name in names if name in params and params[name] not in updater.entries]
+        self._optimizer.admit([param for param in new if param in updater.specs])
+
+    def reset_rules(self, names: Container[str] | None = None) -> None:
+        """Give rules the state of a first step: of the parameters ``names``, or of all."""
+        updater, all_params = self._optimizer.updater, self.params()
+        params = [param for name, param in all_params.items() if names is None or name in names]
+        updater.admit([param for param in params if param in updater.entries])
+
+    def set_param_progress(self, records: Mapping[str, ParamRecord]) -> None:
+        """Set how many updates each parameter has had and its number; what is not trained is left out."""
+        params = {name: param for name, param in self.params().items() if name in records}
+        for name, param in params.items():
+            if param in self._entries:
+                self._entries[param].num_updates = records[name].num_updates
+        indices = {param: records[name].index for name, param in params.items()}
+        self._optimizer.updater.renumber({p: index for p, index in indices.items() if index is not None})
 
     def set_counters(self, progress: Progress) -> None:
         """Set DeepSpeed's counters."""
@@ -220,6 +235,7 @@ def _record(param: Parameter, entry: Any) -> ParamRecord:
         rule=type(entry.rule).__name__,
         state=tuple(entry.state),
         num_updates=entry.num_updates,
+        index=entry.index,
     )
 
 

@@ -227,7 +227,7 @@ def _replace_shards(engine: Any, job: Job) -> None:
     with optimizer.replacing_shards(), torch.no_grad():
         for param in optimizer.updater.entries:
             local_shard(param).mul_(0.5)
-        optimizer.updater.reset()
+        optimizer.updater.admit(list(optimizer.updater.entries))
     _call(engine, job)
 
 

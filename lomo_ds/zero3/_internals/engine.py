@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from lomo_ds.zero3._internals.dtypes import Dtypes, convert
 from lomo_ds.zero3._internals.stage3 import Stage3Base
 from lomo_ds.zero3.private_names import STAGE3_ARGUMENTS
 
@@ -21,6 +22,16 @@ class EngineBase(DeepSpeedEngine):
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Base:
         raise NotImplementedError
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """What the JSON says of dtypes."""
+        return Dtypes.of(self._config)
+
+    def _cast_module_mixed_precision(self, param_dtype: torch.dtype | None, *others: Any) -> None:
+        """Give every parameter its dtype; DeepSpeed would give all of them one, and converts buffers."""
+        convert(self.dtypes.of_params(self.module))
+        super()._cast_module_mixed_precision(None, *others)
 
     def offloads_checkpoints(self) -> bool:
         """Whether "activation_checkpointing.cpu_checkpointing" of the JSON is set."""
@@ -43,8 +54,7 @@ class EngineBase(DeepSpeedEngine):
             timers=_timers(self),
             ds_config=self.config,
             dp_process_group=self.seq_data_parallel_group,
-            gradient_accumulation_dtype=self.get_data_types()[1],
-            communication_data_type=self.communication_data_type,
+            dtypes=self.dtypes,
             **arguments,
         )
 

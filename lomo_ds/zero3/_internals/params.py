@@ -1,4 +1,4 @@
-"""What ZeRO-3 hangs on a parameter, and what DeepSpeed derives from its JSON."""
+"""What ZeRO-3 hangs on a parameter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
 from torch.nn import Parameter
@@ -80,15 +78,6 @@ def full_shape(param: Parameter) -> tuple[int, ...]:
 def full_numel(param: Parameter) -> int:
     """Elements of the whole parameter, cut or not yet cut."""
     return prod(full_shape(param))
-
-
-def accumulation_dtype(ds_config: DeepSpeedConfig) -> torch.dtype:
-    """The dtype in which reduced gradients come and add up, as DeepSpeed's engine derives it."""
-    if ds_config.grad_accum_dtype is not None:
-        return DtypeEnum(ds_config.grad_accum_dtype).value
-    if ds_config.float16_config.enabled:
-        return torch.float16
-    return torch.bfloat16 if ds_config.bfloat16_config.enabled else torch.float32
 
 
 @contextmanager

@@ -39,6 +39,10 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
     """
 
     reduces_gradients = False
+    to_thaw = (
+        "a zeroth-order method perturbs what required one then; build the engine while it does, and freeze "
+        "it afterwards"
+    )
 
     def __init__(self, settings: ZerothOrderSettings, **stage3_arguments: Any) -> None:
         self._settings = settings
