@@ -23,6 +23,7 @@ from lomo_ds.zero3.frozen_params import FrozenParams
 from lomo_ds.zero3.grad_clip import GradClip
 from lomo_ds.zero3.gradient_gate import GradientGate
 from lomo_ds.zero3.param_access import ParamAccess
+from lomo_ds.zero3.param_dtypes import several_dtypes
 from lomo_ds.zero3.param_specs import param_specs
 from lomo_ds.zero3.updater import Updater
 
@@ -74,6 +75,8 @@ class LomoZeroOptimizer(Admission, ParamAccess, Stage3Base):
         self.num_skipped_params = 0
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
+            if found := several_dtypes(self.module):
+                logger.info(f"lomo_ds: {found}")
 
     # Whose gradients ---------------------------------------------------------------------------
 

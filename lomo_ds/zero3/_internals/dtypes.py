@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.keep_in_fp32 import KEEP_IN_FP32_AUTO, keep_in_fp32_pattern
 from torch.nn import Module, Parameter
 
-from lomo_ds.zero3._internals.params import is_sharded
+from lomo_ds.zero3._internals.params import dtype_of, is_sharded
 
 KEEP_KEY = "data_types.keep_in_fp32_modules"
 
@@ -66,7 +65,7 @@ class Dtypes:
         Raises:
             ValueError: a pattern of ``kept`` that matches nothing.
         """
-        own = {param: param.dtype for param in model.parameters()}
+        own = {param: dtype_of(param) for param in model.parameters()}
         if self.model == torch.float32:
             return own
         if self.kept != KEEP_IN_FP32_AUTO:
@@ -113,9 +112,6 @@ def _require_matches(model: Module, patterns: Iterable[str]) -> None:
 def convert(dtypes: Mapping[Parameter, torch.dtype]) -> None:
     """Give parameters these dtypes, in place; those that are cut by ZeRO-3 must not be gathered."""
     for param, dtype in dtypes.items():
-        if param.dtype == dtype:
-            continue
-        stored: Any = getattr(param, "ds_tensor", None)
-        if stored is not None:
-            stored.data = stored.data.to(dtype)
+        if is_sharded(param):
+            param.ds_tensor.data = param.ds_tensor.data.to(dtype)
         param.data = param.data.to(dtype)

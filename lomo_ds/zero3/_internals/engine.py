@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lomo_ds.zero3._internals.dtypes import Dtypes, convert
+from lomo_ds.zero3._internals.params import dtype_of
 from lomo_ds.zero3._internals.stage3 import Stage3Base
 from lomo_ds.zero3.private_names import STAGE3_ARGUMENTS
 
@@ -46,6 +47,7 @@ class EngineBase(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Stage3Base:
         if self.zero_allgather_sequential():
             self._config.zero_config.prefetch_bucket_size = 1
+        convert({param: dtype_of(param) for param in self.module.parameters()})
         arguments = {name: getattr(self, method)() for name, method in STAGE3_ARGUMENTS.items()}
         return self.make_sharded_optimizer(
             module=self.module,

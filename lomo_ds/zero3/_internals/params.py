@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
@@ -17,6 +18,11 @@ from lomo_ds.shards import ShardSpec
 def is_sharded(param: Parameter) -> bool:
     """Whether ZeRO-3 has taken the parameter over."""
     return hasattr(param, "ds_id")
+
+
+def dtype_of(param: Parameter) -> torch.dtype:
+    """Of a parameter's values; what is left of one that is cut may be of another, as after ``module.to``."""
+    return param.ds_tensor.dtype if is_sharded(param) else param.dtype
 
 
 def shard_spec(param: Parameter) -> ShardSpec:
