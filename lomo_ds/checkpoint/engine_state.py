@@ -102,7 +102,11 @@ class EngineState:
 
     def records(self, params: Mapping[str, Parameter]) -> dict[str, ParamRecord]:
         """What a checkpoint says of parameters."""
-        return {name: _record(param, self._entries.get(param)) for name, param in params.items()}
+        indices = self._optimizer.updater.indices
+        return {
+            name: _record(param, self._entries.get(param), indices.get(param))
+            for name, param in params.items()
+        }
 
     def model_pieces(self, params: Mapping[str, Parameter]) -> dict[str, Piece]:
         """The weights of ``params`` (cut by ZeRO-3) and the persistent buffers, by their stored names."""
@@ -224,18 +228,18 @@ def _cut_piece(param: Parameter, local: Tensor) -> Piece:
     return Piece(local=local, numel=spec.numel, start=spec.start)
 
 
-def _record(param: Parameter, entry: Any) -> ParamRecord:
-    """``entry`` is the updater's, None where the parameter is frozen."""
+def _record(param: Parameter, entry: Any, index: int | None) -> ParamRecord:
+    """``entry`` is the updater's, None where the parameter has not been trained."""
     shape, dtype = shard_spec(param).shape, str(param.dtype).removeprefix("torch.")
     if entry is None:
-        return ParamRecord(shape=shape, dtype=dtype)
+        return ParamRecord(shape=shape, dtype=dtype, index=index)
     return ParamRecord(
         shape=shape,
         dtype=dtype,
         rule=type(entry.rule).__name__,
         state=tuple(entry.state),
         num_updates=entry.num_updates,
-        index=entry.index,
+        index=index,
     )
 
 

@@ -147,7 +147,7 @@ class ParamRecord:
         rule: class of the update rule; None for a parameter that had not been trained.
         state: names of the rule's tensors.
         num_updates: that it had had.
-        index: its number for random numbers; None for a parameter that had not been trained.
+        index: its number for random numbers; None for a parameter that the engine could not train.
     """
 
     shape: tuple[int, ...]

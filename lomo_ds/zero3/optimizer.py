@@ -187,7 +187,7 @@ class LomoZeroOptimizer(Admission, ParamAccess, Stage3Base):
             self._note_skipped(self.updater.end_step())
         self.stream.publish()
         self._note_outcome(outcome)
-        self.gather_persistent_params()
+        self.gather_persistent_params(self.updater.entries)
         self.zero_grad()
         self.warn_of_allocator_flushes()
 
@@ -217,7 +217,7 @@ class LomoZeroOptimizer(Admission, ParamAccess, Stage3Base):
         self.stream.let_gathers_follow()
         if self.updater.shards_changed:
             self.release_gathered_params()
-            self.gather_persistent_params()
+            self.gather_persistent_params(self.updater.entries)
             self.updater.shards_changed = False
 
     @contextmanager
@@ -231,7 +231,7 @@ class LomoZeroOptimizer(Admission, ParamAccess, Stage3Base):
         with self.stream.writing():
             yield
         self.stream.publish()
-        self.gather_persistent_params()
+        self.gather_persistent_params(self.module.parameters())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient that has arrived since the last step."""

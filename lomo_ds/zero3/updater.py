@@ -90,6 +90,7 @@ class Updater:
     Attributes:
         stream: as given.
         specs: as given.
+        indices: the number of each parameter of ``specs``, for random numbers.
         entries: what is kept for each parameter that has been trained or is to be; see ``admit``.
         shards_changed: whether an update has begun since this was set to False.
         stalled: tells where updates are rounded away.
@@ -106,7 +107,7 @@ class Updater:
         self._optimizer, self._clip, self.stream = optimizer, clip, stream
         self.specs, self._group_index = dict(specs), group_index
         trained_first = sorted(specs, key=lambda param: not param.requires_grad)
-        self._index = {param: index for index, param in enumerate(trained_first)}
+        self.indices = {param: index for index, param in enumerate(trained_first)}
         self._pending: list[_Pending] = []
         self._skipped: dict[Parameter, Tensor] = {}
         self._group = process_group(next(iter(specs)))
@@ -132,7 +133,7 @@ class Updater:
         spec, rule = self.specs[param], self._rule(param)
         kept = init_kept_state(rule, spec, local_shard(param), self._optimizer.rounding)
         return Entry(
-            index=self._index[param],
+            index=self.indices[param],
             group_index=self._group_index[param],
             spec=spec,
             rule=rule,
@@ -143,11 +144,11 @@ class Updater:
 
     def renumber(self, indices: Mapping[Parameter, int]) -> None:
         """Number parameters as given, and the others from there on in the order that they had."""
-        others = sorted(self.specs.keys() - indices.keys(), key=self._index.__getitem__)
+        others = sorted(self.specs.keys() - indices.keys(), key=self.indices.__getitem__)
         first = 1 + max(indices.values(), default=-1)
-        self._index = {**indices, **{param: first + at for at, param in enumerate(others)}}
+        self.indices = {**indices, **{param: first + at for at, param in enumerate(others)}}
         for param, entry in self.entries.items():
-            entry.index = self._index[param]
+            entry.index = self.indices[param]
 
     @torch.no_grad()
     def begin(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -94,9 +94,14 @@ class Stage3Base(ReducingStage3):
         """Drop every gathered copy, so that the next use gathers the shards as they now are."""
         self._partition_all_parameters()
 
-    def gather_persistent_params(self) -> None:
-        """Drop secondary copies (hpZ), and gather again the small parameters that ZeRO-3 keeps whole."""
-        self.invalidate_secondary_tensor()
+    def gather_persistent_params(self, changed: Iterable[Parameter]) -> None:
+        """Gather again the small parameters that ZeRO-3 keeps whole.
+
+        Args:
+            changed: whose secondary copies (hpZ) are dropped.
+        """
+        for param in changed:
+            param.ds_secondary_tensor = None
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
 

@@ -126,7 +126,7 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
             self.updater.end_step()
         self.stream.publish()
         self._global_grad_norm = self._expected_norm()
-        self.gather_persistent_params()
+        self.gather_persistent_params(self.updater.entries)
 
     def _update_shards(self) -> None:
         for param, entry in self.updater.entries.items():
