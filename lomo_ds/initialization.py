@@ -44,7 +44,7 @@ from lomo_ds.zero3.apply.pinned_buffer import piece_bytes  # noqa: E402
 from lomo_ds.zero3.collective_errors import failing_together  # noqa: E402
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
 from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
-from lomo_ds.zero3.param_dtypes import refuse_dtypes  # noqa: E402
+from lomo_ds.zero3.param_checks import refuse_params  # noqa: E402
 from lomo_ds.zero3.param_specs import param_roles  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import KEY as TILING_KEY  # noqa: E402
@@ -104,7 +104,7 @@ def initialize(
     check_ranks(ds_json, ranks := dist.get_world_size())
     ds_config = DeepSpeedConfig(ds_json)
     with failing_together():
-        refuse_dtypes(model, _trained_rules(optimizer), ds_config)
+        refuse_params(model, _trained_rules(optimizer), ds_config)
     with init_context_suspended():
         engine = _engine_type(model, optimizer, ds_config, ranks, nvme)(
             args=args,

@@ -23,7 +23,7 @@ from lomo_ds.zero3.frozen_params import FrozenParams
 from lomo_ds.zero3.grad_clip import GradClip
 from lomo_ds.zero3.gradient_gate import GradientGate
 from lomo_ds.zero3.param_access import ParamAccess
-from lomo_ds.zero3.param_dtypes import several_dtypes
+from lomo_ds.zero3.param_checks import several_dtypes
 from lomo_ds.zero3.param_specs import param_specs
 from lomo_ds.zero3.updater import Updater
 

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lomo_ds.zero3._internals.dtypes import Dtypes, convert
-from lomo_ds.zero3._internals.params import dtype_of
+from lomo_ds.zero3._internals.params import dtype_of, numbers_as_vectors
 from lomo_ds.zero3._internals.stage3 import Stage3Base
 from lomo_ds.zero3.private_names import STAGE3_ARGUMENTS
 
@@ -18,7 +18,8 @@ class EngineBase(DeepSpeedEngine):
     """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
 
     def __init__(self, **engine_arguments: Any) -> None:
-        super().__init__(**engine_arguments)
+        with numbers_as_vectors(engine_arguments["model"]):
+            super().__init__(**engine_arguments)
         self._configure_python_gc()
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Base:

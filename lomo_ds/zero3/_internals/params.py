@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from lomo_ds.shards import ShardSpec
 
@@ -84,6 +85,25 @@ def full_shape(param: Parameter) -> tuple[int, ...]:
 def full_numel(param: Parameter) -> int:
     """Elements of the whole parameter, cut or not yet cut."""
     return prod(full_shape(param))
+
+
+@contextmanager
+def numbers_as_vectors(model: Module) -> Iterator[None]:
+    """Let parameters without dimensions, which DeepSpeed cannot cut, have one of one element for a while.
+
+    Cut or not, they have none afterwards.
+    """
+    numbers = [param for param in model.parameters() if not is_sharded(param) and param.dim() == 0]
+    for param in numbers:
+        param.data = param.data.view(1)
+    try:
+        yield
+    finally:
+        for param in numbers:
+            if is_sharded(param):
+                param.ds_shape = torch.Size(())
+            else:
+                param.data = param.data.view(())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which dtypes the parameters of one engine may have, and what is said where they are several."""
+"""Which parameters an engine can have, and what is said where they are of several dtypes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch.nn import Module, Parameter
 
 from lomo_ds.config import first_few
-from lomo_ds.zero3._internals import KEEP_KEY, TRAINABLE, DeepSpeedConfig, Dtypes
+from lomo_ds.zero3._internals import KEEP_KEY, TRAINABLE, DeepSpeedConfig, Dtypes, full_numel, full_shape
 
 
-def refuse_dtypes(model: Module, trained: Iterable[Parameter], ds_config: DeepSpeedConfig) -> None:
-    """Check the dtypes that parameters are to have, before any is converted.
+def refuse_params(model: Module, trained: Iterable[Parameter], ds_config: DeepSpeedConfig) -> None:
+    """Check parameters and the dtypes that they are to have, before any is converted.
 
     Args:
         model: cut by ZeRO-3 or whole.
@@ -20,8 +20,15 @@ def refuse_dtypes(model: Module, trained: Iterable[Parameter], ds_config: DeepSp
         ds_config: of the JSON.
 
     Raises:
-        ValueError: a parameter cannot be trained in its dtype, or gathers cannot have several dtypes.
+        ValueError: a parameter without an element, or one that cannot be trained in its dtype; or gathers
+            cannot have several dtypes.
     """
+    for name, param in model.named_parameters():
+        if not full_numel(param):
+            raise ValueError(
+                f"{name!r} has no element (shape {full_shape(param)}), and DeepSpeed's ZeRO-3 cannot gather "
+                "such a parameter: make it a buffer, or leave it out of the model"
+            )
     dtypes = Dtypes.of(ds_config).of_params(model)
     names = {param: name for name, param in model.named_parameters()}
     for param in trained:
