@@ -101,10 +101,7 @@ def initialize(
         nvme = NvmeSettings.of(optimizer.nvme_path, ds_json.get("aio")) if optimizer.nvme_path else None
         refuse_for_zeroth_order(ds_json, optimizer)
         refuse_unreadable(ds_json)
-    check_ranks(ds_json, ranks := dist.get_world_size())
-    ds_config = DeepSpeedConfig(ds_json)
-    with failing_together():
-        refuse_params(model, _trained_rules(optimizer), ds_config)
+    ds_config = _checked_config(ds_json, model, optimizer, ranks := dist.get_world_size())
     with init_context_suspended():
         engine = _engine_type(model, optimizer, ds_config, ranks, nvme)(
             args=args,
@@ -201,6 +198,17 @@ def _make_optimizer(
     trained = any(param.requires_grad for param in params)
     _require(trained, "nothing is trained: every parameter of the optimizer has requires_grad False")
     return optimizer
+
+
+def _checked_config(
+    ds_json: Mapping[str, Any], model: torch.nn.Module, optimizer: ShardedOptimizer, ranks: int
+) -> DeepSpeedConfig:
+    """The JSON as DeepSpeed reads it, checked against the ranks and the model's parameters. Collective."""
+    check_ranks(ds_json, ranks)
+    ds_config = DeepSpeedConfig(ds_json)
+    with failing_together():
+        refuse_params(model, _trained_rules(optimizer), ds_config)
+    return ds_config
 
 
 def _engine_type(
