@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch.nn import Module
 
@@ -22,7 +21,7 @@ from lomo_ds.model_io.model_class import CAUSAL_LM, build, find_model_class
 from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
 from lomo_ds.model_io.universal import read_universal
 from lomo_ds.model_io.zero3_known import make_zero3_known
-from lomo_ds.zero3._internals import Dtypes, convert
+from lomo_ds.zero3._internals import CuttingInit, Dtypes, convert
 from lomo_ds.zero3.collective_errors import failing_together
 
 
@@ -152,7 +151,7 @@ def _sharded_construction(ds_json: Mapping[str, Any]) -> Iterator[None]:
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import set_zero3_state  # with it transformers cuts nothing itself
 
-    cutting = deepspeed.zero.Init(config_dict_or_path=dict(ds_json))
+    cutting = CuttingInit(config_dict_or_path=dict(ds_json))
     with no_init_weights(), _rotary_buffers_kept_exact(), set_zero3_state(), cutting:
         yield
 

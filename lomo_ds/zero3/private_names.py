@@ -200,6 +200,11 @@ CONTRACT: tuple[PrivateName, ...] = (
         "shutdown_init_context",
         "restore_init_context",
     ),
+    *_methods(
+        f"{_PARAMS}:Init",
+        "cutting parameters without dimensions",
+        _zero_init_param=("self", "param"),
+    ),
     *_attributes(
         _PARAMS,
         "perturbing gathered parameters",

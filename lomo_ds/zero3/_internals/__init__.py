@@ -23,6 +23,7 @@ from lomo_ds.zero3._internals.forward import (
     set_modules_in_forward,
 )
 from lomo_ds.zero3._internals.params import (
+    CuttingInit,
     all_gathered,
     full_numel,
     full_shape,
@@ -50,6 +51,7 @@ __all__ = [
     "DEEPSPEED_SOURCES",
     "KEEP_KEY",
     "TRAINABLE",
+    "CuttingInit",
     "DeepSpeedConfig",
     "Dtypes",
     "EngineBase",

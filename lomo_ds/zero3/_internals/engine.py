@@ -18,7 +18,7 @@ class EngineBase(DeepSpeedEngine):
     """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
 
     def __init__(self, **engine_arguments: Any) -> None:
-        with numbers_as_vectors(engine_arguments["model"]):
+        with numbers_as_vectors(engine_arguments["model"].parameters()):
             super().__init__(**engine_arguments)
         self._configure_python_gc()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from lomo_ds.shards import ShardSpec
 
@@ -88,12 +88,12 @@ def full_numel(param: Parameter) -> int:
 
 
 @contextmanager
-def numbers_as_vectors(model: Module) -> Iterator[None]:
+def numbers_as_vectors(params: Iterable[Parameter]) -> Iterator[None]:
     """Let parameters without dimensions, which DeepSpeed cannot cut, have one of one element for a while.
 
     Cut or not, they have none afterwards.
     """
-    numbers = [param for param in model.parameters() if not is_sharded(param) and param.dim() == 0]
+    numbers = [param for param in params if not is_sharded(param) and param.dim() == 0]
     for param in numbers:
         param.data = param.data.view(1)
     try:
@@ -104,6 +104,14 @@ def numbers_as_vectors(model: Module) -> Iterator[None]:
                 param.ds_shape = torch.Size(())
             else:
                 param.data = param.data.view(())
+
+
+class CuttingInit(partition_parameters.Init):
+    """``deepspeed.zero.Init`` that also cuts parameters without dimensions."""
+
+    def _zero_init_param(self, param: Parameter) -> None:
+        with numbers_as_vectors([param]):
+            super()._zero_init_param(param)
 
 
 @contextmanager
