@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_grad,
 )
@@ -231,6 +232,16 @@ def _replace_shards(engine: Any, job: Job) -> None:
     _call(engine, job)
 
 
+def _thaw(engine: Any, job: Job) -> None:
+    """Rules' states are made as for parameters that are thawed, and read before the next forward."""
+    optimizer = engine.optimizer
+    optimizer.admit(list(optimizer.updater.entries))
+    for param, entry in optimizer.updater.entries.items():
+        for name in entry.state:
+            safe_get_local_optimizer_state(param, name)
+    _step(engine, job)
+
+
 SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
     "train": _step,
     "evaluate in step": _evaluate_in_step,
@@ -242,4 +253,5 @@ SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
     "fail in backward": _fail_in_backward,
     "fetch early": _fetch_early,
     "replace shards": _replace_shards,
+    "thaw": _thaw,
 }
