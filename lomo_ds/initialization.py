@@ -32,17 +32,19 @@ require_supported_versions()
 from lomo_ds.checkpoint.checkpointer import Checkpointer  # noqa: E402  (needs the versions to be right)
 from lomo_ds.zero3._internals import (  # noqa: E402
     DeepSpeedConfig,
-    accumulation_dtype,
+    Dtypes,
     full_numel,
     init_context_suspended,
     load_ds_config,
 )
 from lomo_ds.zero3.apply.choose import Choice, Demands, choose, host_room_bytes, refuse_contradictions  # noqa: E402
+from lomo_ds.zero3.apply.grad_size import GradSize, by_dtype  # noqa: E402
 from lomo_ds.zero3.apply.nvme_settings import NvmeSettings  # noqa: E402
 from lomo_ds.zero3.apply.pinned_buffer import piece_bytes  # noqa: E402
 from lomo_ds.zero3.collective_errors import failing_together  # noqa: E402
 from lomo_ds.zero3.deepspeed_check import refuse_unreadable  # noqa: E402
 from lomo_ds.zero3.engine import LomoEngine  # noqa: E402
+from lomo_ds.zero3.param_checks import refuse_params  # noqa: E402
 from lomo_ds.zero3.param_specs import param_roles  # noqa: E402
 from lomo_ds.zero3.supported import check_ranks, refuse_unsupported  # noqa: E402
 from lomo_ds.zero3.vocabulary.tiled_functions import KEY as TILING_KEY  # noqa: E402
@@ -99,9 +101,9 @@ def initialize(
         nvme = NvmeSettings.of(optimizer.nvme_path, ds_json.get("aio")) if optimizer.nvme_path else None
         refuse_for_zeroth_order(ds_json, optimizer)
         refuse_unreadable(ds_json)
-    check_ranks(ds_json, ranks := dist.get_world_size())
+    ds_config = _checked_config(ds_json, model, optimizer, ranks := dist.get_world_size())
     with init_context_suspended():
-        engine = _engine_type(model, optimizer, ds_config := DeepSpeedConfig(ds_json), ranks, nvme)(
+        engine = _engine_type(model, optimizer, ds_config, ranks, nvme)(
             args=args,
             model=model,
             optimizer=optimizer,
@@ -198,6 +200,17 @@ def _make_optimizer(
     return optimizer
 
 
+def _checked_config(
+    ds_json: Mapping[str, Any], model: torch.nn.Module, optimizer: ShardedOptimizer, ranks: int
+) -> DeepSpeedConfig:
+    """The JSON as DeepSpeed reads it, checked against the ranks and the model's parameters. Collective."""
+    check_ranks(ds_json, ranks)
+    ds_config = DeepSpeedConfig(ds_json)
+    with failing_together():
+        refuse_params(model, _trained_rules(optimizer), ds_config)
+    return ds_config
+
+
 def _engine_type(
     model: torch.nn.Module,
     optimizer: ShardedOptimizer,
@@ -228,9 +241,9 @@ def _choose(
         num_micro_batches=ds_config.gradient_accumulation_steps,
         fp16=ds_config.float16_config.enabled,
     )
-    itemsize = accumulation_dtype(ds_config).itemsize
-    shard_bytes = [-(-full_numel(param) // ranks) * itemsize for param in params]
-    offloaded_bytes = nvme.staging_bytes(shard_bytes) if nvme else _host_bytes(sum(shard_bytes))
+    sizes = _grad_sizes(model, params, Dtypes.of(ds_config), ranks)
+    shard_bytes = [size.num_bytes for size in sizes.values()]
+    offloaded_bytes = nvme.staging_bytes(shard_bytes) if nvme else _host_bytes(sizes)
     refuse_contradictions(optimizer.apply, demands, offloaded_bytes)
     room = host_room_bytes(_num_local_ranks(ranks))
     agreed = torch.tensor(room, dtype=torch.int64, device=get_accelerator().current_device_name())
@@ -243,9 +256,23 @@ def _choose(
     return replace(choice, nvme=nvme, reason=f"{choice.reason}, the gradients in {str(nvme.folder)!r}")
 
 
-def _host_bytes(gradient_bytes: int) -> int:
-    """Host memory for that much gradient: page-locked in whole pieces where there is an accelerator."""
-    return gradient_bytes if get_accelerator().is_synchronized_device() else sum(piece_bytes(gradient_bytes))
+def _grad_sizes(
+    model: torch.nn.Module, params: Iterable[Parameter], dtypes: Dtypes, ranks: int
+) -> dict[Parameter, GradSize]:
+    """Of the largest shard of each of ``params``, in the dtype that the engine will give it."""
+    of_params = dtypes.of_params(model)
+    return {
+        param: GradSize(-(-full_numel(param) // ranks), dtypes.accumulated(of_params[param]))
+        for param in params
+    }
+
+
+def _host_bytes(sizes: Mapping[Parameter, GradSize]) -> int:
+    """Host memory for these gradients: page-locked in whole pieces where there is an accelerator."""
+    if get_accelerator().is_synchronized_device():
+        return sum(size.num_bytes for size in sizes.values())
+    of_dtypes = by_dtype(sizes).items()
+    return sum(sum(piece_bytes(sum(numel.values()) * dtype.itemsize)) for dtype, numel in of_dtypes)
 
 
 def _trained_rules(optimizer: ShardedOptimizer) -> dict[Parameter, Rule]:

@@ -29,7 +29,7 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
 
     Its ``__name__``, ``__file__``, ``sys.argv`` and ``sys.path[0]`` are as Python sets them. What it raises,
     ``SystemExit`` included, is raised here. Turns torch's expandable segments on unless the user has set
-    the allocator.
+    the allocator, and keeps CPU ranks to gloo.
 
     Args:
         script: path of a file.
@@ -44,8 +44,9 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     sys.argv[:] = [script, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
         sys.path[0] = os.path.dirname(os.path.realpath(script))
-    from lomo_ds.integrations import enable
+    from lomo_ds.integrations.deepspeed import enable, use_only_gloo_on_cpu
 
+    use_only_gloo_on_cpu()
     with enable():
         runpy.run_path(script, run_name="__main__")
 

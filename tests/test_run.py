@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lomo_ds.cli.launcher import free_port
+
 SCRIPT = """
 import json, os, pickle, sys
 import deepspeed
@@ -53,6 +55,27 @@ def test_the_launchers_argument_is_the_scripts_first_and_its_exit_code_is_return
     done = run(script, "-m", "lomo_ds.run", "--local_rank=1", "code/script.py", "a")
     assert json.loads(done.stdout)[2] == ["code/script.py", "--local_rank=1", "a"]
     assert done.returncode == 5
+
+
+COMMUNICATING = """
+import os
+import deepspeed
+deepspeed.init_distributed(dist_backend="gloo")
+port = os.environ["MASTER_PORT"]
+print([name for name in os.listdir("/dev/shm") if f"_{port}_" in name], os.environ["LOCAL_SIZE"])
+"""
+
+
+def test_cpu_ranks_of_deepspeeds_launcher_leave_nothing_in_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "script.py").write_text(COMMUNICATING)
+    of_launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    of_launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+    for name, value in of_launcher.items():
+        monkeypatch.setenv(name, value)
+    done = run(tmp_path, "-m", "lomo_ds.run", "script.py")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[] 1", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -102,7 +102,11 @@ class EngineState:
 
     def records(self, params: Mapping[str, Parameter]) -> dict[str, ParamRecord]:
         """What a checkpoint says of parameters."""
-        return {name: _record(param, self._entries.get(param)) for name, param in params.items()}
+        indices = self._optimizer.updater.indices
+        return {
+            name: _record(param, self._entries.get(param), indices.get(param))
+            for name, param in params.items()
+        }
 
     def model_pieces(self, params: Mapping[str, Parameter]) -> dict[str, Piece]:
         """The weights of ``params`` (cut by ZeRO-3) and the persistent buffers, by their stored names."""
@@ -169,15 +173,30 @@ class EngineState:
         with self._optimizer.replacing_shards(), torch.no_grad():
             yield
 
-    def reset_rules(self) -> None:
-        """Give every rule the state of a first step."""
-        self._optimizer.updater.reset()
+    def admit(self, names: Iterable[str]) -> None:
+        """Make room for the state of parameters that have been frozen until now. Collective.
 
-    def set_num_updates(self, num_updates: Mapping[str, int]) -> None:
-        """Set how many updates each parameter has had, by name; what is not trained is left out."""
-        for name, param in self.params().items():
-            if name in num_updates and param in self._entries:
-                self._entries[param].num_updates = num_updates[name]
+        Args:
+            names: of parameters; those that are trained already, or that cannot be, are left out.
+        """
+        params, updater = self.params(), self._optimizer.updater
+        new = [params[name] for name in names if name in params and params[name] not in updater.entries]
+        self._optimizer.admit([param for param in new if param in updater.specs])
+
+    def reset_rules(self, names: Container[str] | None = None) -> None:
+        """Give rules the state of a first step: of the parameters ``names``, or of all."""
+        updater, all_params = self._optimizer.updater, self.params()
+        params = [param for name, param in all_params.items() if names is None or name in names]
+        updater.admit([param for param in params if param in updater.entries])
+
+    def set_param_progress(self, records: Mapping[str, ParamRecord]) -> None:
+        """Set how many updates each parameter has had and its number; what is not trained is left out."""
+        params = {name: param for name, param in self.params().items() if name in records}
+        for name, param in params.items():
+            if param in self._entries:
+                self._entries[param].num_updates = records[name].num_updates
+        indices = {param: records[name].index for name, param in params.items()}
+        self._optimizer.updater.renumber({p: index for p, index in indices.items() if index is not None})
 
     def set_counters(self, progress: Progress) -> None:
         """Set DeepSpeed's counters."""
@@ -209,17 +228,18 @@ def _cut_piece(param: Parameter, local: Tensor) -> Piece:
     return Piece(local=local, numel=spec.numel, start=spec.start)
 
 
-def _record(param: Parameter, entry: Any) -> ParamRecord:
-    """``entry`` is the updater's, None where the parameter is frozen."""
+def _record(param: Parameter, entry: Any, index: int | None) -> ParamRecord:
+    """``entry`` is the updater's, None where the parameter has not been trained."""
     shape, dtype = shard_spec(param).shape, str(param.dtype).removeprefix("torch.")
     if entry is None:
-        return ParamRecord(shape=shape, dtype=dtype)
+        return ParamRecord(shape=shape, dtype=dtype, index=index)
     return ParamRecord(
         shape=shape,
         dtype=dtype,
         rule=type(entry.rule).__name__,
         state=tuple(entry.state),
         num_updates=entry.num_updates,
+        index=index,
     )
 
 

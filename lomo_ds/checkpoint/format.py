@@ -144,9 +144,10 @@ class ParamRecord:
     Attributes:
         shape: of the whole parameter.
         dtype: torch's name without "torch.".
-        rule: class of the update rule; None for a frozen parameter.
+        rule: class of the update rule; None for a parameter that had not been trained.
         state: names of the rule's tensors.
         num_updates: that it had had.
+        index: its number for random numbers; None for a parameter that the engine could not train.
     """
 
     shape: tuple[int, ...]
@@ -154,6 +155,7 @@ class ParamRecord:
     rule: str | None = None
     state: tuple[str, ...] = ()
     num_updates: int = 0
+    index: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,13 +76,16 @@ def restore(state: EngineState, folder: Path, options: LoadOptions) -> dict[str,
     if damage is not None:
         raise ValueError(f"the checkpoint is broken: {damage}")
     with failing_together():
-        contents = _read(state, folder, options)
+        description = read_description(folder)
+    if options.with_optimizer:
+        state.admit(_trained(description))
+    with failing_together():
+        contents = _read(state, description, folder, options)
     _load_tensors(state, contents, options)
-    description = contents.description
     if not options.module_only:
         state.set_counters(description.progress)
     if options.with_optimizer:
-        state.set_num_updates({name: record.num_updates for name, record in description.params.items()})
+        state.set_param_progress(description.params)
         state.set_optimizer_progress(description.progress)
     if options.with_lr_scheduler:
         state.set_scheduler_state(contents.client["lr_scheduler"])
@@ -91,8 +94,12 @@ def restore(state: EngineState, folder: Path, options: LoadOptions) -> dict[str,
     return contents.client["client_state"]
 
 
-def _read(state: EngineState, folder: Path, options: LoadOptions) -> _Contents:
-    description = read_description(folder)
+def _trained(description: Description) -> list[str]:
+    """Names of the parameters that the checkpoint has a state for."""
+    return [name for name, record in description.params.items() if record.rule is not None]
+
+
+def _read(state: EngineState, description: Description, folder: Path, options: LoadOptions) -> _Contents:
     params = _match(state, description, options)
     client = _read_client(folder)
     if options.with_lr_scheduler:
@@ -137,6 +144,8 @@ def _rule_misfit(name: str, saved: ParamRecord, own: ParamRecord) -> str | None:
     """How a parameter of the same shape was trained otherwise than it is now; None where it was not."""
     if saved.shape == own.shape and saved.dtype != own.dtype:
         return f"{name} is {saved.dtype} there and {own.dtype} here"
+    if saved.rule is None:
+        return None  # it had been frozen, and begins with the state of a first step
     if saved.shape == own.shape and (saved.rule, set(saved.state)) != (own.rule, set(own.state)):
         return f"{name} is trained by {saved.rule} there and by {own.rule} here"
     return None
@@ -179,7 +188,10 @@ def _pieces(
         for key, piece in state.model_pieces(params).items()
         if not key.startswith(buffer_key("")) or key in known
     }
-    return pieces | (state.optimizer_pieces(params) if options.with_optimizer else {})
+    if not options.with_optimizer:
+        return pieces
+    trained = {name: params[name] for name in _trained(description) if name in params}
+    return pieces | state.optimizer_pieces(trained)
 
 
 def _find_tensors(folder: Path, pieces: Mapping[str, Piece]) -> ShardReader:
@@ -202,6 +214,8 @@ def _load_tensors(state: EngineState, contents: _Contents, options: LoadOptions)
             dcp.load(pieces, storage_reader=contents.reader, planner=PieceLoadPlanner())
         if not options.with_optimizer:
             state.reset_rules()
+        else:
+            state.reset_rules(contents.params.keys() - set(_trained(contents.description)))
 
 
 def _read_client(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch.nn import Module
 
@@ -22,6 +21,7 @@ from lomo_ds.model_io.model_class import CAUSAL_LM, build, find_model_class
 from lomo_ds.model_io.remote_code import plain_refusals, refuse_remote_kernels
 from lomo_ds.model_io.universal import read_universal
 from lomo_ds.model_io.zero3_known import make_zero3_known
+from lomo_ds.zero3._internals import CuttingInit, Dtypes, convert
 from lomo_ds.zero3.collective_errors import failing_together
 
 
@@ -88,6 +88,8 @@ def build_sharded(
 ) -> Module:
     """A model of a config, cut over the ranks as it is made, without values. Collective.
 
+    What the model's own list or "data_types.keep_in_fp32_modules" of the JSON names is in fp32.
+
     Args:
         config: of transformers; its dtype is set.
         ds_json: DeepSpeed JSON with ZeRO stage 3; its bf16 and fp16 sections give the dtype.
@@ -101,6 +103,8 @@ def build_sharded(
     with _sharded_construction(ds_json):
         model = build(found, config, trust_remote_code)
     model.tie_weights()
+    kept = (ds_json.get("data_types") or {}).get("keep_in_fp32_modules", "auto")
+    convert(Dtypes(model=config.dtype, kept=kept).of_params(model))
     return model
 
 
@@ -147,7 +151,7 @@ def _sharded_construction(ds_json: Mapping[str, Any]) -> Iterator[None]:
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import set_zero3_state  # with it transformers cuts nothing itself
 
-    cutting = deepspeed.zero.Init(config_dict_or_path=dict(ds_json))
+    cutting = CuttingInit(config_dict_or_path=dict(ds_json))
     with no_init_weights(), _rotary_buffers_kept_exact(), set_zero3_state(), cutting:
         yield
 

@@ -70,7 +70,7 @@ class LomoEngine(EngineBase):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model. Collective: ZeRO-3 gathers each layer on all ranks."""
-        self.optimizer.frozen_params.refuse_training()
+        self.optimizer.admit_thawed()
         self.optimizer.refresh_gathered_params()
         with self.optimizer.accepting_gradients(in_forward=True), self._saving_activations():
             return super().forward(*inputs, **kwargs)

@@ -1,33 +1,46 @@
-"""Parameters that were frozen when the engine was built, for which it keeps nothing and has no hooks."""
+"""Parameters that no state is kept for, since they have been frozen until now."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch.nn import Parameter
 
 
 class FrozenParams:
-    """Sees to it that none of them is expected to train later.
+    """Notices which of them are to be trained from now on.
 
     Args:
         params: every parameter of the model that is not trained.
+        owned: those that the engine could train.
         names: of them, for the message.
     """
 
-    def __init__(self, params: Sequence[Parameter], names: Mapping[Parameter, str]) -> None:
-        self._params, self._names = params, names
+    def __init__(
+        self, params: Iterable[Parameter], owned: Iterable[Parameter], names: Mapping[Parameter, str]
+    ) -> None:
+        self._params, self._owned, self._names = dict.fromkeys(params), dict.fromkeys(owned), names
 
-    def refuse_training(self) -> None:
-        """Raise where one of them requires a gradient; its gradient would be lost in silence.
+    def thawed(self, remedy: str) -> list[Parameter]:
+        """Those that require a gradient now.
+
+        Args:
+            remedy: what to do where the engine could not train one of them.
 
         Raises:
-            RuntimeError: names it; nothing has been computed.
+            RuntimeError: one of them is none that the engine could train, and its gradient would be lost in
+                silence; it is named.
         """
-        for param in self._params:
-            if param.requires_grad:
+        thawed = [param for param in self._params if param.requires_grad]
+        for param in thawed:
+            if param not in self._owned:
+                name = self._names.get(param, "<unnamed>")
                 raise RuntimeError(
-                    f"{self._names.get(param, '<unnamed>')!r} was frozen when the engine was built and "
-                    "requires a gradient now: build the engine while it does, and freeze it afterwards; from "
-                    "then on it can be thawed and frozen at any time"
+                    f"{name!r} was frozen when the engine was built and requires a gradient now: {remedy}"
                 )
+        return thawed
+
+    def forget(self, params: Iterable[Parameter]) -> None:
+        """Note that a state is kept for ``params`` from now on."""
+        for param in params:
+            self._params.pop(param, None)

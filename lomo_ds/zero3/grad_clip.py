@@ -25,6 +25,11 @@ class GradClip:
         self.last_norm: float | None = None
 
     @property
+    def is_global(self) -> bool:
+        """Whether a step's whole gradient is clipped by its norm."""
+        return self._clipping == "global" and self.max_grad_norm > 0
+
+    @property
     def clip_value(self) -> float | None:
         """The bound on each element, under ``value``; else None."""
         return self.max_grad_norm if self._clipping == "value" and self.max_grad_norm > 0 else None

@@ -8,32 +8,27 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.config import first_few
 from lomo_ds.zero3._internals import ReducedGradient, Stage3Base
-from lomo_ds.zero3.apply.base import ApplyPolicy, OnePass, PolicyContext, StepOutcome
+from lomo_ds.zero3.admission import Admission
+from lomo_ds.zero3.apply.base import OnePass, PolicyContext, StepOutcome
+from lomo_ds.zero3.apply.build import make_policy
 from lomo_ds.zero3.apply.choose import Choice
-from lomo_ds.zero3.apply.deferred import Deferred, GradientBuffer
-from lomo_ds.zero3.apply.host_buffer import HostBuffer
-from lomo_ds.zero3.apply.immediate import Immediate
-from lomo_ds.zero3.apply.nvme_buffer import NvmeBuffer
-from lomo_ds.zero3.apply.pinned_buffer import PinnedBuffer
-from lomo_ds.zero3.apply.two_pass import TwoPass
-from lomo_ds.zero3.collective_errors import failing_together
 from lomo_ds.zero3.exact_weights import ExactWeights
 from lomo_ds.zero3.frozen_params import FrozenParams
 from lomo_ds.zero3.grad_clip import GradClip
 from lomo_ds.zero3.gradient_gate import GradientGate
 from lomo_ds.zero3.param_access import ParamAccess
+from lomo_ds.zero3.param_checks import several_dtypes
 from lomo_ds.zero3.param_specs import param_specs
 from lomo_ds.zero3.updater import Updater
 
 
-class LomoZeroOptimizer(ParamAccess, Stage3Base):
+class LomoZeroOptimizer(Admission, ParamAccess, Stage3Base):
     """DeepSpeed's stage 3 with update rules in place of fp32 copies, states and a gradient buffer.
 
     Built by the engine. All ranks call every method together. A gradient shard goes from DeepSpeed's
@@ -49,7 +44,7 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
         updater: the rules, their state and what rounding keeps.
         clip: how gradients are clipped.
         stream: on which shards are written.
-        frozen_params: those that it does not train.
+        frozen_params: those for which nothing is kept.
         exact_weights: reads and replaces weights; see ``ParamAccess``.
         overflow: whether the last step was dropped for a gradient norm that was not finite.
         num_skipped_params: parameters that the last step left as they were, under ``immediate``, since their
@@ -66,43 +61,23 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
         """Allocate the rules' states and the policy's buffer. Called by stage 3 when it has its shards."""
         self._gate = GradientGate()
         self.clip = GradClip(self.optimizer.clipping, self.clip_grad)
-        specs = param_specs(self.module, self.trainable_params())
         self.stream = self.shard_stream()
         self.before_gathers(self.stream.let_gathers_follow)
+        specs = param_specs(self.module, self.owned_params())
         self.updater = Updater(self.optimizer, self.clip, specs, self.group_index(), self.stream)
-        self.policy = self._make_policy()
-        others = [param for param in self.module.parameters() if param not in self.updater.entries]
-        self.frozen_params = FrozenParams(others, self.param_names)
+        context = PolicyContext(
+            updater=self.updater, bucket_numel=self.reduce_bucket_size, name_of=self.name_of
+        )
+        self.policy = make_policy(self.choice, context, self)
+        self.frozen_params = FrozenParams(self.module.parameters(), specs, self.param_names)
+        self.admit([param for param in specs if param.requires_grad])
         self.exact_weights = ExactWeights(self.updater, self.optimizer.rounding)
         self.surround_edits(self.exact_weights.while_edited)
         self.num_skipped_params = 0
         if dist.get_rank() == 0:
             logger.info(f"lomo_ds: {type(self.optimizer).__name__}, {self.choice}")
-
-    def _make_policy(self) -> ApplyPolicy:
-        numel = sum(self._shard_numel().values())
-        context = PolicyContext(
-            updater=self.updater,
-            bucket_numel=self.reduce_bucket_size,
-            name_of=self.name_of,
-            gradient_bytes=numel * self.gradient_accumulation_dtype.itemsize,
-        )
-        if self.choice.policy == "deferred":
-            return Deferred(context, self._make_buffer())
-        return TwoPass(context, self) if self.choice.policy == "two_pass" else Immediate(context)
-
-    def _make_buffer(self) -> GradientBuffer:
-        shard_numel, dtype = self._shard_numel(), self.gradient_accumulation_dtype
-        device = torch.device(get_accelerator().current_device_name())
-        if self.choice.nvme is None and get_accelerator().is_synchronized_device():
-            return HostBuffer(shard_numel, dtype)
-        if self.choice.nvme is None:
-            return PinnedBuffer(shard_numel, dtype, device, self.reduce_bucket_size)
-        with failing_together():
-            return NvmeBuffer(shard_numel, dtype, device, self.choice.nvme)
-
-    def _shard_numel(self) -> dict[Parameter, int]:
-        return {param: entry.spec.shard_numel for param, entry in self.updater.entries.items()}
+            if found := several_dtypes(self.module):
+                logger.info(f"lomo_ds: {found}")
 
     # Whose gradients ---------------------------------------------------------------------------
 
@@ -168,7 +143,7 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
 
         Args:
             param: whose it is.
-            grad_shard: shape (shard_numel,), in ``reduced_dtype``.
+            grad_shard: shape (shard_numel,), in its ``reduced_dtype``.
         """
         if not self.accepts_gradients():
             self.on_stray_gradient(param)
@@ -176,11 +151,6 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
         with self.stream.writing(grad_shard):
             self.on_gradients([ReducedGradient(param, grad_shard)])
             self.updater.finish()
-
-    @property
-    def reduced_dtype(self) -> torch.dtype:
-        """Of the gradients that ``on_gradients`` gets: DeepSpeed's ``data_types.grad_accum_dtype``."""
-        return self.gradient_accumulation_dtype
 
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()
@@ -218,7 +188,7 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
             self._note_skipped(self.updater.end_step())
         self.stream.publish()
         self._note_outcome(outcome)
-        self.gather_persistent_params()
+        self.gather_persistent_params(self.updater.entries)
         self.zero_grad()
         self.warn_of_allocator_flushes()
 
@@ -243,7 +213,7 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
         """Before a forward: make gathered copies new where shards changed and no step has ended."""
         if self.updater.shards_changed:
             self.release_gathered_params()
-            self.gather_persistent_params()
+            self.gather_persistent_params(self.updater.entries)
             self.updater.shards_changed = False
 
     @contextmanager
@@ -257,7 +227,7 @@ class LomoZeroOptimizer(ParamAccess, Stage3Base):
         with self.stream.writing():
             yield
         self.stream.publish()
-        self.gather_persistent_params()
+        self.gather_persistent_params(self.module.parameters())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient that has arrived since the last step."""

@@ -29,13 +29,14 @@ class ParamAccess:
 
     Attributes:
         updater, policy, stream, exact_weights: of the optimizer.
+        admit_thawed: makes a state for what was frozen and requires a gradient now.
     """
 
     updater: Updater
     policy: ApplyPolicy
     stream: ShardStream
     exact_weights: ExactWeights
-    name_of: Callable[[Parameter], str]
+    admit_thawed: Callable[[], None]
 
     # Gradients ---------------------------------------------------------------------------------
 
@@ -148,9 +149,7 @@ class ParamAccess:
 
     def _entry(self, param: Parameter) -> Entry:
         if param not in self.updater.entries:
-            raise ValueError(
-                f"{self.name_of(param)!r} was frozen when the engine was built: nothing is kept for it"
-            )
+            self.admit_thawed()
         return self.updater.entries[param]
 
     def _state(self, param: Parameter, key: str) -> Tensor:

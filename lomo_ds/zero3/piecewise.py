@@ -22,15 +22,16 @@ def defragment_in_pieces(defragment: Callable[[list[Tensor]], Tensor], shards: S
 
     Args:
         defragment: DeepSpeed's, which moves a list of tensors into one buffer.
-        shards: of one dtype and device.
+        shards: of one device; a buffer holds those of one dtype.
 
     Returns:
         An empty tensor in place of DeepSpeed's one buffer.
 
     Cost: host memory of 256 MiB, or of the largest shard.
     """
-    for piece in pieces_of(shards, _PIECE_BYTES):
-        defragment(piece)
+    for dtype in dict.fromkeys(shard.dtype for shard in shards):
+        for piece in pieces_of((shard for shard in shards if shard.dtype == dtype), _PIECE_BYTES):
+            defragment(piece)
     return torch.empty(0, dtype=shards[0].dtype, device=shards[0].device)
 
 

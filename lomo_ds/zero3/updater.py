@@ -17,7 +17,7 @@ current stream, which runs forward and backward; R, DeepSpeed's for reduced grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,7 +45,7 @@ class Entry:
     """What is kept for one parameter between updates.
 
     Attributes:
-        index: of the parameter among the trained ones; the same on every rank and for every world size.
+        index: numbers the parameters for random numbers; the same on every rank and for every world size.
         group_index: of its entry in ``optimizer.param_groups``.
         spec: name, role, and this rank's part of it.
         rule: how it is updated.
@@ -84,13 +84,15 @@ class Updater:
     Args:
         optimizer: the user's, with its groups and settings.
         clip: how gradients are clipped.
-        specs: of each trained parameter, in an order that all ranks share.
+        specs: of each parameter that is or may be trained, in an order that all ranks share.
         group_index: for each of them the index of its group.
         stream: on which shards are written.
 
     Attributes:
         stream: as given.
-        entries: what is kept for each parameter.
+        specs: as given.
+        indices: the number of each parameter of ``specs``, for random numbers.
+        entries: what is kept for each parameter that has been trained or is to be; see ``admit``.
         shards_changed: whether an update has begun since this was set to False.
         stalled: tells where updates are rounded away.
     """
@@ -104,39 +106,50 @@ class Updater:
         stream: ShardStream,
     ) -> None:
         self._optimizer, self._clip, self.stream = optimizer, clip, stream
+        self.specs, self._group_index = dict(specs), group_index
+        trained_first = sorted(specs, key=lambda param: not param.requires_grad)
+        self.indices = {param: index for index, param in enumerate(trained_first)}
         self._pending: list[_Pending] = []
         self._skipped: dict[Parameter, Tensor] = {}
         self._group = process_group(next(iter(specs)))
         self.shards_changed = False
         nearest = optimizer.rounding == "nearest"
         self.stalled = StalledUpdates(enabled=nearest and dist.get_rank() == 0)
-        with stream.writing():
-            self.entries = {
-                param: self._entry(param, index, group_index[param], spec)
-                for index, (param, spec) in enumerate(specs.items())
-            }
+        self.entries: dict[Parameter, Entry] = {}
 
-    def _entry(self, param: Parameter, index: int, group_index: int, spec: ParamSpec) -> Entry:
-        rule = rule_of(self._optimizer.param_groups[group_index])
+    def is_scale_free(self, param: Parameter) -> bool:
+        """Whether its update does not depend on the gradient's scale."""
+        return self._rule(param).is_scale_free(self.specs[param].role)
+
+    def _rule(self, param: Parameter) -> Rule:
+        return rule_of(self._optimizer.param_groups[self._group_index[param]])
+
+    @torch.no_grad()
+    def admit(self, params: Iterable[Parameter]) -> None:
+        """Make for each of ``params`` the state of a first step; they are of ``specs``."""
+        assert self.stream.is_current, "states are made on the stream on which they are written"
+        self.entries |= {param: self._entry(param) for param in params}
+
+    def _entry(self, param: Parameter) -> Entry:
+        spec, rule = self.specs[param], self._rule(param)
         kept = init_kept_state(rule, spec, local_shard(param), self._optimizer.rounding)
         return Entry(
-            index=index,
-            group_index=group_index,
+            index=self.indices[param],
+            group_index=self._group_index[param],
             spec=spec,
             rule=rule,
-            is_scale_free=rule.is_scale_free(spec.role),
+            is_scale_free=self.is_scale_free(param),
             state=kept.state,
             error=kept.error,
         )
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Give every rule the state of a first step, for shards that have been replaced."""
-        assert self.stream.is_current, "states are made on the stream on which they are written"
-        self.entries = {
-            param: self._entry(param, entry.index, entry.group_index, entry.spec)
-            for param, entry in self.entries.items()
-        }
+    def renumber(self, indices: Mapping[Parameter, int]) -> None:
+        """Number parameters as given, and the others from there on in the order that they had."""
+        others = sorted(self.specs.keys() - indices.keys(), key=self.indices.__getitem__)
+        first = 1 + max(indices.values(), default=-1)
+        self.indices = {**indices, **{param: first + at for at, param in enumerate(others)}}
+        for param, entry in self.entries.items():
+            entry.index = self.indices[param]
 
     @torch.no_grad()
     def begin(

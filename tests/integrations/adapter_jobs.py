@@ -102,3 +102,35 @@ def _export(engine: Any, out: str) -> None:
 
     export_pretrained(engine, f"{out}/model", tiny_tokenizer(), max_file_bytes=20_000)
     save_adapters(engine, f"{out}/adapters")
+
+
+def with_peft_defaults(model: Any) -> Any:
+    """Adapters in fp32, as ``get_peft_model`` makes them, on a model whose parameters are in bf16."""
+    import peft
+
+    for param in model.parameters():
+        param.data = param.data.bfloat16()
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    for name, param in adapted.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(
+                param, std=0.1
+            )  # they would be zeros, and the first matrices would not move
+    return adapted
+
+
+def train_with_peft_defaults(ds_json: dict, folder: str | None) -> Run:
+    import lomo_ds
+    from lomo_ds.model_io.load import load_pretrained
+    from tests.zero3.mixed_jobs import torchs_own_linear
+
+    same_attention = {"_attn_implementation": "eager"}
+    model = tiny_llama() if folder is None else load_pretrained(folder, ds_json, settings=same_attention)
+    engine, *_ = lomo_ds.initialize(model=with_peft_defaults(model), config=ds_json)
+    run = Run(before=whole_params(engine.module))
+    with torchs_own_linear():
+        _train_step(engine, 0, run)
+    run.after = whole_params(engine.module)
+    return run

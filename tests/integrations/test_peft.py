@@ -104,6 +104,47 @@ def test_adapters_alone_equal_plain_torch(
     assert_equal_runs(runs, world_size, max_grad_norm, train_base=False)
 
 
+def train_fp32_adapters_plainly(run: jobs.Run, world_size: int) -> tuple[Any, float]:
+    """A step of torch's SGD in one process on the mean of the ranks' gradients; their largest element."""
+    model = jobs.with_peft_defaults(tiny_llama())
+    model.load_state_dict(run.before, strict=False)
+    adapters = [param for param in model.parameters() if param.requires_grad]
+    for ids in jobs.step_ids(0, world_size).chunk(world_size):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for param in adapters:
+        param.grad /= world_size
+    torch.optim.SGD(adapters, lr=jobs.LR).step()
+    return model, max(float(param.grad.abs().max()) for param in adapters)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "apply", "from_folder"),
+    [(2, "immediate", False), (2, "deferred", True), (3, "two_pass", True)],
+)
+def test_fp32_adapters_next_to_a_base_in_bf16_stay_fp32(
+    tmp_path: Path, world_size: int, apply: str, from_folder: bool
+) -> None:
+    """As peft makes them by default. A sum in another order may round some activations in bf16 otherwise.
+
+    Each is then off by 2^-7 at most; four of them are granted.
+    """
+    write_tiny_folder(tmp_path / "in")
+    ds_json = jobs.adapter_json(apply, 0.0, bf16=True)
+    ds_json["optimizer"]["params"] = {"lr": jobs.LR, "apply": apply}
+    folder = str(tmp_path / "in") if from_folder else None
+    runs = run_ranks(world_size, jobs.train_with_peft_defaults, ds_json, folder)
+    model, largest_grad = train_fp32_adapters_plainly(runs[0], world_size)
+    for run in runs:
+        for name, whole in model.named_parameters():
+            bound = jobs.LR * 2**-5 * largest_grad + UNIT * whole.detach().abs().max()
+            is_adapter = ".lora_" in name
+            dtype = torch.float32 if is_adapter else torch.bfloat16
+            assert run.after[name].dtype == whole.dtype == dtype
+            assert (run.after[name] - whole).abs().max() <= bound, name
+            assert torch.equal(run.after[name], run.before[name]) is not is_adapter, name
+            assert torch.equal(run.after[name], run.after[name].bfloat16().float()) is not is_adapter, name
+
+
 def test_adapters_that_do_not_move_leave_lomo_alone() -> None:
     """Bit for bit: an adapter whose second matrix is zero adds exactly nothing."""
     still = jobs.adapter_json("immediate", 0.0, lr=0.0)

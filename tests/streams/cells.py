@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_grad,
 )
@@ -227,8 +228,18 @@ def _replace_shards(engine: Any, job: Job) -> None:
     with optimizer.replacing_shards(), torch.no_grad():
         for param in optimizer.updater.entries:
             local_shard(param).mul_(0.5)
-        optimizer.updater.reset()
+        optimizer.updater.admit(list(optimizer.updater.entries))
     _call(engine, job)
+
+
+def _thaw(engine: Any, job: Job) -> None:
+    """Rules' states are made as for parameters that are thawed, and read before the next forward."""
+    optimizer = engine.optimizer
+    optimizer.admit(list(optimizer.updater.entries))
+    for param, entry in optimizer.updater.entries.items():
+        for name in entry.state:
+            safe_get_local_optimizer_state(param, name)
+    _step(engine, job)
 
 
 SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
@@ -242,4 +253,5 @@ SCRIPTS: dict[str, Callable[[Any, Job], None]] = {
     "fail in backward": _fail_in_backward,
     "fetch early": _fetch_early,
     "replace shards": _replace_shards,
+    "thaw": _thaw,
 }

@@ -35,6 +35,7 @@ DEFAULT = (
     Cell(apply="deferred", script="call module", num_steps=1),
     Cell(apply="deferred", script="fetch early", num_steps=1),
     Cell(apply="deferred", script="replace shards", checkpointing="none", num_steps=1),
+    Cell(optimizer="AdaLomo", script="thaw", num_steps=1),
     Cell(script="fail in backward", num_steps=1),
 )
 """They reach every wait of the engine, each in a cell in which something is found without it."""

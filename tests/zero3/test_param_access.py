@@ -357,18 +357,3 @@ def test_a_layer_that_is_frozen_for_a_while(apply: str):
     for found in run_ranks(2, train_with_a_pause, apply=apply):
         for name, param in params.items():
             assert_close(found[name], param.detach(), 5)
-
-
-def thaw_what_was_frozen_at_the_start() -> str:
-    engine, params = new_engine(json_of())
-    params["frozen.weight"].requires_grad_(True)
-    with pytest.raises(RuntimeError) as caught:
-        backward(engine)
-    return str(caught.value)
-
-
-def test_thawing_what_was_frozen_at_the_start_is_refused_by_name():
-    for message in run_ranks(2, thaw_what_was_frozen_at_the_start):
-        assert message.startswith(
-            "'frozen.weight' was frozen when the engine was built and requires a gradient"
-        )

@@ -10,6 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from lomo_ds.zero3._internals.cpu_comm import use_only_gloo_on_cpu
+from lomo_ds.zero3._internals.dtypes import KEEP_KEY, TRAINABLE, Dtypes, convert
 from lomo_ds.zero3._internals.engine import EngineBase
 from lomo_ds.zero3._internals.forward import (
     ForwardHooks,
@@ -22,7 +23,7 @@ from lomo_ds.zero3._internals.forward import (
     set_modules_in_forward,
 )
 from lomo_ds.zero3._internals.params import (
-    accumulation_dtype,
+    CuttingInit,
     all_gathered,
     full_numel,
     full_shape,
@@ -35,26 +36,32 @@ from lomo_ds.zero3._internals.params import (
     shard_spec,
     stored_shard,
 )
+from lomo_ds.zero3._internals.reduction import ReducedGradient, ReducingStage3
 from lomo_ds.zero3._internals.single_rank import (
     DEEPSPEED_SOURCES,
     forget_module_state,
     permanent_buffers,
     ranks_not_compared,
 )
-from lomo_ds.zero3._internals.stage3 import ReducedGradient, Stage3Base
+from lomo_ds.zero3._internals.stage3 import Stage3Base
 from lomo_ds.zero3.private_names import CONTRACT, check_contract
 
 __all__ = [
     "CONTRACT",
     "DEEPSPEED_SOURCES",
+    "KEEP_KEY",
+    "TRAINABLE",
+    "CuttingInit",
     "DeepSpeedConfig",
+    "Dtypes",
     "EngineBase",
     "ForwardHooks",
     "ReducedGradient",
+    "ReducingStage3",
     "Stage3Base",
-    "accumulation_dtype",
     "all_gathered",
     "check_contract",
+    "convert",
     "forget_module_state",
     "full_numel",
     "full_shape",

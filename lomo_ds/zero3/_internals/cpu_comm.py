@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
@@ -11,13 +9,9 @@ from deepspeed.accelerator import get_accelerator
 def use_only_gloo_on_cpu() -> None:
     """Keep DeepSpeed from compiling and using its shared-memory operation on CPU ranks.
 
-    ZeRO-3 does not use it. DeepSpeed compiles it when ranks start, half a minute where no cache is kept.
-    Where LOCAL_SIZE is set, as by its launcher, it also makes 69 MB of buffers per rank in /dev/shm, which
-    nothing removes.
+    ZeRO-3 does not use it. DeepSpeed compiles it when ranks start, half a minute where no cache is kept, and
+    where LOCAL_SIZE is set, as by its launcher, makes 69 MB of buffers per rank in /dev/shm that nothing
+    removes.
     """
-    if get_accelerator().device_name() != "cpu":
-        return
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    num_local_ranks = os.environ.pop("LOCAL_SIZE", None)
-    if num_local_ranks is not None:
-        os.environ.setdefault("LOCAL_WORLD_SIZE", num_local_ranks)
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

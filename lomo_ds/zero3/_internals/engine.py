@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from lomo_ds.zero3._internals.dtypes import Dtypes, convert
+from lomo_ds.zero3._internals.params import dtype_of, numbers_as_vectors
 from lomo_ds.zero3._internals.stage3 import Stage3Base
 from lomo_ds.zero3.private_names import STAGE3_ARGUMENTS
 
@@ -16,11 +18,22 @@ class EngineBase(DeepSpeedEngine):
     """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
 
     def __init__(self, **engine_arguments: Any) -> None:
-        super().__init__(**engine_arguments)
+        with numbers_as_vectors(engine_arguments["model"].parameters()):
+            super().__init__(**engine_arguments)
         self._configure_python_gc()
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> Stage3Base:
         raise NotImplementedError
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """What the JSON says of dtypes."""
+        return Dtypes.of(self._config)
+
+    def _cast_module_mixed_precision(self, param_dtype: torch.dtype | None, *others: Any) -> None:
+        """Give every parameter its dtype; DeepSpeed would give all of them one, and converts buffers."""
+        convert(self.dtypes.of_params(self.module))
+        super()._cast_module_mixed_precision(None, *others)
 
     def offloads_checkpoints(self) -> bool:
         """Whether "activation_checkpointing.cpu_checkpointing" of the JSON is set."""
@@ -35,6 +48,7 @@ class EngineBase(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Stage3Base:
         if self.zero_allgather_sequential():
             self._config.zero_config.prefetch_bucket_size = 1
+        convert({param: dtype_of(param) for param in self.module.parameters()})
         arguments = {name: getattr(self, method)() for name, method in STAGE3_ARGUMENTS.items()}
         return self.make_sharded_optimizer(
             module=self.module,
@@ -43,8 +57,7 @@ class EngineBase(DeepSpeedEngine):
             timers=_timers(self),
             ds_config=self.config,
             dp_process_group=self.seq_data_parallel_group,
-            gradient_accumulation_dtype=self.get_data_types()[1],
-            communication_data_type=self.communication_data_type,
+            dtypes=self.dtypes,
             **arguments,
         )
 

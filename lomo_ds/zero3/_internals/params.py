@@ -1,14 +1,14 @@
-"""What ZeRO-3 hangs on a parameter, and what DeepSpeed derives from its JSON."""
+"""What ZeRO-3 hangs on a parameter."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
 from torch.nn import Parameter
@@ -19,6 +19,11 @@ from lomo_ds.shards import ShardSpec
 def is_sharded(param: Parameter) -> bool:
     """Whether ZeRO-3 has taken the parameter over."""
     return hasattr(param, "ds_id")
+
+
+def dtype_of(param: Parameter) -> torch.dtype:
+    """Of a parameter's values; what is left of one that is cut may be of another, as after ``module.to``."""
+    return param.ds_tensor.dtype if is_sharded(param) else param.dtype
 
 
 def shard_spec(param: Parameter) -> ShardSpec:
@@ -82,13 +87,31 @@ def full_numel(param: Parameter) -> int:
     return prod(full_shape(param))
 
 
-def accumulation_dtype(ds_config: DeepSpeedConfig) -> torch.dtype:
-    """The dtype in which reduced gradients come and add up, as DeepSpeed's engine derives it."""
-    if ds_config.grad_accum_dtype is not None:
-        return DtypeEnum(ds_config.grad_accum_dtype).value
-    if ds_config.float16_config.enabled:
-        return torch.float16
-    return torch.bfloat16 if ds_config.bfloat16_config.enabled else torch.float32
+@contextmanager
+def numbers_as_vectors(params: Iterable[Parameter]) -> Iterator[None]:
+    """Let parameters without dimensions, which DeepSpeed cannot cut, have one of one element for a while.
+
+    Cut or not, they have none afterwards.
+    """
+    numbers = [param for param in params if not is_sharded(param) and param.dim() == 0]
+    for param in numbers:
+        param.data = param.data.view(1)
+    try:
+        yield
+    finally:
+        for param in numbers:
+            if is_sharded(param):
+                param.ds_shape = torch.Size(())
+            else:
+                param.data = param.data.view(())
+
+
+class CuttingInit(partition_parameters.Init):
+    """``deepspeed.zero.Init`` that also cuts parameters without dimensions."""
+
+    def _zero_init_param(self, param: Parameter) -> None:
+        with numbers_as_vectors([param]):
+            super()._zero_init_param(param)
 
 
 @contextmanager

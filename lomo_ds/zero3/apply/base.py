@@ -7,7 +7,7 @@ step boundary; ``forget`` when the step has ended, or when a backward raised.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from lomo_ds.byte_units import shown_bytes
 from lomo_ds.zero3._internals import ReducedGradient
+from lomo_ds.zero3.apply.grad_size import GradSize
 from lomo_ds.zero3.updater import Updater
 
 OnePass = Callable[..., Tensor]
@@ -59,13 +60,11 @@ class PolicyContext:
         updater: applies a shard.
         bucket_numel: elements that are updated before the sums over shards are added up.
         name_of: a parameter's name, for messages.
-        gradient_bytes: of all gradient shards of this rank.
     """
 
     updater: Updater
     bucket_numel: int
     name_of: Callable[[Parameter], str]
-    gradient_bytes: int
 
 
 class ApplyPolicy(ABC):
@@ -85,7 +84,16 @@ class ApplyPolicy(ABC):
 
     def __init__(self, context: PolicyContext) -> None:
         self._context = context
+        self._gradient_bytes = 0
         self._arrived: dict[Parameter, None] = {}
+
+    def admit(self, sizes: Mapping[Parameter, GradSize]) -> None:
+        """Expect gradients of parameters, from the next forward on.
+
+        Args:
+            sizes: of this rank's shards.
+        """
+        self._gradient_bytes += sum(size.num_bytes for size in sizes.values())
 
     @property
     def has_gradients(self) -> bool:
@@ -155,6 +163,6 @@ class ApplyPolicy(ABC):
             raise RuntimeError(
                 f"a second gradient for {context.name_of(param)!r} since the last engine.step(): the first "
                 f'was {done} already. Set "optimizer.params.apply" to "deferred", where they add up; it '
-                f"takes {shown_bytes(context.gradient_bytes)} of host memory on this rank"
+                f"takes {shown_bytes(self._gradient_bytes)} of host memory on this rank"
             )
         self._arrived[param] = None

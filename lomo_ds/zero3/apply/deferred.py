@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.zero3._internals import ReducedGradient, shard_spec
 from lomo_ds.zero3.apply.base import ApplyPolicy, PolicyContext, Promises, StepOutcome
 from lomo_ds.zero3.apply.grad_norm import GradNorm
+from lomo_ds.zero3.apply.grad_size import GradSize
 
 
 class GradientBuffer(Protocol):
-    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``.
-
-    Attributes:
-        dtype: of gradients.
-    """
-
-    dtype: torch.dtype
+    """Where offloaded gradients wait: a ``HostBuffer``, a ``PinnedBuffer`` or an ``NvmeBuffer``."""
 
     @property
     def num_bytes(self) -> int: ...
 
     @property
     def num_file_bytes(self) -> int: ...
+
+    def admit(self, sizes: Mapping[Parameter, GradSize]) -> None: ...
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor: ...
 
@@ -64,6 +60,10 @@ class Deferred(ApplyPolicy):
     def file_bytes(self) -> int:  # type: ignore[override]
         return self._buffer.num_file_bytes
 
+    def admit(self, sizes: Mapping[Parameter, GradSize]) -> None:
+        super().admit(sizes)
+        self._buffer.admit(sizes)
+
     def on_gradients(self, gradients: Sequence[ReducedGradient], loss_scale: float) -> None:
         for param, grad_shard in gradients:
             self._norm.measure(param, self._buffer.add(param, grad_shard))
@@ -94,8 +94,9 @@ class Deferred(ApplyPolicy):
     def replace_gradient(self, param: Parameter, grad_shard: Tensor) -> None:
         if param not in self._arrived:
             super().replace_gradient(param, grad_shard)  # raises: there is none
+        dtype = self._buffer.read(param).dtype
         self._buffer.drop(param)
-        self._norm.measure(param, self._buffer.add(param, grad_shard.to(self._buffer.dtype)))
+        self._norm.measure(param, self._buffer.add(param, grad_shard.to(dtype)))
 
     def forget(self) -> None:
         super().forget()

@@ -8,33 +8,38 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lomo_ds.zero3.apply.grad_size import GradSize, by_dtype
+
 
 class HostBuffer:
     """A place for each parameter's gradient shard, on a rank that computes on the host.
 
-    The memory is allocated once, and shards of the same step add up in it (micro-batches, or a parameter
-    whose gradient comes in several parts).
+    A place is allocated once, and shards of the same step add up in it (micro-batches, or a parameter whose
+    gradient comes in several parts).
 
-    Args:
-        shard_numel: for each parameter the real elements of this rank's shard.
-        dtype: of the gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
+    Attributes:
+        num_bytes: memory of this rank.
 
     Cost: ``num_bytes`` of memory per rank, for all ranks together one gradient of the model.
     """
 
     num_file_bytes = 0
 
-    def __init__(self, shard_numel: Mapping[Parameter, int], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        sizes = list(shard_numel.values())
-        self._memory = torch.empty(sum(sizes), dtype=dtype)
-        self._places = dict(zip(shard_numel, self._memory.split(sizes), strict=True))
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._places: dict[Parameter, Tensor] = {}
         self._filled: dict[Parameter, None] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of this rank."""
-        return self._memory.nbytes
+    def admit(self, sizes: Mapping[Parameter, GradSize]) -> None:
+        """Allocate places for parameters.
+
+        Args:
+            sizes: of each one's shard.
+        """
+        for dtype, numel in by_dtype(sizes).items():
+            memory = torch.empty(sum(numel.values()), dtype=dtype)
+            self._places |= zip(numel, memory.split(list(numel.values())), strict=True)
+            self.num_bytes += memory.nbytes
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor:
         """Keep a shard, or add it to what is kept for ``param`` already; returns their sum."""

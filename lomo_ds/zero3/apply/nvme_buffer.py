@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate, dropwhile
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
+from lomo_ds.zero3.apply.grad_size import GradSize
 from lomo_ds.zero3.apply.nvme_settings import NUM_SLOTS, NvmeSettings, name_of, new_buffer
 
 
@@ -86,52 +87,56 @@ class NvmeBuffer:
     The file has no name: it is gone when the process is, however it ends.
 
     Args:
-        shard_numel: for each parameter the real elements of this rank's shard.
-        dtype: of the gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
         device: where the gradients come from.
         settings: the folder, and how to write to it.
 
-    Raises:
-        OSError: the disk is full after all.
-
     Attributes:
-        dtype: see ``GradientBuffer``.
+        num_file_bytes: disk that this rank uses.
 
     Cost: ``num_bytes`` of host memory and ``num_file_bytes`` of disk per rank; a step writes and reads each
         shard once. Each further gradient for a parameter in a step reads and writes it once more, and waits.
     """
 
-    def __init__(
-        self,
-        shard_numel: Mapping[Parameter, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        settings: NvmeSettings,
-    ) -> None:
-        self.dtype, self._device = dtype, device
-        shard_bytes = {param: numel * dtype.itemsize for param, numel in shard_numel.items()}
-        self._shard_bytes = shard_bytes
-        self._padded = {param: settings.padded_bytes(size) for param, size in shard_bytes.items()}
-        ends = accumulate(self._padded.values())
-        self._offsets = {
-            param: end - self._padded[param] for param, end in zip(self._padded, ends, strict=True)
-        }
-        self._num_file_bytes = settings.file_bytes(shard_bytes.values())
+    def __init__(self, device: torch.device, settings: NvmeSettings) -> None:
+        self._device, self._settings = device, settings
+        self._sizes: dict[Parameter, GradSize] = {}
+        self._padded: dict[Parameter, int] = {}
+        self._offsets: dict[Parameter, int] = {}
+        self.num_file_bytes = 0
         self._file = tempfile.TemporaryFile(dir=settings.folder)  # noqa: SIM115  (stays open)
-        if self._num_file_bytes:
-            os.posix_fallocate(self._file.fileno(), 0, self._num_file_bytes)
-        size = settings.staging_bytes(shard_bytes.values()) // NUM_SLOTS
-        path, pinned = name_of(self._file.fileno()), device.type != "cpu"
-        self._slots = deque(_Slot(settings, size, path, pinned) for _ in range(NUM_SLOTS))
+        self._slots: deque[_Slot] = deque()
         self._filled: dict[Parameter, None] = {}
         self._to_read: deque[Parameter] = deque()
         self._coming: dict[Parameter, _Slot] = {}
         self._copies = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
 
-    @property
-    def num_file_bytes(self) -> int:
-        """Disk that this rank uses."""
-        return self._num_file_bytes
+    def admit(self, sizes: Mapping[Parameter, GradSize]) -> None:
+        """Make places for parameters; waits until what is on its way is in the file.
+
+        Args:
+            sizes: of each one's shard.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._sizes |= sizes
+        first_new = self.num_file_bytes
+        for param, size in sizes.items():
+            self._padded[param] = self._settings.padded_bytes(size.num_bytes)
+            self._offsets[param] = self.num_file_bytes
+            self.num_file_bytes += self._padded[param]
+        if self.num_file_bytes > first_new:
+            os.posix_fallocate(self._file.fileno(), first_new, self.num_file_bytes - first_new)
+        self._make_slots()
+
+    def _make_slots(self) -> None:
+        """Let each slot hold the largest shard."""
+        num_bytes = max(self._padded.values(), default=0)
+        if self._slots and self._slots[0].buffer.numel() >= num_bytes:
+            return
+        self._start_reading([])
+        path, pinned = name_of(self._file.fileno()), self._device.type != "cpu"
+        self._slots = deque(_Slot(self._settings, num_bytes, path, pinned) for _ in range(NUM_SLOTS))
 
     @property
     def num_bytes(self) -> int:
@@ -149,7 +154,7 @@ class NvmeBuffer:
         self._filled[param] = None
         for slot in self._slots:
             slot.submit(wait=False)
-        if self._shard_bytes[param]:
+        if self._padded[param]:
             slot = self._take_slot()
             copied = self._copy_in_parallel(grad_shard, self._view(slot, param))
             slot.write(self._padded[param], self._offsets[param], copied)
@@ -166,8 +171,8 @@ class NvmeBuffer:
         In the order in which shards were offloaded, the next ones are read meanwhile.
         """
         assert param in self._filled, "nothing is offloaded for this parameter"
-        if not self._shard_bytes[param]:
-            return torch.empty(0, dtype=self.dtype, device=self._device)
+        if not self._padded[param]:
+            return torch.empty(0, dtype=self._sizes[param].dtype, device=self._device)
         if param not in self._coming:
             self._start_reading(dropwhile(lambda other: other is not param, self._filled))
         slot = self._coming.pop(param)
@@ -201,7 +206,7 @@ class NvmeBuffer:
     def _start_reading(self, params: Iterable[Parameter]) -> None:
         self.wait()
         self._coming.clear()
-        self._to_read = deque(param for param in params if self._shard_bytes[param])
+        self._to_read = deque(param for param in params if self._padded[param])
         self._read_ahead()
 
     def _read_ahead(self) -> None:
@@ -219,7 +224,8 @@ class NvmeBuffer:
         return self._slots[-1]
 
     def _view(self, slot: _Slot, param: Parameter) -> Tensor:
-        return slot.buffer.narrow(0, 0, self._shard_bytes[param]).view(self.dtype)
+        size = self._sizes[param]
+        return slot.buffer.narrow(0, 0, size.num_bytes).view(size.dtype)
 
     def _copy_in_parallel(self, grad_shard: Tensor, place: Tensor) -> Any:
         """Copy on a stream of its own, after the current stream's work; the event that ends it, or None."""

@@ -16,6 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
+from lomo_ds.zero3.apply.grad_size import GradSize, by_dtype
+
 _LARGEST_PIECE_BYTES = 1 << 28
 _SMALLEST_PIECE_BYTES = 1 << 16
 _NUM_AHEAD = 2
@@ -49,12 +51,10 @@ class _Coming(NamedTuple):
 class PinnedBuffer:
     """A place on the host for each parameter's gradient shard.
 
-    The memory is allocated once, and shards of the same step add up in it (micro-batches, or a parameter
-    whose gradient comes in several parts).
+    A place is allocated once, and shards of the same step add up in it (micro-batches, or a parameter whose
+    gradient comes in several parts).
 
     Args:
-        shard_numel: for each parameter the real elements of this rank's shard.
-        dtype: of the gradients, DeepSpeed's ``data_types.grad_accum_dtype``.
         device: where the gradients come from.
         bucket_numel: elements of a reduce bucket.
 
@@ -64,22 +64,32 @@ class PinnedBuffer:
 
     num_file_bytes = 0
 
-    def __init__(
-        self,
-        shard_numel: Mapping[Parameter, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        bucket_numel: int,
-    ) -> None:
-        self.dtype, self._device = dtype, device
-        self._pieces, self._places = _allocate(shard_numel, dtype)
-        self._shard_numel = dict(shard_numel)
+    def __init__(self, device: torch.device, bucket_numel: int) -> None:
+        self._device, self._bucket_numel = device, bucket_numel
+        self._sizes: dict[Parameter, GradSize] = {}
+        self._pieces: list[Tensor] = []
+        self._places: dict[Parameter, list[Tensor]] = {}
         self._copies = get_accelerator().Stream()
         self._offloaded: dict[Parameter, Any] = {}
         """Parameter -> the event at which its place is filled."""
         self._moving: deque[tuple[Any, int]] = deque()
-        self._moving_bytes = 0
-        self.max_moving_bytes = max(bucket_numel, 2 * max(shard_numel.values())) * dtype.itemsize
+        self._moving_bytes = self.max_moving_bytes = 0
+
+    def admit(self, sizes: Mapping[Parameter, GradSize]) -> None:
+        """Allocate places for parameters.
+
+        Args:
+            sizes: of each one's shard.
+        """
+        self._sizes |= sizes
+        for dtype, numel in by_dtype(sizes).items():
+            pieces, places = _allocate(numel, dtype)
+            self._pieces += pieces
+            self._places |= places
+        for dtype, numel in by_dtype(self._sizes).items():
+            of_bucket = min(self._bucket_numel, sum(numel.values()))
+            bound = max(of_bucket, 2 * max(numel.values())) * dtype.itemsize
+            self.max_moving_bytes = max(self.max_moving_bytes, bound)
 
     @property
     def num_bytes(self) -> int:
@@ -132,7 +142,7 @@ class PinnedBuffer:
     def read(self, param: Parameter) -> Tensor:
         """A copy of what is offloaded for ``param``, on the device."""
         get_accelerator().current_stream().wait_event(self._offloaded[param])
-        shard = torch.empty(self._shard_numel[param], dtype=self.dtype, device=self._device)
+        shard = self._new_shard(param)
         return self._copy_in(param, shard)
 
     def drop(self, param: Parameter) -> None:
@@ -153,13 +163,17 @@ class PinnedBuffer:
 
     def _start_fetch(self, param: Parameter) -> _Coming:
         accelerator = get_accelerator()
-        shard = torch.empty(self._shard_numel[param], dtype=self.dtype, device=self._device)
+        shard = self._new_shard(param)
         self._copies.wait_stream(accelerator.current_stream())  # it may have just used this memory
         arrived = accelerator.Event()
         with accelerator.stream(self._copies):
             self._copy_in(param, shard)
             arrived.record()
         return _Coming(param, shard, arrived)
+
+    def _new_shard(self, param: Parameter) -> Tensor:
+        size = self._sizes[param]
+        return torch.empty(size.numel, dtype=size.dtype, device=self._device)
 
     def _copy_in(self, param: Parameter, shard: Tensor) -> Tensor:
         for place, part in self._parts(param, shard):

@@ -50,7 +50,7 @@ class TiledVocabulary:
                 weight,
                 self._config.tile_numel,
                 self._optimizer.on_reduced_gradient,
-                self._optimizer.reduced_dtype,
+                self._optimizer.reduced_dtype(weight),
             )
         table = self._tables[weight]
         table.num_uses += 1

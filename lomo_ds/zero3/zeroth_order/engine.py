@@ -65,7 +65,7 @@ class ZerothOrderEngine(LomoEngine):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model: at a point of ``train_batch`` within it, else on the weights. Collective."""
-        self.optimizer.frozen_params.refuse_training()
+        self.optimizer.admit_thawed()
         self.optimizer.refresh_gathered_params()
         return EngineBase.forward(self, *inputs, **kwargs)
 

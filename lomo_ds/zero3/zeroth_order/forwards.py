@@ -75,7 +75,7 @@ class Forwards:
 
     def _run(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any]:
         if not all(map(is_gathered, self._persistent)):
-            self._optimizer.gather_persistent_params()
+            self._optimizer.gather_persistent_params(self._optimizer.owned_params())
         stack = modules_in_forward()
         sides = [Side(move_of=move_of) for move_of in points]
         try:

@@ -39,6 +39,10 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
     """
 
     reduces_gradients = False
+    to_thaw = (
+        "a zeroth-order method perturbs what required one then; build the engine while it does, and freeze "
+        "it afterwards"
+    )
 
     def __init__(self, settings: ZerothOrderSettings, **stage3_arguments: Any) -> None:
         self._settings = settings
@@ -122,7 +126,7 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
             self.updater.end_step()
         self.stream.publish()
         self._global_grad_norm = self._expected_norm()
-        self.gather_persistent_params()
+        self.gather_persistent_params(self.updater.entries)
 
     def _update_shards(self) -> None:
         for param, entry in self.updater.entries.items():

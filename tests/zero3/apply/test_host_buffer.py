@@ -10,6 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from lomo_ds.zero3.apply import pinned_buffer
+from lomo_ds.zero3.apply.grad_size import GradSize
 from lomo_ds.zero3.apply.host_buffer import HostBuffer
 from lomo_ds.zero3.apply.pinned_buffer import PinnedBuffer, piece_bytes
 
@@ -68,20 +69,22 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
-def pinned(numel: dict[Parameter, int], bucket_numel: int = 20) -> PinnedBuffer:
-    return PinnedBuffer(numel, torch.float32, CPU, bucket_numel)
+def pinned(sizes: dict[Parameter, GradSize], bucket_numel: int = 20) -> PinnedBuffer:
+    buffer = PinnedBuffer(CPU, bucket_numel)
+    buffer.admit(sizes)
+    return buffer
 
 
-def params_of(sizes: list[int]) -> dict[Parameter, int]:
-    return {Parameter(torch.zeros(size)): size for size in sizes}
+def params_of(numels: list[int], dtype: torch.dtype = torch.float32) -> dict[Parameter, GradSize]:
+    return {Parameter(torch.zeros(numel)): GradSize(numel, dtype) for numel in numels}
 
 
 @pytest.mark.parametrize(("size", "expected"), [(5, 4), (10, 2), (20, 2), (100, 2)])
 def test_what_moves_is_bounded_by_a_bucket_or_two_shards(device: Device, size: int, expected: int) -> None:
     """So that with a bucket smaller than a shard the host still runs one shard ahead of the link."""
-    numel = params_of([size] * 10)
-    buffer = pinned(numel)
-    for param in numel:
+    sizes = params_of([size] * 10)
+    buffer = pinned(sizes)
+    for param in sizes:
         buffer.add(param, torch.ones(size))
     assert len(device.moving) == expected
     assert buffer.max_moving_bytes == 4 * size * expected
@@ -91,22 +94,28 @@ def test_what_moves_is_bounded_by_a_bucket_or_two_shards(device: Device, size: i
 def test_parts_of_a_step_add_up_and_come_in_order(
     device: Device, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
-    """Also where a place lies in several pieces of memory, is empty, or is larger than a piece."""
+    """Also where a place lies in several pieces of memory, is empty, or is larger than a piece; in two
+    dtypes, and with parameters that come later."""
     monkeypatch.setattr(pinned_buffer, "_LARGEST_PIECE_BYTES", 64)
     monkeypatch.setattr(pinned_buffer, "_SMALLEST_PIECE_BYTES", 16)
-    numel = params_of([3, 0, 40, 5, 17, 1])
-    buffer = pinned(numel) if kind is PinnedBuffer else HostBuffer(numel, torch.float32)
-    order = list(numel)[2:] + list(numel)[:2]
+    sizes = params_of([3, 0, 40]) | params_of([2, 9], torch.float16) | params_of([5, 17, 1])
+    buffer = PinnedBuffer(CPU, 20) if kind is PinnedBuffer else HostBuffer()
+    buffer.admit(sizes)
+    later = params_of([7], torch.float16) | params_of([0, 6])
+    buffer.admit(later)
+    sizes |= later
+    order = list(sizes)[2:] + list(sizes)[:2]
     for number in range(3):  # steps
         for factor in (1.0, 2.0, 4.0):
             for at, param in enumerate(order, start=1):
-                part = torch.arange(float(numel[param])) * at * factor + number
+                part = torch.arange(sizes[param].numel, dtype=sizes[param].dtype) * at * factor + number
                 total = buffer.add(param, part)
         assert total.numel() == 0
         fetched = [(param, shard.clone()) for param, shard in buffer.fetch_all()]
         assert [param for param, _ in fetched] == order
         for at, (param, shard) in enumerate(fetched, start=1):
-            assert torch.equal(shard, torch.arange(float(numel[param])) * at * 7 + 3 * number)
+            assert shard.dtype == sizes[param].dtype
+            assert torch.equal(shard.float(), torch.arange(float(sizes[param].numel)) * at * 7 + 3 * number)
         buffer.clear()
     assert list(buffer.fetch_all()) == []
 

@@ -108,13 +108,19 @@ def test_a_dropped_step_leaves_nothing_in_the_file(tmp_path: Path, aio_op: None)
 
 def offload_large_shards(folder: str) -> bool:
     """Shards of many blocks, offloaded twice, fetched in another order than they came."""
+    from lomo_ds.zero3.apply.grad_size import GradSize
     from lomo_ds.zero3.apply.nvme_buffer import NvmeBuffer
 
     settings = NvmeSettings.of(folder, {"block_size": 8 * SECTOR_BYTES})
     params = [torch.nn.Parameter(torch.empty(0)) for _ in range(3 * NUM_SLOTS)]
     grads = {param: torch.randn(10_000 * index + 1) for index, param in enumerate(params)}
-    numel = {param: grad.numel() for param, grad in grads.items()}
-    buffer = NvmeBuffer(numel, torch.float32, torch.device("cpu"), settings)
+    for grad in list(grads.values())[::3]:
+        grad.data = grad.bfloat16()
+    sizes = {param: GradSize(grad.numel(), grad.dtype) for param, grad in grads.items()}
+    buffer = NvmeBuffer(torch.device("cpu"), settings)
+    buffer.admit({param: sizes[param] for param in params[:5]})
+    buffer.add(params[0], grads[params[0]].clone())
+    buffer.admit({param: sizes[param] for param in params[5:]})  # larger ones, while a write is on its way
     for _ in range(2):
         buffer.clear()
         for _ in range(2):

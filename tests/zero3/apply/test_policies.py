@@ -16,6 +16,7 @@ from lomo_ds.zero3.apply import deferred as deferred_module
 from lomo_ds.zero3.apply.base import ApplyPolicy, PolicyContext
 from lomo_ds.zero3.apply.deferred import Deferred
 from lomo_ds.zero3.apply.grad_norm import GradNorm
+from lomo_ds.zero3.apply.grad_size import GradSize
 from lomo_ds.zero3.apply.immediate import Immediate
 from lomo_ds.zero3.apply.two_pass import TwoPass
 from lomo_ds.zero3.shard_stream import ShardStream
@@ -54,6 +55,9 @@ class FakeBuffer:
 
     def __init__(self) -> None:
         self.sums: dict[Parameter, Tensor] = {}
+
+    def admit(self, sizes: dict[Parameter, GradSize]) -> None:
+        pass
 
     def add(self, param: Parameter, grad_shard: Tensor) -> Tensor:
         self.sums[param] = self.sums.get(param, torch.zeros(2)) + grad_shard
@@ -95,7 +99,6 @@ def context(updater: FakeUpdater) -> PolicyContext:
         updater=updater,  # type: ignore[arg-type]
         bucket_numel=4,
         name_of=lambda param: "the.weight",
-        gradient_bytes=3 << 30,
     )
 
 
@@ -122,8 +125,11 @@ def run_twice(policy: ApplyPolicy) -> None:
 
 
 def test_a_second_gradient_that_cannot_be_added_is_refused() -> None:
+    immediate = Immediate(context(FakeUpdater()))
+    for param in PARAMS[:2]:
+        immediate.admit({param: GradSize(3 << 28, torch.bfloat16)})
     with pytest.raises(RuntimeError, match="'the.weight'.*was applied already.*takes 3.00 GiB"):
-        run_twice(Immediate(context(FakeUpdater())))
+        run_twice(immediate)
     with pytest.raises(RuntimeError, match="was measured already"):
         run_twice(TwoPass(context(FakeUpdater()), FakeCounters()))
     run_twice(Deferred(context(FakeUpdater()), FakeBuffer()))
