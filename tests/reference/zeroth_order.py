@@ -7,6 +7,7 @@ losses make of it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lomo_ds.rules.noise import random_int32
-from lomo_ds.zo.noise import normal
+from lomo_ds.zo.noise import Normal
 from tests.reference.sgd import FP32_OPERATIONS, FP32_UNIT
 
 Named = dict[str, Tensor]
+NORMAL = Normal()
 
 
 @dataclass(kw_only=True)
@@ -114,7 +116,8 @@ class Predictor:
     A loss comes from ``FP32_OPERATIONS`` operations in another order, each rounding by ``FP32_UNIT``, so that
     a difference quotient is off by at most twice that, relative to the loss, over the distance of its points.
     Methods run once more for each way in which all slopes can be off by as much; the farthest is the
-    tolerance.
+    tolerance. Where a method keeps moments, earlier steps may be off in other directions: their tolerances
+    are added.
 
     Args:
         model: of the run; its weights are overwritten.
@@ -130,7 +133,8 @@ class Predictor:
             self._blocks = [[name for name in self._trained if "blocks" not in name], *layers]
         num_slopes = settings.num_samples * len(self._blocks)
         self._whole = Whole(settings, (0,) * num_slopes)
-        self._corners = [Whole(settings, corner) for corner in itertools.product((-1, 1), repeat=num_slopes)]
+        self._corners = list(itertools.product((-1, 1), repeat=num_slopes))
+        self._of_earlier_steps = {name: torch.zeros_like(param) for name, param in self._trained.items()}
 
     @torch.no_grad()
     def step(self, before: Named, number: int, batches: Sequence[Tensor]) -> Step:
@@ -153,15 +157,21 @@ class Predictor:
         bound = 2 * FP32_OPERATIONS * FP32_UNIT * max(used) / distance
         if self._settings.method == "ZO-SGD-Cons":
             return self._conservative(start, z, slopes, bound, batches, sum(used) / len(used))
+        corners = [self._corner(corner).after(start, z, slopes, bound) for corner in self._corners]
         after = self._whole.after(start, z, slopes, bound)
-        tolerance = {name: FP32_OPERATIONS * FP32_UNIT * value.abs().max() for name, value in after.items()}
-        for corner in self._corners:
-            other = corner.after(start, z, slopes, bound)
-            tolerance = {
-                name: torch.maximum(bound_of, (other[name] - after[name]).abs() + bound_of.min())
-                for name, bound_of in tolerance.items()
-            }
+        tolerance = {}
+        for name, value in after.items():
+            off = torch.stack([(other[name] - value).abs() for other in corners]).amax(0)
+            tolerance[name] = (
+                FP32_OPERATIONS * FP32_UNIT * value.abs().max() + off + self._of_earlier_steps[name]
+            )
+            if self._whole.moments:
+                self._of_earlier_steps[name] += off
         return Step(after=after, tolerance=tolerance, loss=sum(used) / len(used))
+
+    def _corner(self, corner: tuple[int, ...]) -> Whole:
+        """The method with all slopes off, from the moments as they are."""
+        return Whole(self._settings, corner, copy.deepcopy(self._whole.moments))
 
     def _conservative(
         self,
@@ -192,7 +202,7 @@ class Predictor:
         seed = self._settings.seed
         z = {}
         for index, (name, param) in enumerate(self._trained.items()):
-            flat = normal((seed, number, sample, index), 0, param.numel(), torch.device("cpu"))
+            flat = NORMAL.numbers((seed, number, sample, index), 0, param.numel(), torch.device("cpu"))
             if self._settings.sparsity is not None:
                 flat = flat * self._first(start[name].flatten(), (seed, number, index))
             z[name] = flat.view(param.shape) * (name in block)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lomo_ds.rules.noise import random_int32
 from lomo_ds.zo.blocks import blocks_by_layer
-from lomo_ds.zo.point import Move, combination
+from lomo_ds.zo.moves import Move, combination
 from lomo_ds.zo.sparsity import Sparsity
 
 CPU = torch.device("cpu")

@@ -19,7 +19,9 @@ from lomo_ds.zero3.zeroth_order.forwards import Forwards
 from lomo_ds.zero3.zeroth_order.losses import mean_losses
 from lomo_ds.zo.blocks import blocks_by_layer
 from lomo_ds.zo.conservative import CANDIDATES, chosen
-from lomo_ds.zo.point import Directions, Move, Point, combination
+from lomo_ds.zo.moves import Move, combination
+from lomo_ds.zo.noise import Normal
+from lomo_ds.zo.point import Directions, Point
 from lomo_ds.zo.settings import ZerothOrderSettings
 from lomo_ds.zo.sparsity import Kept
 from lomo_ds.zo.table import CONSERVATIVE
@@ -54,6 +56,7 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         self._blocks = dict(zip(entries, blocks_by_layer(names), strict=True))
         self._estimator = self._settings.estimator(num_blocks=1 + max(self._blocks.values()))
         self._directions: Directions | None = None
+        self._normal = Normal()
         self._kept: dict[Parameter, Kept] = {}
         self._update = Point(coefficients={})
 
@@ -105,10 +108,10 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         assert self._directions is not None, "the step has begun"
         entry, kept = self.updater.entries[param], self._kept.get(param)
         if not param.requires_grad or kept is None and self._settings.sparsity is not None:
-            return Move(terms=[])
+            return Move(terms=[], normal=self._normal)
         lr = float(self.optimizer.param_groups[entry.group_index]["lr"])
         terms = self._directions.terms(point, entry.index, lr, self._blocks[param])
-        return Move(terms=terms, kept=kept)
+        return Move(terms=terms, kept=kept, normal=self._normal)
 
     # The update --------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds.zero3._internals import gathered_for, hooked_modules, is_gathered, is_persistent
-from lomo_ds.zo.point import Move, add_, part_
+from lomo_ds.zo.moves import Move, add_, part_
 
 MoveOf = Callable[[Parameter], Move]
 """What leads a trained parameter, gathered and as it is, to a point."""
