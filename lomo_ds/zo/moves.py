@@ -101,27 +101,26 @@ def part_(values: Tensor, other: Tensor, of_other: Move, own: Move, start: int) 
         values[at].copy_(two)
 
 
-def combination(values: Tensor, move: Move, start: int) -> Tensor:
+def combination(values: Tensor, move: Move, start: int, out: Tensor) -> Tensor:
     """The sum of coefficient * z for some of a parameter's elements.
 
     Args:
         values: these elements, 1-D; not changed.
         move: of the parameter.
         start: flat index of the first of them in the whole parameter.
+        out: fp32, shape (numel,), where the sum is written.
 
     Returns:
-        fp32, shape (numel,).
+        ``out``.
     """
-    total = torch.zeros_like(values, dtype=torch.float32)
     if move.is_by_kernel(values):
-        return add_(total, move, start)
+        return add_(out.zero_(), move, start)
     draw = Draw.of(move.normal, values.numel(), values.device)
     for at in cuts(start, values.numel()):
-        mask = move.mask(values[at], start + at.start)
+        total, mask = out[at].zero_(), move.mask(values[at], start + at.start)
         for key, coefficient in move.terms:
-            z = draw(key, start + at.start, at.stop - at.start)
-            total[at].add_(_masked(z, mask), alpha=coefficient)
-    return total
+            total.add_(_masked(draw(key, start + at.start, total.numel()), mask), alpha=coefficient)
+    return out
 
 
 def _part_by_kernels(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lomo_ds.rules.noise import mix, mixed, seeds_of
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Elements that one word of a key counts for; what they need at once fits into a CPU's cache."""
 LEVELS = 1 << 16
 

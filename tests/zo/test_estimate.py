@@ -75,7 +75,7 @@ def test_its_mean_is_the_gradient() -> None:
     estimator = RandomGradientEstimator(eps=1e-3)
     estimates = torch.stack(
         [
-            combination(theta, move_of(losses_along(estimator, loss, theta, step)[1]), 0)
+            combination(theta, move_of(losses_along(estimator, loss, theta, step)[1]), 0, torch.empty(33))
             for step in range(NUM_ESTIMATES)
         ]
     ).double()

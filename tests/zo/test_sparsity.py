@@ -50,7 +50,8 @@ def test_equal_values_and_other_steps() -> None:
 def test_directions_are_0_elsewhere() -> None:
     values = torch.randn(500, generator=torch.Generator().manual_seed(0))
     kept = Sparsity(kind="magnitude", share=0.2).kept(values, KEY)
-    dense, sparse = (combination(values, Move(terms=[((1, 2, 3, 4), 2.0)], kept=k), 0) for k in (None, kept))
+    moves = [Move(terms=[((1, 2, 3, 4), 2.0)], kept=only) for only in (None, kept)]
+    dense, sparse = (combination(values, move, 0, out=torch.empty(500)) for move in moves)
     assert torch.equal(sparse, dense * kept.mask(values, 0)) and int((sparse != 0).sum()) == 100
 
 

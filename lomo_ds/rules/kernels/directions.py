@@ -13,12 +13,12 @@ from lomo_ds.rules.kernels.noise import mixed
 def _bits(index, first, second):
     """The 16 bits of the elements ``index`` (int64) of a parameter, as ``zo.noise`` has them: int32.
 
-    A block is 2^16 elements.
+    A block is 2^17 elements.
     """
-    block = (index >> 16).to(tl.int32)
+    block = (index >> 17).to(tl.int32)
     one = mixed((block + first).to(tl.uint32, bitcast=True))
     two = mixed((block + second).to(tl.uint32, bitcast=True))
-    within = (index & 0xFFFF).to(tl.int32)
+    within = (index & 0x1FFFF).to(tl.int32)
     pair = (within >> 1).to(tl.uint32, bitcast=True)
     bits = mixed((mixed(pair) ^ one) + two)
     return ((bits >> ((within & 1) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32)

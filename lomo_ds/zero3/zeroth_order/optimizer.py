@@ -128,11 +128,15 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         self.gather_persistent_params()
 
     def _update_shards(self) -> None:
-        for param, entry in self.updater.entries.items():
-            move = self._move(self._update, param)
-            if move.terms:
-                grad_shard = combination(local_shard(param), move, entry.spec.start)
-                self.updater.begin(param, grad_shard, norm=None, loss_scale=1.0)
+        """Each shard by its rule; the estimate is made for one shard at a time, all in the same memory."""
+        moves = {param: self._move(self._update, param) for param in self.updater.entries}
+        moves = {param: move for param, move in moves.items() if move.terms}
+        largest = max((local_shard(param).numel() for param in moves), default=0)
+        estimate = torch.empty(largest, dtype=torch.float32, device=self.device)
+        for param, move in moves.items():
+            shard, start = local_shard(param), self.updater.entries[param].spec.start
+            grad_shard = combination(shard, move, start, out=estimate[: shard.numel()])
+            self.updater.begin(param, grad_shard, norm=None, loss_scale=1.0, is_view=True)
         self.updater.finish()
 
     def _expected_norm(self) -> float:

@@ -200,5 +200,5 @@ def moves(dtype: str, hard: bool) -> dict[str, Callable[[], list[Tensor]]]:
         "two points": lambda: two_points(move(1e-3), move(-1e-3)),
         "two points by two directions": lambda: two_points(move(0.2), move(0.1, 0.7)),
         "weights and a point": lambda: two_points(move(), move(0.2)),
-        "sum": lambda: [combination(values, move(0.3, 0.4), start)],
+        "sum": lambda: [combination(values, move(0.3, 0.4), start, torch.empty(numel))],
     }
