@@ -41,6 +41,11 @@ class Forwards:
         names = {module: name for name, module in optimizer.module.named_modules()}
         self._lockstep = Lockstep(self._modules, ForwardHooks(optimizer), names) if paired else None
 
+    @property
+    def run_without_graph(self) -> dict[Parameter, None]:
+        """See ``PerturbedModules``."""
+        return self._modules.run_without_graph
+
     def at(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any]:
         """Call ``closure`` at each point; what it returned there.
 

@@ -287,8 +287,15 @@ def test_forwards_that_part_are_refused_in_lockstep() -> None:
             '"optimizer.params.sides": 1 does not go',
         ),
         (
-            {"params": {"param_groups": [{"params": ["*norm*"], "type": "AdamW"}]}},
-            "a group of type AdamW needs gradients",
+            {"params": {"param_groups": [{"params": ["*"], "type": "AdamW"}]}},
+            "all groups have a type that needs gradients, and none is left for ZO-SGD",
+        ),
+        (
+            {
+                "type": "ZO-SGD-Cons",
+                "params": {"param_groups": [{"params": ["*norm*"], "type": "Lomo"}]},
+            },
+            "a group of type Lomo does not go with ZO-SGD-Cons",
         ),
         ({"type": "ZO-SGD-Cons", "params": {"weight_decay": 0.1}}, "weight_decay: 0.1 does not go with"),
         ({"type": "ZO-SGD-Sign", "params": {"adam_eps": 0.1}}, "unknown key 'adam_eps'"),
