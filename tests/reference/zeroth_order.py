@@ -77,7 +77,7 @@ class Whole:
     def _updated(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         given = self.settings
         lr, decay = given.lr, given.weight_decay
-        if given.method == "ZO-SGD":
+        if given.method in ("ZO-SGD", "Forward-Grad"):
             return param - lr * (grad + decay * param)
         kept = self.moments.setdefault(name, Moments(torch.zeros_like(param), torch.zeros_like(param)))
         kept.num_updates += 1
@@ -145,16 +145,7 @@ class Predictor:
             for block in self._blocks
             for sample in range(self._settings.num_samples)
         ]
-        eps = self._settings.eps
-        ups = [self._loss(self._moved(start, eps, of_sample), batches) for of_sample in z]
-        if self._settings.sides == 2:
-            downs = [self._loss(self._moved(start, -eps, of_sample), batches) for of_sample in z]
-            distance, used = 2 * eps, [*ups, *downs]
-        else:
-            here = self._loss(start, batches)
-            downs, distance, used = [here] * len(ups), eps, [*ups, here]
-        slopes = [(up - down) / distance for up, down in zip(ups, downs, strict=True)]
-        bound = 2 * FP32_OPERATIONS * FP32_UNIT * max(used) / distance
+        slopes, bound, used = self._slopes(start, z, batches)
         if self._settings.method == "ZO-SGD-Cons":
             return self._conservative(start, z, slopes, bound, batches, sum(used) / len(used))
         corners = [self._corner(corner).after(start, z, slopes, bound) for corner in self._corners]
@@ -168,6 +159,36 @@ class Predictor:
             if self._whole.moments:
                 self._of_earlier_steps[name] += off
         return Step(after=after, tolerance=tolerance, loss=sum(used) / len(used))
+
+    def _slopes(
+        self, start: Named, z: list[Named], batches: Sequence[Tensor]
+    ) -> tuple[list[float], float, list[float]]:
+        """The derivatives along ``z``, by how much they may be off, and the losses that they are made of."""
+        if self._settings.method == "Forward-Grad":
+            return self._exact_slopes(start, z, batches)
+        eps = self._settings.eps
+        ups = [self._loss(self._moved(start, eps, of_sample), batches) for of_sample in z]
+        if self._settings.sides == 2:
+            downs = [self._loss(self._moved(start, -eps, of_sample), batches) for of_sample in z]
+            distance, used = 2 * eps, [*ups, *downs]
+        else:
+            here = self._loss(start, batches)
+            downs, distance, used = [here] * len(ups), eps, [*ups, here]
+        slopes = [(up - down) / distance for up, down in zip(ups, downs, strict=True)]
+        return slopes, 2 * FP32_OPERATIONS * FP32_UNIT * max(used) / distance, used
+
+    def _exact_slopes(
+        self, start: Named, z: list[Named], batches: Sequence[Tensor]
+    ) -> tuple[list[float], float, list[float]]:
+        """By backward: each product of an element of the gradient and one of z may be off by its share."""
+        used = [self._loss(start, batches)]
+        with torch.enable_grad():
+            loss = torch.stack([self._model(batch) for batch in batches]).mean()
+            found = torch.autograd.grad(loss, list(self._trained.values()), allow_unused=True)
+        pairs = [(name, g) for name, g in zip(self._trained, found, strict=True) if g is not None]
+        slopes = [float(sum((g * of_sample[name]).sum() for name, g in pairs)) for of_sample in z]
+        sizes = [float(sum((g * of_sample[name]).abs().sum() for name, g in pairs)) for of_sample in z]
+        return slopes, FP32_OPERATIONS * FP32_UNIT * max(sizes), used
 
     def _corner(self, corner: tuple[int, ...]) -> Whole:
         """The method with all slopes off, from the moments as they are."""

@@ -14,7 +14,7 @@ from lomo_ds.zero3.engine import LomoEngine
 from lomo_ds.zero3.step import LossClosure, Phase, no_phase
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 from lomo_ds.zero3.zeroth_order.optimizer import HOW_TO_STEP, ZerothOrderOptimizer
-from lomo_ds.zo.settings import ZerothOrderSettings
+from lomo_ds.zo.settings import DirectionSettings
 
 
 class ZerothOrderEngine(LomoEngine):
@@ -28,7 +28,7 @@ class ZerothOrderEngine(LomoEngine):
 
     owns_forwards: ClassVar[bool] = True
 
-    def __init__(self, settings: ZerothOrderSettings, choice: Choice | None, **engine_arguments: Any) -> None:
+    def __init__(self, settings: DirectionSettings, choice: Choice | None, **engine_arguments: Any) -> None:
         self._settings, self._choice_of_gradients = settings, choice
         self._builds_graph = False
         EngineBase.__init__(self, **engine_arguments)

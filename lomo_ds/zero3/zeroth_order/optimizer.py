@@ -25,12 +25,13 @@ from lomo_ds.zero3.step import LossClosure
 from lomo_ds.zero3.zeroth_order.forwards import Forwards
 from lomo_ds.zero3.zeroth_order.losses import mean_losses
 from lomo_ds.zero3.zeroth_order.random_state import RandomState
+from lomo_ds.zero3.zeroth_order.tangents import TangentForwards
 from lomo_ds.zo.blocks import blocks_by_layer
 from lomo_ds.zo.conservative import CANDIDATES, chosen
 from lomo_ds.zo.moves import Move, combination
 from lomo_ds.zo.noise import Normal
 from lomo_ds.zo.point import Directions, Point
-from lomo_ds.zo.settings import ZerothOrderSettings
+from lomo_ds.zo.settings import DirectionSettings, ZerothOrderSettings
 from lomo_ds.zo.sparsity import Kept
 from lomo_ds.zo.table import CONSERVATIVE, METHODS
 
@@ -57,11 +58,10 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         random_states: of torch's generators, before the forwards of each micro-batch of a step.
     """
 
-    def __init__(self, settings: ZerothOrderSettings, choice: Choice | None, **stage3_arguments: Any) -> None:
+    def __init__(self, settings: DirectionSettings, choice: Choice | None, **stage3_arguments: Any) -> None:
         self._settings = settings
         self.reduces_gradients = choice is not None
-        sides = "one side" if settings.sides == 1 else "two sides"
-        reason = f"{settings.num_samples} direction(s) a step, {sides}, eps {settings.eps}"
+        reason = str(settings)
         choice = (
             Choice(policy="immediate", reason=reason)
             if choice is None
@@ -78,7 +78,11 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         entries = {
             param: entry for param, entry in self.updater.entries.items() if param not in for_gradients
         }
-        self._forwards = Forwards(self, list(entries), self._settings.paired)
+        self._forwards = (
+            Forwards.at_points(self, list(entries), self._settings.paired)
+            if isinstance(self._settings, ZerothOrderSettings)
+            else TangentForwards(self, list(entries))
+        )
         names = [entry.spec.name if self._settings.block_wise else "" for entry in entries.values()]
         self._blocks = dict(zip(entries, blocks_by_layer(names), strict=True))
         self.random_states: list[RandomState] = []
@@ -108,12 +112,13 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
         self._directions = Directions(seed=self.optimizer.seed, step=num_steps)
         self._kept.clear()
         own, losses = self._losses(closures, self._estimator.points)
+        mean = self._estimator.losses(own).mean()
         self._update = Point(coefficients=self._estimator.coefficients(losses))
         if type(self.optimizer).__name__ == CONSERVATIVE:
             candidates = [candidate.point(self._update) for candidate in CANDIDATES]
             _, losses = self._losses(closures, candidates)
             self._update = chosen(self._update, losses)
-        return own.mean().float()
+        return mean.float()
 
     def _losses(self, closures: Sequence[LossClosure], points: Sequence[Point]) -> tuple[Tensor, list[float]]:
         moves = [partial(self._move_gathered, point) for point in points]

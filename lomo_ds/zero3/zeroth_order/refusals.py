@@ -32,7 +32,7 @@ def refuse_for_zeroth_order(ds_json: Mapping[str, Any], optimizer: ShardedOptimi
             "be in "
             "tiles. Delete the section"
         )
-    if settings.sides == 1 and (ds_json.get("gradient_accumulation_steps") or 1) > 1:
+    if getattr(settings, "sides", 2) == 1 and (ds_json.get("gradient_accumulation_steps") or 1) > 1:
         raise ValueError(
             '"optimizer.params.sides": 1 does not go with "gradient_accumulation_steps": '
             f"{shown(ds_json['gradient_accumulation_steps'])}: set sides to 2, or the accumulation to 1"
