@@ -67,9 +67,9 @@ def page(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
 A step of ZO-SGD of a 353M model in bf16 on rank 0 of {args.ranks}, compared with a forward of the same
 batch without a graph; where two forwards run in lockstep, its memory is compared with a forward of twice the
 batch. A rank's batch is {words_of(args.workload)}, as of short examples of a classification task.
-Live tensors are counted by the planner's ledger, bytes by DeepSpeed's log. Times are medians over {args.rounds}
-rounds, in each of which a forward and a step were timed one after the other on the same ranks: processor time
-is of rank 0's process.
+Live tensors are counted by the planner's ledger, bytes by DeepSpeed's log. Times are medians over
+{args.rounds} rounds, in each of which a forward and a step were timed one after the other on the same ranks:
+processor time is of rank 0's process.
 
 {table(results)}
 
