@@ -154,7 +154,7 @@ def test_gradients_that_reentrant_checkpoints_lose_are_an_error() -> None:
 
 
 def resumable(folder: Path, method: str, micro_batches: int) -> Any:
-    """Engines of a run that goes on and of one that is resumed: losses and weights of each."""
+    """Engines of a run that is never interrupted and of one that is resumed: losses and weights of each."""
     import lomo_ds
 
     outcomes = []
