@@ -21,6 +21,7 @@ from lomo_ds.optimizers import (
     NOT_YET_USED,
     OPTIMIZERS,
     ShardedOptimizer,
+    is_zeroth_order,
     optimizer_from_json,
     rule_of,
 )
@@ -219,9 +220,12 @@ def _engine_type(
     nvme: NvmeSettings | None,
 ) -> Callable[..., LomoEngine]:
     """The engine of the optimizer's kind, to be called with DeepSpeed's arguments. Collective."""
+    by_gradient = bool(_trained_rules(optimizer))
+    choice = _choose(model, optimizer, ds_config, ranks, nvme) if by_gradient else None
     if optimizer.zeroth_order is not None:
-        return partial(ZerothOrderEngine, optimizer.zeroth_order)
-    return partial(LomoEngine, _choose(model, optimizer, ds_config, ranks, nvme))
+        return partial(ZerothOrderEngine, optimizer.zeroth_order, choice)
+    assert choice is not None, "something is trained"
+    return partial(LomoEngine, choice)
 
 
 def _choose(
@@ -276,12 +280,12 @@ def _host_bytes(sizes: Mapping[Parameter, GradSize]) -> int:
 
 
 def _trained_rules(optimizer: ShardedOptimizer) -> dict[Parameter, Rule]:
-    """The rule of each trained parameter."""
+    """The rule of each parameter that is trained by its gradient."""
     return {
         param: rule_of(group)
         for group in optimizer.param_groups
         for param in group["params"]
-        if param.requires_grad
+        if param.requires_grad and not is_zeroth_order(group["type"])
     }
 
 

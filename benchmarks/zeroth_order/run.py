@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.common.contestants import Workload
 from benchmarks.common.machine import command_line, describe_machine, describe_versions
 from benchmarks.common.paths import PAGES
 from benchmarks.common.rank_processes import run_ranks
@@ -53,16 +54,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def words_of(workload: Workload) -> str:
+    """Model and batch."""
+    return (
+        f"a LLaMA with {workload.num_layers} layers of width {workload.hidden_size}, the batch "
+        f"{workload.micro_batch} x {workload.sequence_length} tokens"
+    )
+
+
 def page(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """docs/benchmarks/zeroth_order.md."""
     facts = ", ".join(f"{name} {what}" for name, what in (describe_machine() | describe_versions()).items())
     return f"""# What a zeroth-order step takes
 
-A step of ZO-SGD on rank 0 of {args.ranks}, compared with a forward of the same batch without a graph; where
-two forwards run in lockstep, its memory is compared with a forward of twice the batch. Live tensors are
-counted by the planner's ledger, bytes by DeepSpeed's log. Times are medians over {args.rounds} rounds, in
-each of which a forward and a step were timed one after the other on the same ranks: processor time is of rank
-0's process.
+A step of ZO-SGD on rank 0 of {args.ranks}, in bf16, compared with a forward of the same batch without a
+graph; where two forwards run in lockstep, its memory is compared with a forward of twice the batch. The model
+is {words_of(Workload(**json.loads(args.workload)))} a rank,
+as of short examples of a classification task.
+Live tensors are counted by the planner's ledger, bytes by DeepSpeed's log. Times are medians over
+{args.rounds} rounds, in each of which a forward and a step were timed one after the other on the same ranks:
+processor time is of rank 0's process.
 
 {table(results)}
 
@@ -78,7 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workload", default='{"micro_batch": 1, "sequence_length": 1024}')
+    parser.add_argument("--workload", default='{"micro_batch": 8, "sequence_length": 128}')
     parser.add_argument("--out", type=Path, default=PAGES)
     args = parser.parse_args()
     words = ["--workload", args.workload, "--rounds", str(args.rounds)]

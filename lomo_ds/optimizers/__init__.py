@@ -22,7 +22,6 @@ from lomo_ds.optimizers.settings import (
     Apply,
     CommonConfig,
     OptimizerConfig,
-    ZerothOrderConfig,
     config_type,
 )
 from lomo_ds.rules.clipping import Clipping
@@ -30,6 +29,7 @@ from lomo_ds.rules.param_groups import split_by_patterns
 from lomo_ds.rules.rounding import Rounding, resolve_rounding
 from lomo_ds.rules.rule import Rule
 from lomo_ds.rules.table import OWN_OPTIMIZERS
+from lomo_ds.zo.settings import DirectionSettings
 from lomo_ds.zo.table import METHODS
 
 NOT_YET_USED = WeakTensorKeyDictionary()
@@ -75,7 +75,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.apply: Apply = first_order.apply
         self.clipping: Clipping = first_order.clipping
         self.offload_gradients = first_order.offload_gradients
-        self.zeroth_order = config if isinstance(config, ZerothOrderConfig) else None
+        self.zeroth_order = config if isinstance(config, DirectionSettings) else None
         self.rounding: Rounding = resolve_rounding(config.rounding)
         self.seed = config.seed
         own = {key: getattr(config, key) for key in RULE_SETTINGS[name]}

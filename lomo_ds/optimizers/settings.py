@@ -11,8 +11,8 @@ from lomo_ds.config import NonNegative
 from lomo_ds.rules.clipping import Clipping
 from lomo_ds.rules.rounding import RoundingSetting
 from lomo_ds.rules.table import RULES, settings_of
-from lomo_ds.zo.settings import ZerothOrderSettings
-from lomo_ds.zo.table import METHODS
+from lomo_ds.zo.settings import ForwardGradientSettings, ZerothOrderSettings
+from lomo_ds.zo.table import FORWARD_GRADIENT, METHODS
 
 Apply = Literal["auto", "immediate", "deferred", "two_pass"]
 """When a reduced gradient shard is applied; see docs/semantics.md."""
@@ -132,6 +132,17 @@ class ZerothOrderConfig(ZerothOrderSettings, CommonConfig):
     """What is added for methods that estimate gradients from losses."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForwardGradientConfig(ForwardGradientSettings, CommonConfig):
+    """What is added for the method that differentiates forwards."""
+
+
+def _base_type(name: str) -> type[CommonConfig]:
+    if name == FORWARD_GRADIENT:
+        return ForwardGradientConfig
+    return ZerothOrderConfig if name in METHODS else OptimizerConfig
+
+
 def config_type(name: str) -> type[CommonConfig]:
     rule = ROWS[name].rule
     own = [
@@ -139,5 +150,4 @@ def config_type(name: str) -> type[CommonConfig]:
         for f in fields(rule)  # type: ignore[arg-type]
         if f.default is not MISSING
     ]
-    base = ZerothOrderConfig if name in METHODS else OptimizerConfig
-    return make_dataclass(f"{name}Config", own, bases=(base,), frozen=True, kw_only=True)
+    return make_dataclass(f"{name}Config", own, bases=(_base_type(name),), frozen=True, kw_only=True)

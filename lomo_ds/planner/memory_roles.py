@@ -30,6 +30,7 @@ _BY_FILE = (
     ("lomo_ds/zero3/apply/nvme_buffer.py", Role.OFFLOADED_GRADIENTS),
     ("lomo_ds/zero3/activation_offload.py", Role.CHECKPOINTS),
     ("lomo_ds/zero3/zeroth_order/perturbation.py", Role.GATHERED),
+    ("lomo_ds/zero3/zeroth_order/tangents.py", Role.GATHERED),
     ("lomo_ds/zero3/vocabulary/row_tiles.py", Role.GATHERED),
     ("lomo_ds/zero3/vocabulary/tiled_functions.py", Role.ACTIVATIONS),
     ("torch/optim/", Role.OTHER),

@@ -8,12 +8,26 @@ import torch
 from torch import Tensor
 
 
-def mix(state: Tensor) -> Tensor:
-    """Scramble int32 values in place by shifts and odd multipliers, so that near inputs end far apart."""
+def mix(state: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Scramble int32 values in place by shifts and odd multipliers, so that near inputs end far apart.
+
+    Args:
+        state: changed in place.
+        spare: like it, for what lies in between; allocated where None.
+    """
+    spare = torch.empty_like(state) if spare is None else spare
     for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, -0x7B935975)):
-        state.bitwise_xor_((state >> shift).bitwise_and_(mask))
+        state.bitwise_xor_(torch.bitwise_right_shift(state, shift, out=spare).bitwise_and_(mask))
         state.mul_(factor)
-    return state.bitwise_xor_((state >> 16).bitwise_and_(0xFFFF))
+    return state.bitwise_xor_(torch.bitwise_right_shift(state, 16, out=spare).bitwise_and_(0xFFFF))
+
+
+def mixed(value: int) -> int:
+    """``mix`` of one number: of its lowest 32 bits, signed."""
+    value &= 0xFFFFFFFF
+    value = (value ^ value >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    value = (value ^ value >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return as_int32(value ^ value >> 16)
 
 
 def as_int32(value: int) -> int:

@@ -113,8 +113,8 @@ def _round_stochastically(exact: Tensor, noise: Tensor, mantissa_bits: int) -> T
     dropped = 23 - mantissa_bits
     below = (1 << dropped) - 1
     rounded = noise.bitwise_and_(below).add_(exact.view(torch.int32)).bitwise_and_(~below).view(torch.float32)
-    is_finite = (exact < torch.inf).logical_and_(exact > -torch.inf)  # isfinite would copy ``exact``
-    return torch.where(is_finite, rounded, exact, out=rounded)
+    nan_or_least = exact.clamp(max=-torch.inf)  # an infinity comes through as it is, NaN may not
+    return torch.maximum(rounded, nan_or_least, out=rounded)
 
 
 def _spacing(values: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _unpack(error: Tensor, rounded: Tensor) -> Tensor:
     return error.float() * _spacing(rounded) / _STEPS
 
 
-_CHUNK_NUMEL = {"cpu": 1 << 15}
+_CHUNK_NUMEL = {"cpu": 1 << 16}
 _CHUNK_NUMEL_ACCELERATOR = 1 << 22
 
 

@@ -133,6 +133,14 @@ def _add_adapters(optimizer: dict[str, Any], lora: LoraRecipe) -> None:
         optimizer_params.setdefault("lr", lora.lr)
 
 
+def is_hybrid(ds_json: Mapping[str, Any]) -> bool:
+    """Whether a zeroth-order method trains next to groups that are trained by their gradients."""
+    optimizer = ds_json["optimizer"]
+    groups = (optimizer.get("params") or {}).get("param_groups", [])
+    types = [group["type"] for group in groups if group.get("type")]
+    return is_zeroth_order(optimizer["type"]) and not all(map(is_zeroth_order, types))
+
+
 def _set_scheduler(ds_json: dict[str, Any], recipe: Recipe) -> None:
     schedule = recipe.schedule
     if schedule.type is None:

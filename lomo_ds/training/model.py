@@ -16,7 +16,7 @@ from lomo_ds.model_io.tokenizer import load_tokenizer as tokenizer_of
 from lomo_ds.recipe import Recipe
 from lomo_ds.tasks.classes import class_names
 from lomo_ds.tasks.encoding import padding_id
-from lomo_ds.training.ds_json import peak_lrs
+from lomo_ds.training.ds_json import is_hybrid, peak_lrs
 from lomo_ds.training.plan import RunPlan
 from lomo_ds.training.schedule import SHAPES, make_schedule, num_warmup_steps
 from lomo_ds.zero3.collective_errors import failing_together
@@ -41,7 +41,8 @@ def load_model(plan: RunPlan) -> Any:
         _classifier_settings(plan) if recipe.has_classifier else None,
     )
     if recipe.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        # reentrant needs least memory, but a layer that is trained has to come after another one
+        model.gradient_checkpointing_enable({"use_reentrant": not is_hybrid(plan.ds_json)})
     if recipe.lora is not None:
         model = add_adapters(model, recipe.lora, recipe.seed)
     return model

@@ -55,13 +55,18 @@ class Admission:
         Cost: a first step's state for each of them; under ``deferred`` their gradients' place, too.
         """
         self._require_unchanged_by_clipping(params)
-        self.allocate_buckets(params)
+        received = [param for param in params if self.receives_gradient(param)]
+        self.allocate_buckets(received)
         with self.stream.writing():
             self.updater.admit(params)
         self.stream.publish()
         with failing_together():
-            self.policy.admit({param: self._grad_size(param) for param in params})
+            self.policy.admit({param: self._grad_size(param) for param in received})
         self.frozen_params.forget(params)
+
+    def receives_gradient(self, param: Parameter) -> bool:
+        """Whether it is trained by its gradient."""
+        return True
 
     def admit_thawed(self) -> None:
         """Begin to train what was frozen and requires a gradient now."""

@@ -40,6 +40,11 @@ class FrozenParams:
                 )
         return thawed
 
+    def refuse(self, params: Iterable[Parameter]) -> None:
+        """Let ``thawed`` refuse ``params`` from now on."""
+        for param in params:
+            self._owned.pop(param, None)
+
     def forget(self, params: Iterable[Parameter]) -> None:
         """Note that a state is kept for ``params`` from now on."""
         for param in params:

@@ -227,6 +227,7 @@ CONTRACT: tuple[PrivateName, ...] = (
         reset_step=("self",),
     ),
     *_attributes(_COORDINATOR, "perturbing gathered parameters", "iter_params"),
+    *_attributes(_OFFLOAD, "forward-mode differentiation", "pre_bwd_fn", "post_bwd_fn"),
     *_attributes(
         "deepspeed.runtime.zero.stage3",
         "planning: one rank without the others, and what it keeps; a bucket for each dtype",

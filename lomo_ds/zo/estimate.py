@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from lomo_ds.zo.point import Point, Sample
 
 Sides = Literal[1, 2]
@@ -13,25 +15,15 @@ HERE = Point(coefficients={})
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomGradientEstimator:
-    """The mean over ``num_samples`` directions z of a difference quotient along z, times z.
-
-    Two sides: (f(theta + eps z) - f(theta - eps z)) / (2 eps), whose error is of order eps^2, from
-    2 num_samples forwards. One side: (f(theta + eps z) - f(theta)) / eps, of order eps, from num_samples + 1.
+class Estimator:
+    """The mean over ``num_samples`` directions z of a derivative along z, times z.
 
     Attributes:
-        eps: how far from the weights the loss is asked for.
         num_samples: directions of a step.
-        sides: 1 or 2.
-        num_blocks: of parameters, each of which has difference quotients of its own: as many times the
-            forwards.
-
-    Reference: arXiv 2305.17333, definition 1 (SPSA and n-SPSA); arXiv 2402.11592, section 3 (RGE).
+        num_blocks: of parameters, each of which has derivatives of its own: as many times the forwards.
     """
 
-    eps: float
     num_samples: int = 1
-    sides: Sides = 2
     num_blocks: int = 1
 
     @property
@@ -41,23 +33,74 @@ class RandomGradientEstimator:
 
     @property
     def points(self) -> list[Point]:
-        """Where the loss is needed, in the order in which ``coefficients`` expects it."""
+        """Where a forward is needed, in the order in which ``coefficients`` expects what they return."""
+        raise NotImplementedError
+
+    def coefficients(self, returned: Sequence[float]) -> dict[Sample, float]:
+        """Sample -> the factor of its direction in the estimate, which is their sum.
+
+        Args:
+            returned: by the forwards at ``points``.
+        """
+        slopes = self.slopes(returned)
+        return {sample: slope / self.num_samples for sample, slope in zip(self.samples, slopes, strict=True)}
+
+    def slopes(self, returned: Sequence[float]) -> list[float]:
+        """The derivative along each direction."""
+        raise NotImplementedError
+
+    def losses(self, returned: Tensor) -> Tensor:
+        """Of what the forwards returned, the losses."""
+        return returned
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomGradientEstimator(Estimator):
+    """By difference quotients.
+
+    Two sides: (f(theta + eps z) - f(theta - eps z)) / (2 eps), whose error is of order eps^2, from
+    2 num_samples forwards. One side: (f(theta + eps z) - f(theta)) / eps, of order eps, from num_samples + 1.
+
+    Attributes:
+        eps: how far from the weights the loss is asked for.
+        sides: 1 or 2.
+
+    Reference: arXiv 2305.17333, definition 1 (SPSA and n-SPSA); arXiv 2402.11592, section 3 (RGE).
+    """
+
+    eps: float
+    sides: Sides = 2
+
+    @property
+    def points(self) -> list[Point]:
         ups = [Point(coefficients={sample: self.eps}) for sample in self.samples]
         if self.sides == 1:
             return [HERE, *ups]
         downs = [Point(coefficients={sample: -self.eps}) for sample in self.samples]
         return [point for pair in zip(ups, downs, strict=True) for point in pair]
 
-    def coefficients(self, losses: Sequence[float]) -> dict[Sample, float]:
-        """Sample -> the factor of its direction in the estimate, which is their sum.
-
-        Args:
-            losses: at ``points``.
-        """
+    def slopes(self, returned: Sequence[float]) -> list[float]:
         if self.sides == 1:
-            slopes = [(loss - losses[0]) / self.eps for loss in losses[1:]]
-        else:
-            slopes = [
-                (up - down) / (2 * self.eps) for up, down in zip(losses[::2], losses[1::2], strict=True)
-            ]
-        return {sample: slope / self.num_samples for sample, slope in zip(self.samples, slopes, strict=True)}
+            return [(loss - returned[0]) / self.eps for loss in returned[1:]]
+        pairs = zip(returned[::2], returned[1::2], strict=True)
+        return [(up - down) / (2 * self.eps) for up, down in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardGradEstimator(Estimator):
+    """By forward-mode differentiation: a forward returns the loss and its derivative along z, exactly.
+
+    A point stands for its direction; the forward is at the weights.
+
+    Reference: arXiv 2402.11592, section 3 (Forward-Grad); arXiv 2202.08587, definition 1.
+    """
+
+    @property
+    def points(self) -> list[Point]:
+        return [Point(coefficients={sample: 1.0}) for sample in self.samples]
+
+    def slopes(self, returned: Sequence[float]) -> list[float]:
+        return list(returned[1::2])
+
+    def losses(self, returned: Tensor) -> Tensor:
+        return returned[::2]

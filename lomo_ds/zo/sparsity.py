@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.rules.noise import random_int32
-from lomo_ds.zo.noise import chunks
+from lomo_ds.zo.noise import cuts
 
 Kind = Literal["random", "magnitude"]
 Order = Callable[[Tensor, int], Tensor]
@@ -78,7 +78,7 @@ class Sparsity:
             values: 1-D, the weights.
             key: (seed, step, parameter).
 
-        Cost: two passes over the parameter, three by size, and host syncs; temporaries of a chunk.
+        Cost: two passes over the parameter, three by size, and host syncs; temporaries of a block.
         """
         order = _by_size if self.kind == "magnitude" else _at_random(key)
         count = max(1, round(self.share * values.numel()))
@@ -114,7 +114,7 @@ def _last_number(values: Tensor, order: Order, count: int) -> tuple[int, int]:
 def _bin_of(values: Tensor, order: Order, count: int, bins_of: Callable[[Tensor], Tensor]) -> tuple[int, int]:
     """The bin of the ``count``-th entry, and which of its bin it is."""
     histogram = torch.zeros(1 << _BITS, dtype=torch.int64, device=values.device)
-    for at in chunks(values.numel(), values.device):
+    for at in cuts(0, values.numel()):
         bins = bins_of(order(values[at], at.start)).long()
         histogram += torch.zeros_like(histogram).scatter_add_(0, bins, torch.ones_like(bins))
     is_before = histogram.cumsum(0) < count
@@ -125,7 +125,7 @@ def _index_after_ties(values: Tensor, order: Order, last: int, num_ties: int) ->
     """The flat index after the ``num_ties``-th entry with the number ``last``."""
     stop = values.new_zeros((), dtype=torch.int64)
     seen = stop.clone()
-    for at in chunks(values.numel(), values.device):
+    for at in cuts(0, values.numel()):
         found = (order(values[at], at.start) == last).cumsum(0) + seen
         stop += (found < num_ties).sum()
         seen = found[-1]

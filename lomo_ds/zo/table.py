@@ -9,6 +9,7 @@ from lomo_ds.zo.adam import ZerothOrderAdamRule
 from lomo_ds.zo.momentum import MomentumRule
 
 CONSERVATIVE = "ZO-SGD-Cons"
+FORWARD_GRADIENT = "Forward-Grad"
 
 METHODS: dict[str, Row] = {
     "ZO-SGD": Row(rule=LomoRule, title="ZO-SGD", lr=1e-6),
@@ -16,5 +17,6 @@ METHODS: dict[str, Row] = {
     "ZO-SGD-MMT": Row(rule=MomentumRule, title="ZO-SGD-MMT", lr=1e-6),
     CONSERVATIVE: Row(rule=LomoRule, title="ZO-SGD-Cons", lr=1e-6),
     "ZO-Adam": Row(rule=ZerothOrderAdamRule, title="ZO-Adam", lr=1e-6),
+    FORWARD_GRADIENT: Row(rule=LomoRule, title="Forward-Grad", lr=1e-6),
 }
 """``"optimizer.type"`` of the JSON -> the rule that gets the estimate in place of the gradient."""

@@ -7,6 +7,7 @@ losses make of it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lomo_ds.rules.noise import random_int32
-from lomo_ds.zo.noise import normal
+from lomo_ds.zo.noise import Normal
 from tests.reference.sgd import FP32_OPERATIONS, FP32_UNIT
 
 Named = dict[str, Tensor]
+NORMAL = Normal()
 
 
 @dataclass(kw_only=True)
@@ -75,7 +77,7 @@ class Whole:
     def _updated(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         given = self.settings
         lr, decay = given.lr, given.weight_decay
-        if given.method == "ZO-SGD":
+        if given.method in ("ZO-SGD", "Forward-Grad"):
             return param - lr * (grad + decay * param)
         kept = self.moments.setdefault(name, Moments(torch.zeros_like(param), torch.zeros_like(param)))
         kept.num_updates += 1
@@ -114,7 +116,8 @@ class Predictor:
     A loss comes from ``FP32_OPERATIONS`` operations in another order, each rounding by ``FP32_UNIT``, so that
     a difference quotient is off by at most twice that, relative to the loss, over the distance of its points.
     Methods run once more for each way in which all slopes can be off by as much; the farthest is the
-    tolerance.
+    tolerance. Where a method keeps moments, earlier steps may be off in other directions: their tolerances
+    are added.
 
     Args:
         model: of the run; its weights are overwritten.
@@ -130,7 +133,8 @@ class Predictor:
             self._blocks = [[name for name in self._trained if "blocks" not in name], *layers]
         num_slopes = settings.num_samples * len(self._blocks)
         self._whole = Whole(settings, (0,) * num_slopes)
-        self._corners = [Whole(settings, corner) for corner in itertools.product((-1, 1), repeat=num_slopes)]
+        self._corners = list(itertools.product((-1, 1), repeat=num_slopes))
+        self._of_earlier_steps = {name: torch.zeros_like(param) for name, param in self._trained.items()}
 
     @torch.no_grad()
     def step(self, before: Named, number: int, batches: Sequence[Tensor]) -> Step:
@@ -141,6 +145,27 @@ class Predictor:
             for block in self._blocks
             for sample in range(self._settings.num_samples)
         ]
+        slopes, bound, used = self._slopes(start, z, batches)
+        if self._settings.method == "ZO-SGD-Cons":
+            return self._conservative(start, z, slopes, bound, batches, sum(used) / len(used))
+        corners = [self._corner(corner).after(start, z, slopes, bound) for corner in self._corners]
+        after = self._whole.after(start, z, slopes, bound)
+        tolerance = {}
+        for name, value in after.items():
+            off = torch.stack([(other[name] - value).abs() for other in corners]).amax(0)
+            tolerance[name] = (
+                FP32_OPERATIONS * FP32_UNIT * value.abs().max() + off + self._of_earlier_steps[name]
+            )
+            if self._whole.moments:
+                self._of_earlier_steps[name] += off
+        return Step(after=after, tolerance=tolerance, loss=sum(used) / len(used))
+
+    def _slopes(
+        self, start: Named, z: list[Named], batches: Sequence[Tensor]
+    ) -> tuple[list[float], float, list[float]]:
+        """The derivatives along ``z``, by how much they may be off, and the losses that they are made of."""
+        if self._settings.method == "Forward-Grad":
+            return self._exact_slopes(start, z, batches)
         eps = self._settings.eps
         ups = [self._loss(self._moved(start, eps, of_sample), batches) for of_sample in z]
         if self._settings.sides == 2:
@@ -150,18 +175,24 @@ class Predictor:
             here = self._loss(start, batches)
             downs, distance, used = [here] * len(ups), eps, [*ups, here]
         slopes = [(up - down) / distance for up, down in zip(ups, downs, strict=True)]
-        bound = 2 * FP32_OPERATIONS * FP32_UNIT * max(used) / distance
-        if self._settings.method == "ZO-SGD-Cons":
-            return self._conservative(start, z, slopes, bound, batches, sum(used) / len(used))
-        after = self._whole.after(start, z, slopes, bound)
-        tolerance = {name: FP32_OPERATIONS * FP32_UNIT * value.abs().max() for name, value in after.items()}
-        for corner in self._corners:
-            other = corner.after(start, z, slopes, bound)
-            tolerance = {
-                name: torch.maximum(bound_of, (other[name] - after[name]).abs() + bound_of.min())
-                for name, bound_of in tolerance.items()
-            }
-        return Step(after=after, tolerance=tolerance, loss=sum(used) / len(used))
+        return slopes, 2 * FP32_OPERATIONS * FP32_UNIT * max(used) / distance, used
+
+    def _exact_slopes(
+        self, start: Named, z: list[Named], batches: Sequence[Tensor]
+    ) -> tuple[list[float], float, list[float]]:
+        """By backward: each product of an element of the gradient and one of z may be off by its share."""
+        used = [self._loss(start, batches)]
+        with torch.enable_grad():
+            loss = torch.stack([self._model(batch) for batch in batches]).mean()
+            found = torch.autograd.grad(loss, list(self._trained.values()), allow_unused=True)
+        pairs = [(name, g) for name, g in zip(self._trained, found, strict=True) if g is not None]
+        slopes = [float(sum((g * of_sample[name]).sum() for name, g in pairs)) for of_sample in z]
+        sizes = [float(sum((g * of_sample[name]).abs().sum() for name, g in pairs)) for of_sample in z]
+        return slopes, FP32_OPERATIONS * FP32_UNIT * max(sizes), used
+
+    def _corner(self, corner: tuple[int, ...]) -> Whole:
+        """The method with all slopes off, from the moments as they are."""
+        return Whole(self._settings, corner, copy.deepcopy(self._whole.moments))
 
     def _conservative(
         self,
@@ -192,7 +223,7 @@ class Predictor:
         seed = self._settings.seed
         z = {}
         for index, (name, param) in enumerate(self._trained.items()):
-            flat = normal((seed, number, sample, index), 0, param.numel(), torch.device("cpu"))
+            flat = NORMAL.numbers((seed, number, sample, index), 0, param.numel(), torch.device("cpu"))
             if self._settings.sparsity is not None:
                 flat = flat * self._first(start[name].flatten(), (seed, number, index))
             z[name] = flat.view(param.shape) * (name in block)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lomo_ds.recipe import LoraRecipe
-from lomo_ds.training.ds_json import _add_adapters
+from lomo_ds.training.ds_json import _add_adapters, is_hybrid
 from lomo_ds.training.metrics import StepMetrics
 from tests.faults.job import run_to_end, write_inputs
 from tests.harness import run_ranks
@@ -75,6 +76,42 @@ def test_a_run_is_interrupted_and_resumed(tmp_path: Path) -> None:
     assert losses[0] == losses[1] and len(losses[0]) == 4
     models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert models[0] == models[1]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_run_trains_the_last_layer_by_its_gradients(tmp_path: Path) -> None:
+    """With activation checkpoints, which may not be reentrant here; the last layer moves much farther."""
+    group = {"params": ["*layers.1.*"], "type": "Lomo", "lr": 0.5}
+    recipe = with_method(write_inputs(tmp_path / "inputs"), param_groups=[group])
+    run_to_end(recipe, tmp_path / "run", ["steps=2", "activation_checkpointing=true", "optimizer.lr=1e-7"])
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "inputs" / "model", tmp_path / "run" / "model")
+    )
+    moved = [
+        float((after[f"model.layers.{n}.mlp.up_proj.weight"] - value).float().abs().max())
+        for n in range(2)
+        for value in [before[f"model.layers.{n}.mlp.up_proj.weight"]]
+    ]
+    assert moved[0] < moved[1] / 10
+
+
+@pytest.mark.parametrize(
+    ("method", "group_type", "hybrid"),
+    [
+        ("ZO-SGD", "Lomo", True),
+        ("ZO-SGD", "ZO-Adam", False),
+        ("ZO-SGD", None, False),
+        ("Lomo", "AdamW", False),
+    ],
+)
+def test_it_is_known_from_the_json_whether_some_groups_need_gradients(
+    method: str, group_type: str | None, hybrid: bool
+) -> None:
+    group = {"params": ["*"]} | ({} if group_type is None else {"type": group_type})
+    assert is_hybrid({"optimizer": {"type": method, "params": {"param_groups": [group]}}}) == hybrid
+    assert not is_hybrid({"optimizer": {"type": method}})
 
 
 def test_adapters_take_the_method_of_the_rest() -> None:

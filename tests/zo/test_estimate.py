@@ -14,19 +14,29 @@ from lomo_ds.zo.adam import ZerothOrderAdamRule
 from lomo_ds.zo.conservative import CANDIDATES, chosen
 from lomo_ds.zo.estimate import RandomGradientEstimator
 from lomo_ds.zo.momentum import MomentumRule
-from lomo_ds.zo.noise import normal
-from lomo_ds.zo.point import Directions, Move, Point, add_, combination, part_
+from lomo_ds.zo.moves import Move, Term, add_, combination, part_
+from lomo_ds.zo.noise import Normal
+from lomo_ds.zo.point import Directions, Point
 from lomo_ds.zo.settings import ZerothOrderSettings
 from tests.reference.shards import CutParameter
 
 CPU = torch.device("cpu")
+NORMAL = Normal()
+
+
+def normal(key: tuple[int, ...], start: int, numel: int) -> Tensor:
+    return NORMAL.numbers(key, start, numel, CPU)
+
+
+def move_of(terms: list[Term]) -> Move:
+    return Move(terms=terms, normal=NORMAL)
 
 
 def losses_along(estimator: RandomGradientEstimator, loss: Any, theta: Tensor, step: int) -> tuple[Any, Any]:
     """The coefficients of a step's estimate on a whole parameter, and the terms that make it."""
     directions = Directions(seed=3, step=step)
     points = [directions.terms(point, 0, lr=0.1) for point in estimator.points]
-    losses = [float(loss(add_(theta.clone(), Move(terms=terms), start=0))) for terms in points]
+    losses = [float(loss(add_(theta.clone(), move_of(terms), start=0))) for terms in points]
     coefficients = estimator.coefficients(losses)
     return coefficients, directions.terms(Point(coefficients=coefficients), 0, lr=0.1)
 
@@ -39,7 +49,7 @@ def test_it_is_the_difference_quotient(sides: Any) -> None:
     coefficients, _ = losses_along(estimator, lambda x: slope @ x + x @ x / 2, theta, step=4)
     assert len(estimator.points) == {1: 4, 2: 6}[sides]
     for sample in range(3):
-        z = normal((3, 4, sample, 0), 0, 9, CPU).double()
+        z = normal((3, 4, sample, 0), 0, 9).double()
         expected = z @ (slope + theta) + (eps * z @ z / 2 if sides == 1 else 0.0)
         assert coefficients[0, sample] * 3 == pytest.approx(float(expected), rel=1e-5)
 
@@ -65,7 +75,7 @@ def test_its_mean_is_the_gradient() -> None:
     estimator = RandomGradientEstimator(eps=1e-3)
     estimates = torch.stack(
         [
-            combination(theta, Move(terms=losses_along(estimator, loss, theta, step)[1]), 0)
+            combination(theta, move_of(losses_along(estimator, loss, theta, step)[1]), 0, torch.empty(33))
             for step in range(NUM_ESTIMATES)
         ]
     ).double()
@@ -80,10 +90,10 @@ def test_points_are_rounded_once() -> None:
     terms = [((1, 2, sample, 3), factor) for sample, factor in enumerate((0.3, -0.2))]
     exact = values.float()
     for key, factor in terms:
-        exact = exact + factor * normal(key, 0, 500, CPU)
-    part = add_(values[100:400].clone(), Move(terms=terms), start=100)
+        exact = exact + factor * normal(key, 0, 500)
+    part = add_(values[100:400].clone(), move_of(terms), start=100)
     assert torch.equal(part, exact.bfloat16()[100:400])
-    assert torch.equal(add_(values.clone(), Move(terms=[]), start=0), values)
+    assert torch.equal(add_(values.clone(), move_of([]), start=0), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,7 +103,7 @@ def test_two_points_at_once_are_each_point(dtype: torch.dtype) -> None:
     first = [((1, 2, 0, 3), 0.3), ((1, 2, 1, 3), 0.1)]
     for second in ([((1, 2, 0, 3), -0.3), ((1, 2, 1, 3), -0.1)], [((1, 2, 1, 3), 0.5)], []):
         changed = values.clone()
-        moves = [Move(terms=terms) for terms in (first, second)]
+        moves = [move_of(terms) for terms in (first, second)]
         expected = [add_(values.clone(), move, start=9) for move in moves]
         part_(changed, other := torch.full_like(values, float("nan")), *moves, start=9)
         assert torch.equal(other, expected[0]) and torch.equal(changed, expected[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lomo_ds.rules.noise import random_int32
 from lomo_ds.zo.blocks import blocks_by_layer
-from lomo_ds.zo.point import Move, combination
+from lomo_ds.zo.moves import Move, combination
 from lomo_ds.zo.sparsity import Sparsity
 
 CPU = torch.device("cpu")
@@ -50,7 +50,8 @@ def test_equal_values_and_other_steps() -> None:
 def test_directions_are_0_elsewhere() -> None:
     values = torch.randn(500, generator=torch.Generator().manual_seed(0))
     kept = Sparsity(kind="magnitude", share=0.2).kept(values, KEY)
-    dense, sparse = (combination(values, Move(terms=[((1, 2, 3, 4), 2.0)], kept=k), 0) for k in (None, kept))
+    moves = [Move(terms=[((1, 2, 3, 4), 2.0)], kept=only) for only in (None, kept)]
+    dense, sparse = (combination(values, move, 0, out=torch.empty(500)) for move in moves)
     assert torch.equal(sparse, dense * kept.mask(values, 0)) and int((sparse != 0).sum()) == 100
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _mixed(value):
+def mixed(value):
     """``rules.noise.mix`` of uint32 values."""
     value = (value ^ (value >> 16)) * 0x7FEB352D
     value = (value ^ (value >> 15)) * 0x846CA68B
@@ -18,5 +18,5 @@ def _mixed(value):
 def draw(index, first, second):
     """``random_int32`` of the elements ``index`` (int64), with the seeds of a key: int32."""
     counter = (index.to(tl.int32) + first).to(tl.uint32, bitcast=True)
-    mixed = _mixed(_mixed(counter) + second.to(tl.int32).to(tl.uint32, bitcast=True))
-    return mixed.to(tl.int32, bitcast=True)
+    drawn = mixed(mixed(counter) + second.to(tl.int32).to(tl.uint32, bitcast=True))
+    return drawn.to(tl.int32, bitcast=True)

@@ -29,6 +29,8 @@ SCHEMAS = {
     "int[] grid",
     "momentum_step": f"{_WEIGHTS}, {_GRAD}, Tensor(c!) momentum, Tensor size, float weight, Tensor new_size, "
     "int[] noise, Tensor? row, Tensor? column, float step, float decay, int[] grid",
+    "perturb": "Tensor(a!) values, Tensor(b!)? other, Tensor table, float factor, float of_other, "
+    "int[] noise_and_start, int[] grid",
     "squares": "Tensor values, Tensor(a!) partials, int[] grid",
     "tile_sums": f"{_GRAD}, {_FACTORS}, Tensor? momentum, Tensor? size, float weight, bool squared, "
     "Tensor(a!)? by_row, Tensor(b!)? by_column, int[] grid",
@@ -36,7 +38,7 @@ SCHEMAS = {
 """Kernel -> its arguments, in the kernel's order, lists flattened. The last number of ``grid`` is how many
 programs run; the kernel does not see it."""
 
-ONLY_WRITTEN = frozenset({"partials", "by_row", "by_column", "size"})
+ONLY_WRITTEN = frozenset({"partials", "by_row", "by_column", "size", "other"})
 """Arguments that a kernel writes and does not read. What else it writes it also reads."""
 
 _LIBRARY = torch.library.Library("lomo_ds", "DEF")
@@ -54,10 +56,10 @@ def implement(dispatch_key: str) -> None:
     Raises:
         ImportError: there is no Triton.
     """
-    from lomo_ds.rules.kernels import steps, sums
+    from lomo_ds.rules.kernels import directions, steps, sums
 
     for name in SCHEMAS:
-        kernel = next(getattr(module, name) for module in (steps, sums) if hasattr(module, name))
+        kernel = next(getattr(module, name) for module in (steps, sums, directions) if hasattr(module, name))
         _LIBRARY.impl(name, _launcher(kernel), dispatch_key)
 
 

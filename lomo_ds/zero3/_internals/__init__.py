@@ -21,6 +21,7 @@ from lomo_ds.zero3._internals.forward import (
     modules_in_forward,
     num_external_params,
     set_modules_in_forward,
+    without_backward_hooks,
 )
 from lomo_ds.zero3._internals.params import (
     CuttingInit,
@@ -84,4 +85,5 @@ __all__ = [
     "shard_spec",
     "stored_shard",
     "use_only_gloo_on_cpu",
+    "without_backward_hooks",
 ]

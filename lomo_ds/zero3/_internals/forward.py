@@ -11,9 +11,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils.z3_leaf_module import z3_leaf_module
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 _NO_MODULE = -1
+_BACKWARD_HOOKS = ("pre_bwd_fn", "post_bwd_fn")
 
 
 def gathered_for(module: Module) -> set[Parameter]:
@@ -98,3 +100,24 @@ def modules_in_forward() -> list[Module]:
 def set_modules_in_forward(modules: Sequence[Module]) -> None:
     """Make ZeRO-3 believe that these are being run."""
     parameter_offload.FWD_MODULE_STACK[:] = modules
+
+
+class _Identity:
+    """In place of an autograd function that a hook calls."""
+
+    @staticmethod
+    def apply(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@contextmanager
+def without_backward_hooks(modules: Iterable[Module]) -> Iterator[None]:
+    """Let tensors go through ZeRO-3's hooks for backward untouched within the block."""
+    functions = [(module, name, getattr(module, name)) for module in modules for name in _BACKWARD_HOOKS]
+    try:
+        for module, name, _ in functions:
+            module.__dict__[name] = _Identity
+        yield
+    finally:
+        for module, name, function in functions:
+            module.__dict__[name] = function

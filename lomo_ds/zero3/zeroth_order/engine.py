@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lomo_ds.zero3._internals import EngineBase
+from lomo_ds.zero3.apply.choose import Choice
 from lomo_ds.zero3.engine import LomoEngine
 from lomo_ds.zero3.step import LossClosure, Phase, no_phase
 from lomo_ds.zero3.vocabulary.tiled_functions import TiledVocabularyConfig
 from lomo_ds.zero3.zeroth_order.optimizer import HOW_TO_STEP, ZerothOrderOptimizer
-from lomo_ds.zo.settings import ZerothOrderSettings
+from lomo_ds.zo.settings import DirectionSettings
 
 
 class ZerothOrderEngine(LomoEngine):
@@ -21,18 +22,20 @@ class ZerothOrderEngine(LomoEngine):
 
     Args:
         settings: how a step's gradient is estimated.
+        choice: when gradient shards are applied, where some groups are trained by gradients; else None.
         engine_arguments: of DeepSpeed's engine, by name.
     """
 
     owns_forwards: ClassVar[bool] = True
 
-    def __init__(self, settings: ZerothOrderSettings, **engine_arguments: Any) -> None:
-        self._settings = settings
+    def __init__(self, settings: DirectionSettings, choice: Choice | None, **engine_arguments: Any) -> None:
+        self._settings, self._choice_of_gradients = settings, choice
+        self._builds_graph = False
         EngineBase.__init__(self, **engine_arguments)
         self.set_gradient_accumulation_boundary(True)
 
     def make_sharded_optimizer(self, **stage3_arguments: Any) -> ZerothOrderOptimizer:
-        return ZerothOrderOptimizer(self._settings, **stage3_arguments)
+        return ZerothOrderOptimizer(self._settings, self._choice_of_gradients, **stage3_arguments)
 
     def tile_vocabulary(self, config: TiledVocabularyConfig) -> None:
         """Nothing: a forward has no gradients of the vocabulary that could be in tiles."""
@@ -42,7 +45,8 @@ class ZerothOrderEngine(LomoEngine):
         """Make one step; see ``StepEngine``. Collective.
 
         Each closure is called at several points around the weights, without a graph, on the same data and
-        with the same random numbers. Its loss need not be differentiable: accuracy will do.
+        with the same random numbers. Its loss need not be differentiable: accuracy will do. Where some groups
+        are trained by gradients, it has to be, and each closure is called once more with a graph.
 
         Args:
             closures: one for each micro-batch of the step, each returning one number: the mean over this
@@ -59,12 +63,30 @@ class ZerothOrderEngine(LomoEngine):
         self._require_all_closures(closures)
         with torch.no_grad(), phase("forward"):
             loss = self.optimizer.estimate(closures, self.global_steps)
+        if self.optimizer.by_gradient:
+            self._run_backwards(closures, phase)
         with phase("update"):
             EngineBase.step(self)
         return loss
 
+    def _run_backwards(self, closures: Sequence[LossClosure], phase: Phase) -> None:
+        """Forward and backward of each micro-batch on the weights, for what is trained by gradients."""
+        self._builds_graph = True
+        try:
+            for closure, start in zip(closures, self.optimizer.random_states, strict=True):
+                start.restore()
+                with self.optimizer.others_frozen():
+                    with phase("forward"):
+                        loss = closure()
+                    with phase("backward"):
+                        LomoEngine.backward(self, loss)
+        finally:
+            self._builds_graph = False
+
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model: at a point of ``train_batch`` within it, else on the weights. Collective."""
+        if self._builds_graph:
+            return LomoEngine.forward(self, *inputs, **kwargs)
         self.optimizer.admit_thawed()
         self.optimizer.refresh_gathered_params()
         return EngineBase.forward(self, *inputs, **kwargs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from lomo_ds.zero3._internals import (
     ForwardHooks,
@@ -23,30 +24,67 @@ from lomo_ds.zero3.zeroth_order.perturbation import MoveOf, PerturbedModules, Si
 from lomo_ds.zero3.zeroth_order.random_state import RandomState
 
 
+class Modules(Protocol):
+    """What surrounds the modules of a model in a forward of a step: ``PerturbedModules``, ``TangentModules``.
+
+    Attributes:
+        modules: with hooks.
+        run_without_graph, num_used_again, has_spent: see ``PerturbedModules``.
+    """
+
+    modules: list[Module]
+    run_without_graph: dict[Parameter, None]
+
+    @property
+    def num_used_again(self) -> int: ...
+
+    @property
+    def has_spent(self) -> bool: ...
+
+    def forget_spent(self) -> None: ...
+
+    def running(self, side: Side) -> AbstractContextManager[None]: ...
+
+
 class Forwards:
     """Runs closures at points around the weights. All ranks call every method together.
 
     Args:
         optimizer: stage 3.
-        params: that are trained.
-        paired: whether two forwards run in lockstep.
+        modules: of the model.
+        lockstep: runs two forwards; None where they run one after the other.
     """
 
-    def __init__(self, optimizer: Stage3Base, params: Sequence[Parameter], paired: bool) -> None:
-        self._optimizer, self._paired = optimizer, paired
+    def __init__(self, optimizer: Stage3Base, modules: Modules, lockstep: Lockstep | None = None) -> None:
+        self._optimizer, self._modules, self._lockstep = optimizer, modules, lockstep
         self._persistent = [param for param in optimizer.module.parameters() if is_persistent(param)]
+
+    @classmethod
+    def at_points(cls, optimizer: Stage3Base, params: Sequence[Parameter], paired: bool) -> Forwards:
+        """On perturbed modules.
+
+        Args:
+            optimizer: stage 3.
+            params: that are trained.
+            paired: whether two forwards run in lockstep.
+        """
         alone = process_group_size(params[0]) == 1
         in_place = not (alone or optimizer.has_secondary_copies)
-        self._modules = PerturbedModules(optimizer.module, list(params), in_place)
+        modules = PerturbedModules(optimizer.module, list(params), in_place)
         names = {module: name for name, module in optimizer.module.named_modules()}
-        self._lockstep = Lockstep(self._modules, ForwardHooks(optimizer), names) if paired else None
+        return cls(optimizer, modules, Lockstep(modules, ForwardHooks(optimizer), names) if paired else None)
+
+    @property
+    def run_without_graph(self) -> dict[Parameter, None]:
+        """See ``PerturbedModules``."""
+        return self._modules.run_without_graph
 
     def at(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any]:
         """Call ``closure`` at each point; what it returned there.
 
         Whatever it draws from torch's generators is the same at each point.
         """
-        start, at_once = RandomState.now(), 2 if self._paired else 1
+        start, at_once = RandomState.now(), 1 if self._lockstep is None else 2
         returned: list[Any] = []
         for first in range(0, len(points), at_once):
             returned += self._until_known(closure, points[first : first + at_once], start)

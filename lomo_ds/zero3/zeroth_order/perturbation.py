@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds.zero3._internals import gathered_for, hooked_modules, is_gathered, is_persistent
-from lomo_ds.zo.point import Move, add_, part_
+from lomo_ds.zo.moves import Move, add_, part_
 
 MoveOf = Callable[[Parameter], Move]
 """What leads a trained parameter, gathered and as it is, to a point."""
@@ -87,12 +87,15 @@ class PerturbedModules:
         persistent: of ``params`` those that ZeRO-3 keeps whole.
         follower: the side that follows ``side`` in lockstep; None where one forward runs.
         on_leave: called after a module's forward, while what it needed is still gathered.
+        run_without_graph: parameters of modules that have run without a graph, and not for a side, since this
+            was emptied.
     """
 
     def __init__(self, model: Module, params: list[Parameter], in_place: bool) -> None:
         self.side: Side | None = None
         self.follower: Side | None = None
         self.on_leave: Callable[[Module], None] | None = None
+        self.run_without_graph: dict[Parameter, None] = {}
         self.modules = list(hooked_modules(model))
         self._params = dict.fromkeys(params)
         self.persistent = [param for param in params if is_persistent(param)]
@@ -135,10 +138,11 @@ class PerturbedModules:
         """
         return len(self._used_again)
 
-    @torch.no_grad()
     def _enter(self, module: Module, args: tuple) -> None:
         side = self.side
         if side is None:
+            if not torch.is_grad_enabled():
+                self.run_without_graph |= dict.fromkeys(gathered_for(module))
             return
         opened = []
         for param in gathered_for(module):
@@ -148,6 +152,7 @@ class PerturbedModules:
                 opened.append(param)
         side.entered.append((module, opened))
 
+    @torch.no_grad()
     def _perturb(self, side: Side, param: Parameter) -> bool:
         """Bring a gathered parameter to the point of ``side``; whether by a copy."""
         follower = None if self.follower is side else self.follower

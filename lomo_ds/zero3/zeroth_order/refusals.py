@@ -32,20 +32,26 @@ def refuse_for_zeroth_order(ds_json: Mapping[str, Any], optimizer: ShardedOptimi
             "be in "
             "tiles. Delete the section"
         )
-    if settings.sides == 1 and (ds_json.get("gradient_accumulation_steps") or 1) > 1:
+    if getattr(settings, "sides", 2) == 1 and (ds_json.get("gradient_accumulation_steps") or 1) > 1:
         raise ValueError(
             '"optimizer.params.sides": 1 does not go with "gradient_accumulation_steps": '
             f"{shown(ds_json['gradient_accumulation_steps'])}: set sides to 2, or the accumulation to 1"
+        )
+    types = {group["type"] for group in optimizer.param_groups if group["params"]}
+    if not types & METHODS.keys():
+        raise ValueError(
+            f'"param_groups": all groups have a type that needs gradients, and none is left for {name}: name '
+            "one of them as the optimizer's type"
         )
     for group in optimizer.param_groups:
         _refuse_group(name, group)
 
 
 def _refuse_group(name: str, group: Mapping[str, Any]) -> None:
-    if group["type"] not in METHODS:
+    if name == CONSERVATIVE and group["type"] not in METHODS:
         raise ValueError(
-            f'"param_groups": a group of type {group["type"]} needs gradients, and {name} has none: delete '
-            "its type"
+            f'"param_groups": a group of type {group["type"]} does not go with {name}, which compares losses '
+            "at the points of its steps: delete its type"
         )
     if (group["type"] == CONSERVATIVE) != (name == CONSERVATIVE):
         raise ValueError(f'"param_groups": {name} and {group["type"]} do not go together: delete the type')

@@ -14,6 +14,8 @@ from lomo_ds.rules import adalomo, apollo_mini, clipping, lomo, matrices, moment
 from lomo_ds.rules.param_spec import ParamSpec, Role, role_of
 from lomo_ds.rules.rounding import WriteBack, error_state
 from lomo_ds.rules.rule import Shard, StepSettings
+from lomo_ds.zo.moves import Move, add_, combination, part_
+from lomo_ds.zo.noise import BLOCK, Normal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDINGS = ("nearest", "stochastic", "kahan", "compensated8")
@@ -176,4 +178,27 @@ def sums(shard: Shard) -> dict[str, Call]:
         "momentum by column": (momentum8.momentum_squares, by_momentum, (SETTINGS, 0.3, True)),
         "projection": (apollo_mini.projected, shard, (SETTINGS, KEY)),
         "normalised rows": (scale.step_by_rows_, shard, (SETTINGS, cut_rows)),
+    }
+
+
+def moves(dtype: str, hard: bool) -> dict[str, Callable[[], list[Tensor]]]:
+    """Zeroth order: values of two blocks moved along directions; what is written."""
+    normal, numel, start = Normal(), 3300, 5 * BLOCK - 1001
+    values, other = (numbers(numel, seed, hard).to(DTYPES[dtype]) for seed in (14, 15))
+
+    def move(*factors: float) -> Move:
+        keys = ((3, 7, sample, 11) for sample in range(len(factors)))
+        return Move(terms=list(zip(keys, factors, strict=True)), normal=normal)
+
+    def two_points(of_other: Move, own: Move) -> list[Tensor]:
+        part_(one := values.clone(), two := other.clone(), of_other, own, start)
+        return [one, two]
+
+    return {
+        "one point": lambda: [add_(values.clone(), move(0.3), start)],
+        "by two directions": lambda: [add_(values.clone(), move(0.3, -0.7), start)],
+        "two points": lambda: two_points(move(1e-3), move(-1e-3)),
+        "two points by two directions": lambda: two_points(move(0.2), move(0.1, 0.7)),
+        "weights and a point": lambda: two_points(move(), move(0.2)),
+        "sum": lambda: [combination(values, move(0.3, 0.4), start, torch.empty(numel))],
     }

@@ -117,6 +117,9 @@ def main() -> None:
         function(shard.param if function.__name__ == "sum_of_squares" else shard, *args)
     for function, args in cases.on_tensors(hard=False).values():
         function(*args)
+    for dtype in cases.DTYPES:
+        for move in cases.moves(dtype, hard=False).values():
+            move()
     print(json.dumps(found))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from lomo_ds.rules import apollo_mini, matrices
 from lomo_ds.rules.kernels import dispatch, operations
 from lomo_ds.rules.rule import Shard
+from lomo_ds.zo.moves import Move
 from tests.reference.sgd import FP32_UNIT
 from tests.rules.kernels import cases
 from tests.rules.kernels.cases import Call
@@ -150,6 +151,17 @@ def result_differs(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
     return bits_differ("result", *pair)
 
 
+def move_differs(run: Callable[[], list[Tensor]]) -> str:
+    """What torch and kernels write, to the bit."""
+    found, by_kernel = run(), Move.is_by_kernel
+    Move.is_by_kernel = lambda move, values: False  # type: ignore[method-assign]
+    expected = run()
+    Move.is_by_kernel = by_kernel  # type: ignore[method-assign]
+    return "; ".join(
+        filter(None, (bits_differ("values", *pair) for pair in zip(expected, found, strict=True)))
+    )
+
+
 def all_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     """Name -> what compares."""
     for (dtype, rounding), is_written in itertools.product(cases.CELLS, (None, True, False)):
@@ -164,6 +176,9 @@ def all_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     for hard in (False, True):
         for name, call in cases.on_tensors(hard).items():
             yield f"{name}, {hard=}", partial(result_differs, *call)
+    for dtype, hard in itertools.product(cases.DTYPES, (False, True)):
+        for name, run in cases.moves(dtype, hard).items():
+            yield f"moves: {name}, {dtype}, {hard=}", partial(move_differs, run)
     for shape in cases.SHAPES:
         for name, call in cases.steps_by_tiles(cases.shard_of(shape, "bf16", "stochastic")).items():
             yield f"{name}, {shape}", partial(step_differs, call)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lomo_ds.zo.noise import normal
+from lomo_ds.zo.noise import Normal
 from tests.harness import run_ranks
 from tests.reference.model import TinyModel, rank_batch
 from tests.reference.zeroth_order import Predictor, Settings, worst
@@ -53,7 +53,7 @@ def forwards_alone(ds_json: dict[str, Any], **model_arguments: Any) -> tuple[boo
 
 def naive_forwards(whole: Tensor, eps: float) -> Tensor:
     """+eps z, -2 eps z, +eps z in place, as one would without shards."""
-    z = normal((0, 0, 0, 0), 0, whole.numel(), torch.device("cpu")).view(whole.shape)
+    z = Normal().numbers((0, 0, 0, 0), 0, whole.numel(), torch.device("cpu")).view(whole.shape)
     for factor in (eps, -2 * eps, eps):
         whole = (whole.float() + factor * z).to(whole.dtype)
     return whole
@@ -287,8 +287,15 @@ def test_forwards_that_part_are_refused_in_lockstep() -> None:
             '"optimizer.params.sides": 1 does not go',
         ),
         (
-            {"params": {"param_groups": [{"params": ["*norm*"], "type": "AdamW"}]}},
-            "a group of type AdamW needs gradients",
+            {"params": {"param_groups": [{"params": ["*"], "type": "AdamW"}]}},
+            "all groups have a type that needs gradients, and none is left for ZO-SGD",
+        ),
+        (
+            {
+                "type": "ZO-SGD-Cons",
+                "params": {"param_groups": [{"params": ["*norm*"], "type": "Lomo"}]},
+            },
+            "a group of type Lomo does not go with ZO-SGD-Cons",
         ),
         ({"type": "ZO-SGD-Cons", "params": {"weight_decay": 0.1}}, "weight_decay: 0.1 does not go with"),
         ({"type": "ZO-SGD-Sign", "params": {"adam_eps": 0.1}}, "unknown key 'adam_eps'"),

@@ -24,7 +24,8 @@ def start(method: str, seed: int) -> Any:
 
     zero = {"stage3_param_persistence_threshold": 20}
     bf16 = {"bf16": {"enabled": True}}  # in which losses a small eps apart are often equal
-    ds_json = jobs.zo_json(method, zero=zero, rounding="stochastic", eps=0.05, top=bf16)
+    eps = {} if method == "Forward-Grad" else {"eps": 0.05}
+    ds_json = jobs.zo_json(method, zero=zero, rounding="stochastic", top=bf16, **eps)
     ds_json["scheduler"] = engine_jobs.SCHEDULE
     torch.manual_seed(seed)
     model = checkpoint_jobs.DropoutModel(dtype=torch.bfloat16)
