@@ -22,7 +22,7 @@ def cut_in_training(inputs: Inputs, output: Path, dice: random.Random) -> None:
 
 
 def cut_in_saving(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """The same while a checkpoint is being written."""
+    """The link between two nodes is cut while a checkpoint is being written."""
     with _on_two_nodes(inputs) as inputs:
         _cut(inputs, saving_slowly(inputs, output, dice))
 

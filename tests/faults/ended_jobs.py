@@ -64,12 +64,12 @@ def signal_at_any_moment(inputs: Inputs, output: Path, dice: random.Random) -> N
 
 
 def signal_in_loading(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """SIGTERM, SIGUSR1, SIGINT or SIGHUP, to all ranks or to one, while the model is loaded: there is no checkpoint yet."""
+    """SIGTERM, SIGUSR1, SIGINT or SIGHUP while the model is loaded: there is no checkpoint yet."""
     _signal_after(inputs.start(output), "loading", dice)
 
 
 def signal_in_scoring(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """SIGTERM, SIGUSR1, SIGINT or SIGHUP, to all ranks or to one, while held-out examples are scored, before or after training."""
+    """SIGTERM, SIGUSR1, SIGINT or SIGHUP while held-out examples are scored, before or after training."""
     when = dice.choice(["before", "after"])
     data = f"data.evaluation={inputs.recipe.parent / 'train.tsv'}"
     job = inputs.start(output, [data, "evaluation.batch_size=1"])
@@ -77,14 +77,14 @@ def signal_in_scoring(inputs: Inputs, output: Path, dice: random.Random) -> None
 
 
 def signal_in_saving(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """SIGTERM, SIGUSR1, SIGINT or SIGHUP, to all ranks or to one, while a checkpoint is written."""
+    """SIGTERM, SIGUSR1, SIGINT or SIGHUP while a checkpoint is written."""
     job = inputs.start(output)
     job.wait_for(job.is_saving)
     _signal(job, dice)
 
 
 def signal_in_exporting(inputs: Inputs, output: Path, dice: random.Random) -> None:
-    """SIGTERM, SIGUSR1, SIGINT or SIGHUP, to all ranks or to one, while the trained model is written."""
+    """SIGTERM, SIGUSR1, SIGINT or SIGHUP while the trained model is written."""
     _signal_after(inputs.start(output), "writing the model", dice)
 
 
