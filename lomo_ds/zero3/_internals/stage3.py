@@ -126,7 +126,7 @@ class Stage3Base(ReducingStage3):
     def before_gathers(self, action: Callable[[], None]) -> None:
         """Call ``action`` each time before a module's parameters are gathered, in forward and in backward."""
         coordinator = self.parameter_offload.get_param_coordinator()
-        coordinator.fetch_sub_module = _Preceded(action, coordinator.fetch_sub_module)
+        coordinator.fetch_sub_module = partial(_preceded, action, coordinator.fetch_sub_module)
 
     def warn_of_allocator_flushes(self) -> None:
         """Say, as DeepSpeed's own step does, that torch's allocator had to give memory back to find some."""
@@ -185,12 +185,6 @@ class Stage3Base(ReducingStage3):
             self.exit_backward()
 
 
-class _Preceded:
-    """A method before which an action is done."""
-
-    def __init__(self, action: Callable[[], None], method: Callable[..., Any]) -> None:
-        self._action, self._method = action, method
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._action()
-        return self._method(*args, **kwargs)
+def _preceded(action: Callable[[], None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    action()
+    return method(*args, **kwargs)
