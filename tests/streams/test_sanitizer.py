@@ -18,7 +18,7 @@ from tests.streams.sites import sites
 from tests.streams.trace import HOST, Access, HostWait, NewBlock, Op, Record, Site, Trace, Wait
 
 NUM_SEEN = 11
-"""Waits of the engine that it reports when they are left out; docs/gpu-check.md has the number."""
+"""Waits of the engine that it reports when they are left out; docs/streams.md has the number."""
 
 ON_ONE_RANK = [replace(cell, world_size=1, hpz=1) for cell in DEFAULT]
 
