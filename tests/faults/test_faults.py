@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.injections import INJECTIONS, reason_to_skip
+from tests.faults.injections import INJECTIONS, NEED_NODES, reason_to_skip
 from tests.faults.inputs import Inputs, prepare
 from tests.faults.job import run_to_end, same_run
 
-TWO_NODES = "_on_two_nodes"
-"""End of the names of injections that are made by default on one node."""
+SLOW = {*NEED_NODES} - {"cut_in_saving"}
+"""Of the injections on two nodes one is made by default."""
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(TWO_NODES)) for name in INJECTIONS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in INJECTIONS]
 )
 def test_the_run_survives(name: str, inputs: Inputs, tmp_path: Path) -> None:
     if reason := reason_to_skip(name, tmp_path / "probe"):
