@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
@@ -20,6 +20,13 @@ def in_child(function: Callable[[Given], Result], jobs: Iterable[Given]) -> list
 
     Cost: importing torch and DeepSpeed once more, some seconds.
     """
+    return list(in_children(function, jobs, num_children=1))
+
+
+def in_children(
+    function: Callable[[Given], Result], jobs: Iterable[Given], num_children: int
+) -> Iterator[Result]:
+    """The same in several processes; each result in the order of the jobs, as soon as it is there."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return list(pool.map(function, jobs))
+    with ProcessPoolExecutor(max_workers=num_children, mp_context=context) as pool:
+        yield from pool.map(function, jobs)

@@ -4,23 +4,30 @@
     DS_ACCELERATOR=cpu python -m tests.streams.matrix whole
     DS_ACCELERATOR=cpu python -m tests.streams.matrix stock
 
-search the default cells, the whole matrix, and DeepSpeed's own engine, and print tables.
+search the default cells, the whole matrix, and DeepSpeed's own engine, and print tables; a process for each
+core. The whole matrix takes half an hour of processor time.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
+from typing import TypeVar
 
-from tests.planner.child import in_child
+from rich.console import Console
+from rich.progress import track
+
+from tests.planner.child import in_children
 from tests.streams.cells import Cell, trace_of
 from tests.streams.races import Findings, search
 
 POLICIES = ("immediate", "two_pass", "deferred")
 RULES = ("Lomo", "AdaLomo", "SinkGD", "Scale")
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
+Found = TypeVar("Found")
 
 DEFAULT = (
     Cell(optimizer="AdaLomo", tiled=True),
@@ -86,10 +93,16 @@ def main() -> None:
         print_matrix(list({"default": DEFAULT, "whole": whole_matrix()}[which]))
 
 
+def in_each(cells: list[Cell], function: Callable[[Cell], Found]) -> Iterator[Found]:
+    """What the function finds in each cell, with a progress bar."""
+    found = in_children(function, cells, num_children=os.cpu_count() or 1)
+    return iter(track(found, "cells", total=len(cells), console=Console(stderr=True)))
+
+
 def print_matrix(cells: list[Cell]) -> None:
     """A row for each policy."""
     races, frees, operations, number = Counter(), Counter(), Counter(), Counter()
-    for cell, findings in zip(cells, in_child(findings_of, cells), strict=True):
+    for cell, findings in zip(cells, in_each(cells, findings_of), strict=True):
         number[cell.apply] += 1
         races[cell.apply] += findings.num_races
         frees[cell.apply] += findings.num_frees
@@ -104,7 +117,7 @@ def print_matrix(cells: list[Cell]) -> None:
 def print_stock(cells: list[Cell]) -> None:
     """A row for each cell."""
     print("| cell | races | races where waits for the device count | unrecorded frees |\n|---|---|---|---|")
-    for cell, (strict, lenient) in zip(cells, in_child(findings_with_device_waits, cells), strict=True):
+    for cell, (strict, lenient) in zip(cells, in_each(cells, findings_with_device_waits), strict=True):
         print(f"| {told(cell)} | {strict.num_races} | {lenient.num_races} | {strict.num_frees} |")
 
 
