@@ -29,8 +29,9 @@ $(STAMP): constraints.txt pyproject.toml
 	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[test,quickstart,bench,docs]'
 	touch $@
 
+# Two files of tests at a time: ranks that wait for each other leave a core idle.
 test: $(STAMP)  ## run the default tests on CPU ranks, the cheapest first
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile
 
 test-fast: $(STAMP)  ## run the tests that start no ranks
 	$(PYTEST) -m 'not ranks and not slow and not async_io and not cluster'

@@ -44,18 +44,30 @@ class ZerothOrderSettings(DirectionSettings):
         eps: how far from the weights the loss is asked for.
         sides: 2 asks on both sides of the weights, 1 on one side and at the weights.
         paired: two forwards run through the model together, and share the gathered weights of each module.
+        blocks_at_once: with ``block_wise`` and ``paired``, of how many layers all forwards run together. They
+            also share what comes before the first of their layers that a forward perturbs.
     """
 
     eps: float = 1e-3
     sides: Sides = 2
     paired: bool = True
+    blocks_at_once: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.blocks_at_once < 1:
+            raise ValueError(f"blocks_at_once has to be at least 1, not {self.blocks_at_once}")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(
                 f"eps has to be a finite number above 0, not {self.eps}: 1e-3 is usual, 1e-2 for float16"
             )
+
+    @property
+    def forwards_at_once(self) -> int:
+        """How many run in lockstep."""
+        if not self.paired:
+            return 1
+        return max(2, self.blocks_at_once * self.sides * self.num_samples) if self.block_wise else 2
 
     def estimator(self, num_blocks: int) -> RandomGradientEstimator:
         return RandomGradientEstimator(

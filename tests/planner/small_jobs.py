@@ -126,9 +126,11 @@ def rounding(way: str) -> dict[str, Any]:
 def zeroth_order_jobs() -> dict[str, Job]:
     """Name -> a job without a backward."""
     apart = {"optimizer": {"type": "ZO-SGD", "params": {"lr": 1e-6, "paired": False}}}
+    blocks = {"optimizer": {"type": "ZO-SGD", "params": {"lr": 1e-6, "block_wise": True}}}
     return {
         "ZO-SGD": gpu_job(optimizer="ZO-SGD"),
         "ZO-SGD, not paired": gpu_job(top=apart, optimizer="ZO-SGD"),
+        "ZO-SGD, blocks": gpu_job(top=blocks, optimizer="ZO-SGD"),
         "ZO-Adam, accumulation": gpu_job(top={"gradient_accumulation_steps": 5}, optimizer="ZO-Adam"),
     }
 

@@ -77,6 +77,16 @@ def test_zeroth_order_gathers_once_for_two_forwards(dry_runs: dict[str, DryRun])
     assert apart.device.num_bytes < paired.device.num_bytes
 
 
+def test_block_by_block_gathers_once_for_four_blocks(dry_runs: dict[str, DryRun]) -> None:
+    """Three layers, and what is in none: eight forwards, of which most begin at a layer."""
+    paired, blocks = dry_runs["ZO-SGD"], dry_runs["ZO-SGD, blocks"]
+    assert blocks.sent_bytes["all_gather"] == paired.sent_bytes["all_gather"]
+    head = 2 * 128 * 512 * 8000
+    layer = (paired.flops - 2 * head) / (2 * 3)
+    num_layers = 3 + 2 * 3 + 2 * 3 + 2 * 2 + 1  # leading, outside layers, 1st, 2nd, the 3rd's other side
+    assert blocks.flops == pytest.approx(8 * head + num_layers * layer, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_torch_reserves_what_is_live_and_more_where_the_device_lags(
     dry_runs: dict[str, DryRun], name: str

@@ -21,6 +21,7 @@ from lomo_ds.zero3._internals import (
 )
 from lomo_ds.zero3.zeroth_order.lockstep import Lockstep
 from lomo_ds.zero3.zeroth_order.perturbation import MoveOf, PerturbedModules, Side
+from lomo_ds.zero3.zeroth_order.prefix import same
 from lomo_ds.zero3.zeroth_order.random_state import RandomState
 
 
@@ -52,27 +53,34 @@ class Forwards:
     Args:
         optimizer: stage 3.
         modules: of the model.
-        lockstep: runs two forwards; None where they run one after the other.
+        lockstep: runs several forwards; None where they run one after the other.
+        at_once: how many.
     """
 
-    def __init__(self, optimizer: Stage3Base, modules: Modules, lockstep: Lockstep | None = None) -> None:
+    def __init__(
+        self, optimizer: Stage3Base, modules: Modules, lockstep: Lockstep | None = None, at_once: int = 1
+    ) -> None:
         self._optimizer, self._modules, self._lockstep = optimizer, modules, lockstep
+        self._at_once = at_once
+        self._shares: bool | None = None
         self._persistent = [param for param in optimizer.module.parameters() if is_persistent(param)]
 
     @classmethod
-    def at_points(cls, optimizer: Stage3Base, params: Sequence[Parameter], paired: bool) -> Forwards:
+    def at_points(cls, optimizer: Stage3Base, params: Sequence[Parameter], at_once: int) -> Forwards:
         """On perturbed modules.
 
         Args:
             optimizer: stage 3.
             params: that are trained.
-            paired: whether two forwards run in lockstep.
+            at_once: how many forwards run in lockstep.
         """
         alone = process_group_size(params[0]) == 1
         in_place = not (alone or optimizer.has_secondary_copies)
         modules = PerturbedModules(optimizer.module, list(params), in_place)
         names = {module: name for name, module in optimizer.module.named_modules()}
-        return cls(optimizer, modules, Lockstep(modules, ForwardHooks(optimizer), names) if paired else None)
+        if at_once == 1:
+            return cls(optimizer, modules)
+        return cls(optimizer, modules, Lockstep(modules, ForwardHooks(optimizer), names), at_once)
 
     @property
     def run_without_graph(self) -> dict[Parameter, None]:
@@ -84,11 +92,30 @@ class Forwards:
 
         Whatever it draws from torch's generators is the same at each point.
         """
-        start, at_once = RandomState.now(), 1 if self._lockstep is None else 2
-        returned: list[Any] = []
-        for first in range(0, len(points), at_once):
-            returned += self._until_known(closure, points[first : first + at_once], start)
-        return returned
+        start = RandomState.now()
+        groups = [points[first : first + self._at_once] for first in range(0, len(points), self._at_once)]
+        returned = [self._until_known(closure, group, start) for group in groups]
+        if self._shares is None and self._lockstep is not None and self._lockstep.has_shared:
+            returned = self._checked(closure, groups, start, returned)
+        return [one for of_group in returned for one in of_group]
+
+    def _checked(
+        self,
+        closure: Callable[[], Any],
+        groups: Sequence[Sequence[MoveOf]],
+        start: RandomState,
+        returned: list[list[Any]],
+    ) -> list[list[Any]]:
+        """Run once without sharing what was shared for the first time; share from now on if nothing differs.
+
+        A model can do what the sharing does not see, such as collecting from its modules what the loss is
+        made of.
+        """
+        self._shares = False
+        alone = [self._until_known(closure, group, start) for group in groups]
+        pairs = zip(returned, alone, strict=True)
+        self._shares = all(same(*pair) for of_group in pairs for pair in zip(*of_group, strict=True))
+        return alone
 
     def _until_known(
         self, closure: Callable[[], Any], points: Sequence[MoveOf], start: RandomState
@@ -96,13 +123,16 @@ class Forwards:
         """Run forwards; again where they showed how a parameter is used, which was not known before.
 
         Either ZeRO-3 met it in another module than its own, and gathered it there without perturbing it; from
-        now on it comes with that module. Or see ``PerturbedModules.num_used_again``.
+        now on it comes with that module. Or see ``PerturbedModules.num_used_again``. Or what was shared could
+        not be.
         """
         while True:
             known = self._num_known
             start.restore()
             returned = self._run(closure, points)
-            if self._num_known == known:
+            if returned is None:
+                self._shares = False
+            elif self._num_known == known:
                 return returned
             self._drop_gathered()
 
@@ -111,15 +141,15 @@ class Forwards:
         """How much is known about where parameters are used; it only grows."""
         return num_external_params(self._modules.modules) + self._modules.num_used_again
 
-    def _run(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any]:
+    def _run(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any] | None:
         if not all(map(is_gathered, self._persistent)):
             self._optimizer.gather_persistent_params(self._optimizer.owned_params())
         stack = modules_in_forward()
         sides = [Side(move_of=move_of) for move_of in points]
         try:
             with kept_gathered(self._persistent):
-                if self._lockstep is not None and len(sides) == 2:
-                    return self._lockstep.run(closure, (sides[0], sides[1]))
+                if self._lockstep is not None and len(sides) > 1:
+                    return self._lockstep.run(closure, sides, shares=self._shares is not False)
                 return [self._run_alone(closure, side) for side in sides]
         except BaseException:
             set_modules_in_forward(stack)

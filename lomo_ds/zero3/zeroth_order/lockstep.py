@@ -1,22 +1,22 @@
-"""Two forwards in lockstep: they run through the model together, and share what is gathered for each module.
+"""Forwards in lockstep: they run through the model together, and share what is gathered for each module.
 
-The first one leads: ZeRO-3's hooks gather for it. When it has run a module and before ZeRO-3 lets go of the
-module's parameters, it pauses, and the second one follows up to the end of the same module. Each forward has
-a thread of its own, of which one runs at a time, and its own view of the weights and of the random numbers.
-A module sees the batch of one forward, never both: nothing can mix them.
+One of them leads: ZeRO-3's hooks gather for it. When it has run a module and before ZeRO-3 lets go of the
+module's parameters, it pauses, and the others follow up to the end of the same module, one after the other.
+Each forward has a thread of its own, of which one runs at a time, and its own view of the weights and of the
+random numbers. A module sees the batch of one forward, never several: nothing can mix them.
+
+Forwards share what comes before the first module in which their points differ: only the leading one computes
+it, and each other one begins there with what it returned.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.nn import Module
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lomo_ds.zero3._internals import (
     ForwardHooks,
@@ -25,45 +25,80 @@ from lomo_ds.zero3._internals import (
     modules_in_forward,
     set_modules_in_forward,
 )
+from lomo_ds.zero3.zeroth_order.coroutine import Coroutine
 from lomo_ds.zero3.zeroth_order.perturbation import NotGathered, PerturbedModules, Side
+from lomo_ds.zero3.zeroth_order.prefix import FinishedModule, Prefix, Replay
 from lomo_ds.zero3.zeroth_order.random_state import RandomState
 
 
 class Lockstep:
-    """Runs pairs of forwards.
+    """Runs groups of forwards.
 
     Args:
         modules: of the model.
         hooks: ZeRO-3's.
         names: of the modules, for messages.
+
+    Attributes:
+        has_shared: whether in some group a forward began after the beginning.
     """
 
     def __init__(self, modules: PerturbedModules, hooks: ForwardHooks, names: dict[Module, str]) -> None:
         self._modules, self._hooks, self._names = modules, hooks, names
+        self.has_shared = False
 
-    def run(self, closure: Callable[[], Any], sides: tuple[Side, Side]) -> list[Any]:
-        """Call ``closure`` at both points.
+    def run(
+        self, closure: Callable[[], Any], sides: Sequence[Side], shares: bool = False
+    ) -> list[Any] | None:
+        """Call ``closure`` at each point.
 
         Args:
             closure: runs the model, the same way each time.
-            sides: the first leads.
+            sides: the last one leads.
+            shares: whether the others begin where their points part from that of the last one.
 
         Returns:
-            What it returned at each.
+            What it returned at each; None where beginning there turned out to be wrong.
 
         Raises:
-            RuntimeError: the two calls do not run the same modules in the same order; names the key.
+            RuntimeError: the calls do not run the same modules in the same order; names the key.
         """
-        pair = _Pair(self._modules, self._hooks, self._names, closure, sides)
-        self._modules.on_leave, self._modules.follower = pair.on_leave, sides[1]
+        group = _Group(self._modules, self._hooks, self._names, closure, sides, shares)
+        self._modules.on_enter, self._modules.on_leave = group.on_enter, group.on_leave
+        self._modules.followers = sides[:-1]
         try:
-            return pair.run()
+            return group.run()
         finally:
-            self._modules.on_leave = self._modules.follower = self._modules.side = None
+            self.has_shared |= group.has_shared
+            self._modules.on_enter = self._modules.on_leave = self._modules.side = None
+            self._modules.followers = ()
 
 
-class _Pair:
-    """One pair of forwards."""
+class _Follower:
+    """A forward that follows.
+
+    Args:
+        side: its point.
+        follow: runs it.
+
+    Attributes:
+        stack, random_state: ZeRO-3's modules in forward, and torch's generators, as it left them.
+        paused_in: the module in which it pauses; None at its end.
+        prefix: what it need not compute; None while the leading forward has not come to where they part.
+        is_lost: whether it failed with a prefix that may have been wrong.
+    """
+
+    def __init__(self, side: Side, follow: Callable[[_Follower], Any]) -> None:
+        self.side = side
+        self.stack, self.random_state = modules_in_forward(), RandomState.now()
+        self.coroutine = Coroutine(lambda: follow(self))
+        self.paused_in: Module | None = None
+        self.prefix: list[FinishedModule] | None = None
+        self.is_lost = False
+
+
+class _Group:
+    """One group of forwards."""
 
     def __init__(
         self,
@@ -71,157 +106,132 @@ class _Pair:
         hooks: ForwardHooks,
         names: dict[Module, str],
         closure: Callable[[], Any],
-        sides: tuple[Side, Side],
+        sides: Sequence[Side],
+        shares: bool,
     ) -> None:
         self._modules, self._hooks, self._names, self._closure = modules, hooks, names, closure
-        self._lead, self._side = sides
-        self._stack, self._random_state = modules_in_forward(), RandomState.now()
-        self._follower = Coroutine(self._follow)
-        self._paused_in: Module | None = None
+        self._lead, self._shares = sides[-1], shares
+        self._followers = [_Follower(side, self._follow) for side in sides[:-1]]
+        self._running: _Follower | None = None
+        self._prefix: Prefix | None = Prefix()
 
-    def run(self) -> list[Any]:
+    def run(self) -> list[Any] | None:
         try:
             with self._modules.running(self._lead):
-                first = self._closure()
-                second = self._let_follow_to(None)
+                last = self._closure()
+                self._let_follow_to(None)
         finally:
-            with self._as_follower():
-                self._follower.cancel()
-        return [first, second]
+            for one in self._followers:
+                with self._as_follower(one):
+                    one.coroutine.cancel()
+        if any(one.is_lost for one in self._followers):
+            return None
+        assert all(one.coroutine.has_ended for one in self._followers), "they follow to their end"
+        return [*(one.coroutine.returned for one in self._followers), last]
 
-    def on_leave(self, module: Module) -> None:
-        """Pause in a module whose parameters ZeRO-3 is about to let go, until the other side has run it."""
+    @property
+    def has_shared(self) -> bool:
+        return any(one.prefix for one in self._followers)
+
+    # Where they part ----------------------------------------------------------------------------
+
+    def on_enter(self, module: Module) -> None:
+        """Note which forwards part from the leading one in a module that begins."""
+        if self._running is not None or self._prefix is None:
+            return
+        leading_moves = self._modules.moved_in(module, self._lead)
+        for one in self._followers:
+            if one.prefix is not None:
+                continue
+            if not self._shares:
+                one.prefix = []
+            elif leading_moves or self._modules.moved_in(module, one.side):
+                one.prefix = list(self._prefix.finished)
+        if all(one.prefix is not None for one in self._followers):
+            self._prefix = None
+        else:
+            self._prefix.enter()
+
+    def on_leave(self, module: Module, output: Any) -> None:
+        """Pause in a module whose parameters ZeRO-3 is about to let go, until all forwards have run it."""
+        if self._running is None and self._prefix is not None:
+            self._prefix.leave(module, output)
         if all(is_persistent(param) for param in gathered_for(module)):
             return
-        if self._modules.side is self._lead:
+        if self._running is None:
             self._let_follow_to(module)
         else:
-            self._paused_in = module
-            self._follower.pause()
+            self._running.paused_in = module
+            self._running.coroutine.pause()
 
-    def _let_follow_to(self, module: Module | None) -> Any:
-        """Run the second forward up to the end of ``module``, or to its own end.
+    # Following ----------------------------------------------------------------------------------
 
-        Returns:
-            What the closure returned, at its end.
-        """
-        self._paused_in = None
-        with self._as_follower():
-            try:
-                self._follower.resume()
-            except NotGathered as found:
-                raise self._parted(found.module, module) from None
-        if self._paused_in is not module:
-            raise self._parted(self._paused_in, module)
-        return self._follower.returned
+    def _let_follow_to(self, module: Module | None) -> None:
+        """Run the other forwards, as far as they have parted, up to the end of ``module`` or to their own."""
+        for one in self._followers:
+            if one.prefix is None and module is None:
+                one.prefix = list(self._prefix.finished) if self._prefix else []
+            if one.prefix is not None and not one.is_lost:
+                self._let_one_follow_to(module, one)
+
+    def _let_one_follow_to(self, module: Module | None, one: _Follower) -> None:
+        one.paused_in = None
+        try:
+            with self._as_follower(one), self._catching_up(one):
+                one.coroutine.resume()
+            if one.paused_in is not module:
+                raise self._parted(one.paused_in, module)
+        except NotGathered as error:
+            one.is_lost = bool(one.prefix)
+            if not one.is_lost:
+                raise self._parted(error.module, module) from None
+        except Exception:
+            one.is_lost = bool(one.prefix)
+            if not one.is_lost:
+                raise
 
     @contextmanager
-    def _as_follower(self) -> Iterator[None]:
-        """Show the block the weights, the random numbers and ZeRO-3's modules of the second forward."""
+    def _catching_up(self, one: _Follower) -> Iterator[None]:
+        """Let a forward that begins in the block get what the leading one has computed."""
+        if one.coroutine.has_begun:
+            yield
+            return
+        assert one.prefix is not None, "they have parted"
+        replay = one.side.replay = Replay(one.prefix)
+        try:
+            with replay.in_place_of_forwards():
+                yield
+        finally:
+            one.side.replay = None
+        if replay or not replay.is_exact:
+            raise RuntimeError("what comes before the first perturbed module cannot be shared")
+
+    @contextmanager
+    def _as_follower(self, one: _Follower) -> Iterator[None]:
+        """Show the block the weights, the random numbers and ZeRO-3's modules of another forward."""
         stack, state = modules_in_forward(), RandomState.now()
         self._lead.uninstall()
-        set_modules_in_forward(self._stack)
-        self._random_state.restore()
-        self._side.install()
-        self._modules.side, self._hooks.bypassed = self._side, True
+        set_modules_in_forward(one.stack)
+        one.random_state.restore()
+        one.side.install()
+        self._modules.side, self._hooks.bypassed, self._running = one.side, True, one
         try:
             yield
         finally:
-            self._modules.side, self._hooks.bypassed = self._lead, False
-            self._stack, self._random_state = modules_in_forward(), RandomState.now()
-            self._side.uninstall()
+            self._modules.side, self._hooks.bypassed, self._running = self._lead, False, None
+            one.stack, one.random_state = modules_in_forward(), RandomState.now()
+            one.side.uninstall()
             set_modules_in_forward(stack)
             state.restore()
             self._lead.install()
 
-    def _follow(self) -> Any:
-        with torch.no_grad(), self._modules.running(self._side):
+    def _follow(self, one: _Follower) -> Any:
+        with torch.no_grad(), self._modules.running(one.side):
             return self._closure()
 
-    def _parted(self, second: Module | None, first: Module | None) -> RuntimeError:
-        ends = ["the end" if m is None else repr(self._names.get(m, "?")) for m in (first, second)]
+    def _parted(self, other: Module | None, leading: Module | None) -> RuntimeError:
+        ends = ["the end" if m is None else repr(self._names.get(m, "?")) for m in (leading, other)]
         return RuntimeError(
-            f"the two forwards of a step part: one came to {ends[0]} and the other to {ends[1]}. Set "
+            f"the forwards of a step part: one came to {ends[0]} and another to {ends[1]}. Set "
             '"optimizer.params.paired" to false: they then run one after the other'
         )
-
-
-class Coroutine:
-    """A call that can pause in the middle: a thread that runs only while ``resume`` waits for it.
-
-    Args:
-        call: what to run. It sees this thread's device, autocast and dispatch modes.
-
-    Attributes:
-        returned: what it returned, when it has ended.
-    """
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.returned: Any = None
-        self._call, self._surroundings = call, _surroundings()
-        self._go, self._stop = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self._cancelled = self._ended = False
-        self._thread = threading.Thread(target=self._run, name="lomo_ds second forward", daemon=True)
-
-    def resume(self) -> None:
-        """Run it until it pauses or ends. What it raises is raised here."""
-        assert not self._ended, "it has ended"
-        if not self._thread.is_alive():
-            self._thread.start()
-        self._go.release()
-        self._stop.acquire()
-        if self._ended:
-            self._thread.join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def pause(self) -> None:
-        """Called by itself: wait for the next ``resume``."""
-        self._stop.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise _Cancelled
-
-    def cancel(self) -> None:
-        """End it where it is, if it has begun."""
-        if self._thread.is_alive() and not self._ended:
-            self._cancelled = True
-            self.resume()
-
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            with self._surroundings():
-                self.returned = self._call()
-        except _Cancelled:
-            pass
-        except BaseException as error:
-            self._error = error
-        self._ended = True
-        self._stop.release()
-
-
-class _Cancelled(BaseException):
-    """Ends a paused call."""
-
-
-def _surroundings() -> Callable[[], ExitStack]:
-    """What torch keeps for each thread, to be entered in another one."""
-    accelerator = get_accelerator()
-    kind = accelerator.device_name().partition(":")[0]
-    device, stream = accelerator.current_device(), accelerator.current_stream()
-    autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-    modes = _get_current_dispatch_mode_stack()
-
-    def enter() -> ExitStack:
-        stack = ExitStack()
-        accelerator.set_device(device)
-        stack.enter_context(accelerator.stream(stream))
-        stack.enter_context(torch.autocast(kind, dtype=autocast[1], enabled=autocast[0]))
-        for mode in modes:
-            stack.enter_context(mode)
-        return stack
-
-    return enter

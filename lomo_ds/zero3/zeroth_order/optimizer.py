@@ -86,7 +86,7 @@ class ZerothOrderOptimizer(LomoZeroOptimizer):
             param: entry for param, entry in self.updater.entries.items() if not self.receives_gradient(param)
         }
         self._forwards = (
-            Forwards.at_points(self, list(entries), self._settings.paired)
+            Forwards.at_points(self, list(entries), self._settings.forwards_at_once)
             if isinstance(self._settings, ZerothOrderSettings)
             else TangentForwards(self, list(entries))
         )

@@ -7,13 +7,13 @@ forward gets is one of two things:
   forwards in lockstep the second one gets it, and the first one a copy;
 * a copy of it for as long as the module runs, where the gathered one is used again: small parameters that
   ZeRO-3 keeps whole, those of a single rank (what is gathered is its shard) and of hpZ (secondary copies are
-  made from it), and what the first of two forwards needs again.
+  made from it), what the first of two forwards needs again, and where more than two run in lockstep.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds.zero3._internals import gathered_for, hooked_modules, is_gathered, is_persistent
+from lomo_ds.zero3.zeroth_order.prefix import Replay
 from lomo_ds.zo.moves import Move, add_, part_
 
 MoveOf = Callable[[Parameter], Move]
@@ -36,12 +37,15 @@ class Side:
     Attributes:
         move_of: what leads there.
         copies: parameter -> (what ZeRO-3 gathered, the perturbed copy), of the modules that are being run.
-        entered: for each of these modules the parameters of which it made copies.
+        entered: for each of these modules the parameters of which it made copies; None for a module that
+            returns what it returned to another side.
+        replay: of such modules, while this side catches up with another one.
     """
 
     move_of: MoveOf
     copies: dict[Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    entered: list[tuple[Module, list[Parameter]]] = field(default_factory=list)
+    entered: list[tuple[Module, list[Parameter] | None]] = field(default_factory=list)
+    replay: Replay | None = None
 
     def open(self, param: Parameter, move: Move) -> None:
         """Let ``param`` be a perturbed copy."""
@@ -85,16 +89,18 @@ class PerturbedModules:
     Attributes:
         side: the forward that runs now; None for one on the weights themselves.
         persistent: of ``params`` those that ZeRO-3 keeps whole.
-        follower: the side that follows ``side`` in lockstep; None where one forward runs.
-        on_leave: called after a module's forward, while what it needed is still gathered.
+        followers: the sides that follow another one in lockstep.
+        on_enter: called before a module's forward, when what it needs is gathered.
+        on_leave: called after a module's forward with what it returned, while that is still gathered.
         run_without_graph: parameters of modules that have run without a graph, and not for a side, since this
             was emptied.
     """
 
     def __init__(self, model: Module, params: list[Parameter], in_place: bool) -> None:
         self.side: Side | None = None
-        self.follower: Side | None = None
-        self.on_leave: Callable[[Module], None] | None = None
+        self.followers: Sequence[Side] = ()
+        self.on_enter: Callable[[Module], None] | None = None
+        self.on_leave: Callable[[Module, Any], None] | None = None
         self.run_without_graph: dict[Parameter, None] = {}
         self.modules = list(hooked_modules(model))
         self._params = dict.fromkeys(params)
@@ -112,7 +118,8 @@ class PerturbedModules:
     def running(self, side: Side) -> Iterator[None]:
         """Let the forward in the block run at the point of ``side``."""
         for param in self.persistent:
-            side.open(param, side.move_of(param))
+            if (move := side.move_of(param)).terms:
+                side.open(param, move)
         self.side = side
         try:
             yield
@@ -144,6 +151,9 @@ class PerturbedModules:
             if not torch.is_grad_enabled():
                 self.run_without_graph |= dict.fromkeys(gathered_for(module))
             return
+        if side.replay is not None and side.replay.returns_for(module):
+            side.entered.append((module, None))
+            return
         opened = []
         for param in gathered_for(module):
             if not is_gathered(param):
@@ -151,11 +161,17 @@ class PerturbedModules:
             if param in self._params and param not in side.copies and self._perturb(side, param):
                 opened.append(param)
         side.entered.append((module, opened))
+        if self.on_enter is not None:
+            self.on_enter(module)
+
+    def moved_in(self, module: Module, side: Side) -> bool:
+        """Whether ``side`` moves one of the parameters, gathered now, that a module uses itself."""
+        return any(side.move_of(param).terms for param in gathered_for(module) if param in self._params)
 
     @torch.no_grad()
     def _perturb(self, side: Side, param: Parameter) -> bool:
         """Bring a gathered parameter to the point of ``side``; whether by a copy."""
-        follower = None if self.follower is side else self.follower
+        follower = self._only_follower_of(side)
         if param in self._spent:
             if follower is not None:
                 self._used_again[param] = None
@@ -164,7 +180,7 @@ class PerturbedModules:
         of_follower = None if follower is None else follower.move_of(param)
         if not move.terms and not (of_follower and of_follower.terms):
             return False
-        if not self._in_place or param in self._used_again:
+        if not self._in_place or param in self._used_again or len(self.followers) > 1:
             side.open(param, move)
             return True
         self._spent[param] = None
@@ -174,16 +190,22 @@ class PerturbedModules:
             add_(param.data.view(-1), move, start=0)
         return of_follower is not None
 
+    def _only_follower_of(self, side: Side) -> Side | None:
+        """Of a side that leads a single other one."""
+        return self.followers[0] if len(self.followers) == 1 and self.followers[0] is not side else None
+
     def _leave(self, module: Module, args: tuple, output: Any) -> None:
         side = self.side
         if side is None:
             return
         entered, opened = side.entered.pop()
         assert entered is module, "modules end in the reverse order in which they begin"
+        if opened is None:
+            return
         for param in opened:
             side.close(param)
         if self.on_leave is not None:
-            self.on_leave(module)
+            self.on_leave(module, output)
 
     def _after_release(self, module: Module, args: tuple, output: Any) -> None:
         if self._spent:

@@ -266,7 +266,7 @@ def forwards_that_part(paired: bool) -> tuple[list[str], bool]:
 
 def test_forwards_that_part_are_refused_in_lockstep() -> None:
     for messages, stayed in run_ranks(2, forwards_that_part, True):
-        assert "one came to 'branch' and the other to 'head'" in messages[0]
+        assert "one came to 'branch' and another to 'head'" in messages[0]
         assert '"optimizer.params.paired" to false' in messages[0] and "of the user" in messages[1] and stayed
     for messages, stayed in run_ranks(2, forwards_that_part, False):
         assert messages[0] == "" and "of the user" in messages[1] and stayed
