@@ -46,6 +46,7 @@ class Cell:
     Attributes:
         optimizer: its type in the JSON.
         apply: the policy.
+        block_wise: of a zeroth-order method; forwards of several layers run in lockstep.
         tiled: the vocabulary in tiles; ``tied`` with one matrix for both its uses.
         hpz: ranks that share a secondary copy of the weights.
         threshold: a parameter of at most that many elements stays gathered.
@@ -60,6 +61,7 @@ class Cell:
 
     optimizer: str = "Lomo"
     apply: str = "immediate"
+    block_wise: bool = False
     tiled: bool = False
     tied: bool = False
     hpz: int = 1
@@ -94,7 +96,8 @@ class Cell:
         if self.is_own:
             # stochastic rounding: with nearest the host reads now and then whether weights move at all
             params = {"lr": 1e-3, "rounding": "stochastic"}
-            params |= {} if self.optimizer.startswith("ZO") else {"apply": self.apply}
+            is_zeroth_order = self.optimizer.startswith("ZO")
+            params |= {"block_wise": self.block_wise} if is_zeroth_order else {"apply": self.apply}
             top["optimizer"] = {"type": self.optimizer, "params": params}
             top["tiled_vocabulary"] = {"enabled": self.tiled, "tile_numel": 64 * 200}
         else:

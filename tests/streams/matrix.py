@@ -36,6 +36,7 @@ DEFAULT = (
     Cell(script="write by hand", checkpointing="non_reentrant"),
     Cell(script="write to shards"),
     Cell(optimizer="ZO-SGD", script="forwards", num_steps=1),
+    Cell(optimizer="ZO-SGD", block_wise=True, script="forwards", num_steps=1),
     Cell(apply="deferred", script="set weights", num_steps=1),
     Cell(apply="deferred", overlap=False, num_steps=1),
     Cell(optimizer="AdaLomo", script="evaluate in step", num_steps=1),
