@@ -5,7 +5,7 @@
     DS_ACCELERATOR=cpu python -m tests.streams.matrix stock
 
 search the default cells, the whole matrix, and DeepSpeed's own engine, and print tables; a process for each
-core. The whole matrix takes half an hour of processor time.
+core. The whole matrix takes an hour of processor time.
 """
 
 from __future__ import annotations
