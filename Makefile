@@ -23,6 +23,8 @@ venv: $(STAMP)  ## create .venv with the pinned versions
 
 # torch comes first: DeepSpeed's setup asks the installed torch what it can build.
 $(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("error: the pinned versions need Python 3.11 or later, and $(PYTHON) is " \
+		+ sys.version.split()[0] + ": name another one, make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install -c constraints.txt setuptools wheel
 	$(RUN) -m pip install -c constraints.txt '$(TORCH)'
