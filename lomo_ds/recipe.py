@@ -80,7 +80,8 @@ class LoraRecipe:
         target_modules: linear layers that get an adapter, by the ends of their names.
         lr: peak learning rate of the adapters.
         weight_decay: of the adapters, as in AdamW.
-        train_base: whether the JSON's optimizer trains the model's own weights, too; False freezes them.
+        train_base: whether the JSON's optimizer trains the model's own weights, too; False freezes them, but
+            for a classifier's head, which is trained as the adapters are.
     """
 
     r: AtLeastOne = 2
@@ -208,8 +209,6 @@ class Recipe:
             raise ValueError(
                 "resume has to be auto or the folder of a checkpoint, not empty; delete it to start a new run"
             )
-        if self.has_classifier and self.lora is not None:
-            raise ValueError("lora is for causal language models, not for a classifier: delete lora")
 
     @property
     def has_classifier(self) -> bool:
