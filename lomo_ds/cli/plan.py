@@ -55,6 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
         "a model folder or a config.json")  # fmt: skip
+    add("--model-class", metavar="NAME", help="of transformers, an auto class or a model's own; default: "
+        "AutoModelForCausalLM")  # fmt: skip
+    add("--num-labels", type=int, metavar="N", help="of a classifier; default: the config's, else 2")
     add("--num-gpus", type=int, default=8, help="over all nodes (default 8)")
     add("--gpus-per-node", type=int, default=8, help="default 8")
     add("--gpu-memory", default="24GiB", help="of each card (default 24GiB)")
@@ -116,7 +119,7 @@ def _refuse_outputs(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--plot {arguments.plot}: matplotlib writes {', '.join(sorted(known))}")
 
 
-_ONLY_FOR_A_PLAN = ("search", "write_config", "hardware", "plot")
+_ONLY_FOR_A_PLAN = ("search", "write_config", "hardware", "plot", "model_class", "num_labels")
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -141,8 +144,10 @@ def _table(arguments: argparse.Namespace) -> int:
 def _job(arguments: argparse.Namespace, model_name: str) -> Any:
     """The job of the arguments, checked before anything heavy is imported."""
     from lomo_ds.byte_units import parse_bytes
+    from lomo_ds.model_io.model_class import CAUSAL_LM
     from lomo_ds.planner.batch import default_micro_batch
     from lomo_ds.planner.job import Job, default_ds_json, read_planned_json, split_open
+    from lomo_ds.planner.model_kind import with_labels
     from lomo_ds.planner.presets import model_config
 
     host, reserve = arguments.host_memory, arguments.reserve
@@ -158,11 +163,13 @@ def _job(arguments: argparse.Namespace, model_name: str) -> Any:
     }
     if (given["asked_reserve_bytes"] or 0) >= given["gpu_memory_bytes"]:
         raise ValueError(f"--reserve {reserve} has to be below --gpu-memory {arguments.gpu_memory}")
-    model = model_config(model_name)
+    model_class = arguments.model_class or CAUSAL_LM
+    model = with_labels(model_class, model_config(model_name), arguments.num_labels)
     if arguments.config:
         written = read_planned_json(arguments.config)
     else:
-        written = default_ds_json(arguments.optimizer or "Lomo", model.model_type)
+        written = default_ds_json(arguments.optimizer or "Lomo", model.model_type, model_class)
+    given["model_class"] = model_class
     given["ds_json"], given["left_open"] = split_open(written)
     micro_batch = arguments.micro_batch
     if micro_batch is None:
