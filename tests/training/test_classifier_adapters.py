@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.checkpoint.offline_export import ExportOptions, export_checkpoint, find_checkpoint
 from lomo_ds.recipe import LoraRecipe, Recipe
 from lomo_ds.tasks.order import global_batches
 from tests.harness import run_ranks
@@ -43,7 +44,7 @@ def trained(recipe: Recipe, out: str) -> tuple[list[float], list[dict[str, Any]]
     from tests.zero3.jobs import whole_params
 
     job = set_up(recipe, None, make_engine, 0.0, StopFlag())
-    losses = list(losses_of(job, save_after=2))
+    losses = list(losses_of(job, save_after=(2, NUM_STEPS)))
     found = job.data.held_out.evaluate(job.engine)
     export_pretrained(job.engine, f"{out}/model")
     save_adapters(job.engine, f"{out}/adapters")
@@ -57,12 +58,12 @@ def trained(recipe: Recipe, out: str) -> tuple[list[float], list[dict[str, Any]]
     return losses, found.lines, same and all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-def losses_of(job: Any, save_after: int | None = None) -> Iterator[float]:
+def losses_of(job: Any, save_after: tuple[int, ...] = ()) -> Iterator[float]:
     from lomo_ds.training.loop import train
 
     for metrics, _ in train(job.engine, job.training_set(), job.stop):
         yield metrics.loss
-        if metrics.step == save_after:
+        if metrics.step in save_after:
             job.save()
 
 
@@ -143,6 +144,14 @@ def test_head_and_adapters_are_trained_as_by_peft(recipe: Recipe, tmp_path: Path
         expected = torch.stack([reference.log_likelihoods(number) for number in range(10)])
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
     assert_exported(tmp_path / "trained" / "model", reference)
+    export_checkpoint(
+        find_checkpoint(tmp_path / "out" / "checkpoints"),
+        tmp_path / "offline",
+        ExportOptions(),
+        lambda *_: None,
+    )
+    model, offline = (tmp_path / folder / "model.safetensors" for folder in ("trained/model", "offline"))
+    assert offline.read_bytes() == model.read_bytes()
     if not train_base:
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", **NAMES)
         alone = peft.PeftModel.from_pretrained(base, tmp_path / "trained" / "adapters")
