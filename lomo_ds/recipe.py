@@ -80,7 +80,8 @@ class LoraRecipe:
         target_modules: linear layers that get an adapter, by the ends of their names.
         lr: peak learning rate of the adapters.
         weight_decay: of the adapters, as in AdamW.
-        train_base: whether the JSON's optimizer trains the model's own weights, too; False freezes them.
+        train_base: whether the JSON's optimizer trains the model's own weights, too; False freezes them, but
+            for a classifier's head, which is trained as the adapters are.
     """
 
     r: AtLeastOne = 2
@@ -158,6 +159,8 @@ class Recipe:
             a classifier of the task's options.
         weights: a universal checkpoint of DeepSpeed, whose parameters replace the model's own.
         max_sequence_length: in tokens; longer prompts lose their beginning.
+        packing: several examples of a micro-batch share a row of ``max_sequence_length`` tokens, in place of
+            padding.
         epochs: passes over the training examples; give either epochs or steps.
         steps: optimizer steps.
         optimizer: learning rate and weight decay.
@@ -185,6 +188,7 @@ class Recipe:
     model_class: str = "AutoModelForCausalLM"
     weights: str | None = None
     max_sequence_length: AtLeastOne = 512
+    packing: bool = False
     epochs: AtLeastOne | None = None
     steps: AtLeastOne | None = None
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
@@ -208,8 +212,8 @@ class Recipe:
             raise ValueError(
                 "resume has to be auto or the folder of a checkpoint, not empty; delete it to start a new run"
             )
-        if self.has_classifier and self.lora is not None:
-            raise ValueError("lora is for causal language models, not for a classifier: delete lora")
+        if self.has_classifier and self.packing:
+            raise ValueError("packing is for causal language models: a classifier scores a row as a whole")
 
     @property
     def has_classifier(self) -> bool:

@@ -44,10 +44,10 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     sys.argv[:] = [script, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
         sys.path[0] = os.path.dirname(os.path.realpath(script))
-    from lomo_ds.integrations.deepspeed import enable, use_only_gloo_on_cpu
+    from lomo_ds.integrations.deepspeed import enable, group_known_before_init, use_only_gloo_on_cpu
 
     use_only_gloo_on_cpu()
-    with enable():
+    with enable(), group_known_before_init():
         runpy.run_path(script, run_name="__main__")
 
 

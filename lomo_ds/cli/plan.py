@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from lomo_ds.cli.main import USAGE_ERROR
 from lomo_ds.cli.outputs import refuse_unwritable
+from lomo_ds.cli.plan_recipe import fill_from_recipe
 
 _DESCRIPTION = (
     "Run the real engine without a GPU and without weights, as one rank of many, and report the memory it "
@@ -55,17 +56,22 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="a preset (llama-65b, llama-3-70b, qwen2.5-72b, mistral-7b, ...), "
         "a model folder or a config.json")  # fmt: skip
+    add("--model-class", metavar="NAME", help="of transformers, an auto class or a model's own; default: "
+        "AutoModelForCausalLM")  # fmt: skip
+    add("--num-labels", type=int, metavar="N", help="of a classifier; default: the config's, else 2")
+    add("--recipe", metavar="RECIPE.yaml", help="plan what lomo-ds train does with a recipe: its model, "
+        "class, JSON, batch, length and checkpointing")  # fmt: skip
     add("--num-gpus", type=int, default=8, help="over all nodes (default 8)")
     add("--gpus-per-node", type=int, default=8, help="default 8")
     add("--gpu-memory", default="24GiB", help="of each card (default 24GiB)")
     add("--reserve", help="part of it for memory outside torch's allocator; default: what the plan lists "
         "(CUDA's context, NCCL, kernels' workspaces), some 1.8 GiB")  # fmt: skip
     add("--host-memory", help="of a node; default: no limit")
-    add("--seq-len", type=int, default=1024, help="tokens of a sequence (default 1024)")
+    add("--seq-len", type=int, help="tokens of a sequence (default 1024)")
     add("--micro-batch", type=int, help="sequences of a rank's forward; default: the JSON's, or 1")
     add("--config", metavar="DS.JSON", help="DeepSpeed JSON; default: bf16, clipping, low limits")
     add("--optimizer", help=f"{', '.join(known_optimizers())}; default: the JSON's, or Lomo")
-    add("--checkpointing", default="reentrant", choices=["reentrant", "non-reentrant", "none"])
+    add("--checkpointing", choices=["reentrant", "non-reentrant", "none"], help="default reentrant")
     add("--search", choices=["micro-batch", "seq-len", "gpus"], help="find the largest micro-batch or "
         "sequence, or the fewest GPUs, that fit, and tune the limits on gathered weights")  # fmt: skip
     add("--table", action="store_true", help="instead of a plan, in milliseconds: the closed form's peak of "
@@ -83,9 +89,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     _refuse_outputs(arguments)
     if arguments.table:
         return _table(arguments)
-    if arguments.model is None:
-        raise ValueError("--model is required, or --table for all presets")
-    job = _job(arguments, arguments.model)
+    if arguments.model is None and arguments.recipe is None:
+        raise ValueError("--model is required, or --recipe, or --table for all presets")
+    ds_json = fill_from_recipe(arguments) if arguments.recipe else None
+    job = _job(arguments, arguments.model, ds_json)
 
     from lomo_ds.planner.checks import refuse_unplannable
     from lomo_ds.planner.plan import make_plan
@@ -116,7 +123,7 @@ def _refuse_outputs(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--plot {arguments.plot}: matplotlib writes {', '.join(sorted(known))}")
 
 
-_ONLY_FOR_A_PLAN = ("search", "write_config", "hardware", "plot")
+_ONLY_FOR_A_PLAN = ("search", "write_config", "hardware", "plot", "model_class", "num_labels", "recipe")
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -138,11 +145,19 @@ def _table(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _job(arguments: argparse.Namespace, model_name: str) -> Any:
-    """The job of the arguments, checked before anything heavy is imported."""
+def _job(arguments: argparse.Namespace, model_name: str, ds_json: Any = None) -> Any:
+    """The job of the arguments, checked before anything heavy is imported.
+
+    Args:
+        arguments: of the command line.
+        model_name: as the user gave it.
+        ds_json: of a recipe; None for that of ``--config``, or the default.
+    """
     from lomo_ds.byte_units import parse_bytes
+    from lomo_ds.model_io.model_class import CAUSAL_LM
     from lomo_ds.planner.batch import default_micro_batch
     from lomo_ds.planner.job import Job, default_ds_json, read_planned_json, split_open
+    from lomo_ds.planner.model_kind import with_labels
     from lomo_ds.planner.presets import model_config
 
     host, reserve = arguments.host_memory, arguments.reserve
@@ -152,17 +167,21 @@ def _job(arguments: argparse.Namespace, model_name: str) -> Any:
         "gpu_memory_bytes": parse_bytes(arguments.gpu_memory, "--gpu-memory"),
         "asked_reserve_bytes": None if reserve is None else parse_bytes(reserve, "--reserve"),
         "host_memory_bytes": None if host is None else parse_bytes(host, "--host-memory"),
-        "seq_len": arguments.seq_len,
+        "seq_len": 1024 if arguments.seq_len is None else arguments.seq_len,
         "train_batch_follows": arguments.table or arguments.search in ("micro-batch", "gpus"),
-        "checkpointing": arguments.checkpointing.replace("-", "_"),
+        "checkpointing": (arguments.checkpointing or "reentrant").replace("-", "_"),
     }
     if (given["asked_reserve_bytes"] or 0) >= given["gpu_memory_bytes"]:
         raise ValueError(f"--reserve {reserve} has to be below --gpu-memory {arguments.gpu_memory}")
-    model = model_config(model_name)
-    if arguments.config:
+    model_class = arguments.model_class or CAUSAL_LM
+    model = with_labels(model_class, model_config(model_name), arguments.num_labels)
+    if ds_json is not None:
+        written = ds_json
+    elif arguments.config:
         written = read_planned_json(arguments.config)
     else:
-        written = default_ds_json(arguments.optimizer or "Lomo", model.model_type)
+        written = default_ds_json(arguments.optimizer or "Lomo", model.model_type, model_class)
+    given["model_class"] = model_class
     given["ds_json"], given["left_open"] = split_open(written)
     micro_batch = arguments.micro_batch
     if micro_batch is None:

@@ -19,9 +19,9 @@ from deepspeed.utils import logger
 
 from lomo_ds.initialization import initialize
 from lomo_ds.optimizers import NOT_YET_USED, OPTIMIZERS, ShardedOptimizer
-from lomo_ds.zero3._internals import load_ds_config, use_only_gloo_on_cpu
+from lomo_ds.zero3._internals import group_known_before_init, load_ds_config, use_only_gloo_on_cpu
 
-__all__ = ["Enabled", "enable", "use_only_gloo_on_cpu"]
+__all__ = ["Enabled", "enable", "group_known_before_init", "use_only_gloo_on_cpu"]
 
 _OWN_TYPES = {name.lower() for name in OPTIMIZERS}
 

@@ -26,6 +26,19 @@ def is_of_another_head(model: Module, name: str) -> bool:
     return not name.startswith(f"{prefix}.") and type(model).__name__ not in known_as
 
 
+def classifier_modules(model: Module) -> dict[str, Module]:
+    """The parts of a classifier of transformers outside its base model, by name, such as ``score``.
+
+    Args:
+        model: of transformers; any other than one for sequence classification has none.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return {}
+    base = model.base_model_prefix
+    children = ((name, module) for name, module in model.named_children() if name != base)
+    return {name: module for name, module in children if any(True for _ in module.parameters())}
+
+
 @torch.no_grad()
 def initialize_heads(model: Module, names: Iterable[str]) -> None:
     """Draw initial values as transformers' ``from_pretrained`` does. Collective.

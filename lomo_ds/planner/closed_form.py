@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lomo_ds.model_io.model_class import CAUSAL_LM
 from lomo_ds.optimizers import rule_of
 from lomo_ds.planner.job import Job, zero_limit
 from lomo_ds.planner.model_shape import ModelShape
@@ -75,6 +76,7 @@ def closed_form(job: Job) -> ClosedForm:
 def _refuse_unknown(job: Job, shape: ModelShape) -> None:
     zero, ds_json = job.ds_json.get("zero_optimization", {}), job.ds_json
     refused = {
+        f"model_class {job.model_class}": job.model_class != CAUSAL_LM,
         f'"optimizer.type": "{job.optimizer}", which has no backward': not job.has_backward,
         "--checkpointing non-reentrant": job.checkpointing == "non_reentrant",
         'fp32: neither "bf16.enabled" nor "fp16.enabled" is true': not any(

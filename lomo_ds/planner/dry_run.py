@@ -24,6 +24,7 @@ from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Ledger, Peak, Place, bytes_by_role
 from lomo_ds.planner.memory_roles import Role
 from lomo_ds.planner.memory_trace import MemoryTrace
+from lomo_ds.planner.model_kind import labels_for
 from lomo_ds.planner.replay import ReservedMemory, reserved_memory
 from lomo_ds.planner.traffic import Traffic, answers
 from lomo_ds.planner.weights import fake_folder
@@ -184,7 +185,7 @@ def build_engine(job: Job, ledger: Ledger) -> Any:
     config = copy.deepcopy(job.model)
     config._attn_implementation = job.attention
     with ledger.phase("loading"):
-        model = build_sharded(config, ds_json)
+        model = build_sharded(config, ds_json, model_class=job.model_class)
         for name, param in model.named_parameters():
             ledger.claim(stored_shard(param), Role.PARAMETERS, name)
         load_shards(model, fake_folder(model))
@@ -284,7 +285,7 @@ def _forward(engine: Any, job: Job, traffic: Traffic | None, count: int, is_last
     if traffic is not None:
         traffic.times = count
     ids = torch.zeros((job.micro_batch, job.seq_len), dtype=torch.long, device=engine.device)
-    return engine(input_ids=ids, labels=ids).loss
+    return engine(input_ids=ids, labels=labels_for(job.model_class, ids)).loss
 
 
 def micro_batch_weights(num_micro_batches: int) -> list[int]:

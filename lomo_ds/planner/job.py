@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lomo_ds.byte_units import GIB
 from lomo_ds.config import read_json_object
+from lomo_ds.model_io.model_class import CAUSAL_LM
 from lomo_ds.optimizers import OPTIMIZERS
 from lomo_ds.planner.batch import MICRO, STEPS, TRAIN, num_micro_batches
 from lomo_ds.planner.device import DeviceKind
@@ -42,6 +43,7 @@ class Job:
         checkpointing: of activations.
         device: "gpu", or "cpu" for CPU ranks.
         attention: transformers' name of the attention function.
+        model_class: of transformers, an auto class or a model's own; see ``model_kind``.
         left_open: the part of the user's JSON that is null or "auto", for ``full_ds_json``.
         train_batch_follows: change ``train_batch_size`` to a number that the micro-batch and the ranks
             divide, which a search needs; otherwise a job where they do not is refused.
@@ -60,6 +62,7 @@ class Job:
     checkpointing: Checkpointing = "reentrant"
     device: DeviceKind = "gpu"
     attention: str = "sdpa"
+    model_class: str = CAUSAL_LM
     left_open: Mapping[str, Any] = field(default_factory=dict)
     train_batch_follows: bool = False
 
@@ -232,7 +235,9 @@ PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose vocabulary is known to work in tiles."""
 
 
-def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str, Any]:
+def default_ds_json(
+    optimizer: str = "Lomo", family: str = "llama", model_class: str = CAUSAL_LM
+) -> dict[str, Any]:
     """Settings for little memory: bf16, low limits on gathered weights, and, with a backward, exact clipping.
 
     The limits are those of ds_configs/lomo_bf16_low_memory.json, which an installed package does not have.
@@ -240,12 +245,13 @@ def default_ds_json(optimizer: str = "Lomo", family: str = "llama") -> dict[str,
     Args:
         optimizer: of the JSON.
         family: transformers' name of it; the vocabulary is in tiles for ``PLAIN_HEADS``.
+        model_class: of transformers; only a causal language model's vocabulary is in tiles.
     """
     optimizer = _known_optimizer(optimizer)
     row = (RULES | METHODS).get(optimizer)
     for_backward = {
         "gradient_clipping": 1.0,
-        "tiled_vocabulary": {"enabled": family in PLAIN_HEADS},
+        "tiled_vocabulary": {"enabled": family in PLAIN_HEADS and model_class == CAUSAL_LM},
     }
     return {
         "optimizer": {"type": optimizer, "params": {"lr": row.lr if row else 1e-3}},

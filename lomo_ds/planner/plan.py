@@ -69,6 +69,7 @@ class Plan:
         run, job, formula = self.run, self.job, self.formula
         return {
             "model": self.model_name,
+            "model_class": self.job.model_class,
             "num_params": run.num_params,
             "num_gpus": job.num_gpus,
             "gpu_memory_bytes": job.gpu_memory_bytes,

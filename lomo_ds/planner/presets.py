@@ -103,5 +103,5 @@ def _read_config(path: Path) -> Any:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"model: transformers does not read {path}: {reason}") from None
     if getattr(config, "num_hidden_layers", None) is None or getattr(config, "vocab_size", None) is None:
-        raise ValueError(f"model: {path} is not the config of a causal language model")
+        raise ValueError(f"model: {path} is not the config of a language model")
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lomo_ds.byte_units import gib
+from lomo_ds.model_io.model_class import CAUSAL_LM
 from lomo_ds.planner.dry_run import DryRun
 from lomo_ds.planner.fit import missing_device_bytes, missing_host_bytes
 from lomo_ds.planner.job import Job, zero_limit
@@ -55,6 +56,8 @@ def _for_device(job: Job, run: DryRun) -> str:
 
 
 def _peaks_at_head(job: Job, run: DryRun) -> bool:
-    """Whether the head's or the embedding's weight or gradient is live at the peak."""
+    """Whether weight or gradient of the head or the embedding are live at the peak and could be in tiles."""
+    if job.model_class != CAUSAL_LM:
+        return False
     vocabulary = job.model.vocab_size
     return any(vocabulary in block.shape and block.role.value != "parameters" for block in run.device.blocks)

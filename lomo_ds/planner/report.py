@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lomo_ds.byte_units import gib
+from lomo_ds.model_io.model_class import CAUSAL_LM
 from lomo_ds.planner.job import Job
 from lomo_ds.planner.ledger import Block, Peak
 from lomo_ds.planner.plan import Plan
@@ -29,10 +30,11 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _headline(plan: Plan) -> str:
     job, run = plan.job, plan.run
+    model_class = "" if job.model_class == CAUSAL_LM else f" as {job.model_class}"
     return (
-        f"{plan.model_name}: {run.num_params / 1e9:.2f}e9 parameters, {job.optimizer} on {job.num_gpus} GPUs "
-        f"of {gib(job.gpu_memory_bytes)} GiB, {job.micro_batch} x {job.seq_len} tokens each, "
-        f"checkpointing: {job.checkpointing.replace('_', '-')}"
+        f"{plan.model_name}{model_class}: {run.num_params / 1e9:.2f}e9 parameters, "
+        f"{job.optimizer} on {job.num_gpus} GPUs of {gib(job.gpu_memory_bytes)} GiB, "
+        f"{job.micro_batch} x {job.seq_len} tokens each, checkpointing: {job.checkpointing.replace('_', '-')}"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds.model_io.folder import SINGLE_FILE, ModelFolder
+from lomo_ds.model_io.new_heads import is_of_another_head
 from lomo_ds.model_io.tensor_file import PIECE_BYTES, TensorFile, TensorRecord
 from lomo_ds.zero3._internals import is_sharded, shard_spec
 
@@ -31,7 +32,7 @@ class _FakeFile(TensorFile):
 
 
 def fake_folder(model: Module) -> ModelFolder:
-    """The folder that ``model`` could have been saved to."""
+    """The folder that ``model`` could have been saved to; a classifier's, as the causal language model."""
     shapes = {
         name: shard_spec(param).shape if is_sharded(param) else tuple(param.shape)
         for name, param in model.named_parameters()
@@ -40,6 +41,7 @@ def fake_folder(model: Module) -> ModelFolder:
         name for name, _ in model.named_parameters(remove_duplicate=False)
     }
     shapes |= {name: tuple(model.get_buffer(name).shape) for name in others}
+    shapes = {name: shape for name, shape in shapes.items() if not is_of_another_head(model, name)}
     tensors = {name: TensorRecord(dtype=_DTYPE, shape=shape) for name, shape in shapes.items()}
     path = Path("(fake)")
     file = _FakeFile(path=path / SINGLE_FILE, tensors=tensors, metadata={})

@@ -16,23 +16,32 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerBatch:
-    """Several examples with their answers, padded on the right.
+    """Several examples with their answers, padded on the right or packed.
 
     Attributes:
         input_ids: int64, shape (batch, sequence).
         attention_mask: int64, same shape; 0 at padding.
         kept: int64, shape (kept,), ascending: the positions at which any example predicts its answer.
         targets: int64, shape (batch, kept): the token to predict at each of them, or IGNORED.
+        position_ids: int64, shape (batch, sequence), of packed examples, each from 0; None for one a row.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     kept: Tensor
     targets: Tensor
+    position_ids: Tensor | None = None
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What the model reads. Packed examples have no mask: transformers then goes by their positions."""
+        if self.position_ids is not None:
+            return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def to(self, device: torch.device | str) -> AnswerBatch:
         """The same batch on ``device``."""
-        return AnswerBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return AnswerBatch(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def collate(answers: Sequence[EncodedAnswer], pad_token_id: int) -> AnswerBatch:

@@ -27,12 +27,7 @@ def answer_logits(model: Model, batch: AnswerBatch) -> Tensor:
     if is_classifier(model):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return logits.float()[:, None].expand(-1, len(batch.kept), -1)
-    outputs = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=batch.kept,
-        use_cache=False,
-    )
+    outputs = model(**batch.model_inputs(), logits_to_keep=batch.kept, use_cache=False)
     return outputs.logits.float()
 
 

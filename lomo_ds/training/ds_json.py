@@ -16,6 +16,7 @@ from lomo_ds.zero3.supported import refuse_unsupported
 _AUTO = "auto"
 _ADAPTERS = "*.lora_*"
 """Pattern of the names that peft gives to the parameters of adapters."""
+_EVERYTHING = "*"
 
 
 def read_ds_json(path: str | Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def fill_ds_json(ds_json: Mapping[str, Any], recipe: Recipe, world_size: int) ->
     _fill(filled, "optimizer.params.lr", recipe.optimizer.lr)
     _fill(filled, "optimizer.params.weight_decay", recipe.optimizer.weight_decay)
     if recipe.lora is not None:
-        _add_adapters(filled["optimizer"], recipe.lora)
+        _add_adapters(filled["optimizer"], recipe.lora, recipe.has_classifier)
     if filled["optimizer"]["params"].get("lr") is None:
         raise ValueError(
             'optimizer.lr is missing: give it in the recipe, or "optimizer.params.lr" in the JSON'
@@ -118,17 +119,21 @@ def _set_dtype(ds_json: dict[str, Any], dtype: str | None) -> None:
             ds_json[name]["enabled"] = False
 
 
-def _add_adapters(optimizer: dict[str, Any], lora: LoraRecipe) -> None:
+def _add_adapters(optimizer: dict[str, Any], lora: LoraRecipe, has_classifier: bool) -> None:
     """Add a parameter group for the adapters, in place; a frozen base needs no learning rate of its own.
 
-    AdamW updates them where there are gradients.
+    AdamW updates them where there are gradients. With a classifier on a frozen base the group has its head,
+    too: it has everything that no other group names, and keeps nothing for what is frozen.
     """
-    group = {"params": [_ADAPTERS], "lr": lora.lr, "weight_decay": lora.weight_decay}
+    with_head = has_classifier and not lora.train_base
+    pattern = _EVERYTHING if with_head else _ADAPTERS
+    group = {"params": [pattern], "lr": lora.lr, "weight_decay": lora.weight_decay}
     if not is_zeroth_order(optimizer["type"]):
         group["type"] = "AdamW"
     optimizer_params = optimizer.setdefault("params", {})
     others = optimizer_params.get("param_groups", [])
-    optimizer_params["param_groups"] = others if group in others else [group, *others]
+    if group not in others:
+        optimizer_params["param_groups"] = [*others, group] if with_head else [group, *others]
     if not lora.train_base:
         optimizer_params.setdefault("lr", lora.lr)
 

@@ -20,6 +20,7 @@ from lomo_ds.training.metrics import StepMetrics, append_line, write_lines
 from lomo_ds.training.model import load_tokenizer
 from lomo_ds.training.monitors import tell_monitors
 from lomo_ds.training.outputs import OutputFolder
+from lomo_ds.training.packing_check import refuse_unpackable
 from lomo_ds.training.plan import RunPlan, plan_run
 from lomo_ds.training.progress import TrainingProgress
 from lomo_ds.training.recipe_file import continues_output, require_free_output
@@ -80,6 +81,7 @@ class Job:
             seed=recipe.seed,
             pad_token_id=self.data.pad_token_id,
             num_steps_done=self.engine.global_steps,
+            row_length=recipe.max_sequence_length if recipe.packing else None,
         )
 
     def end_phase(self, phase: str) -> None:
@@ -145,6 +147,8 @@ def set_up(
         start_s=start_s,
         stop=stop,
     )
+    if recipe.packing:
+        refuse_unpackable(job.engine, data.train)
     if checkpoint is not None:
         _resume(job, checkpoint)
     job.end_phase("loading_s")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lomo_ds.tasks.batching import AnswerBatch, collate
 from lomo_ds.tasks.encoding import EncodedAnswer
 from lomo_ds.tasks.order import global_batches, micro_batches
+from lomo_ds.tasks.packing import collate_packed
 from lomo_ds.tasks.scoring import answer_logits, target_log_likelihood
 from lomo_ds.training.interruption import StopFlag
 from lomo_ds.training.memory import peak_bytes
@@ -31,6 +32,7 @@ class TrainingSet:
         seed: of the order of the examples.
         pad_token_id: any token; padding is masked.
         num_steps_done: steps that earlier processes have made.
+        row_length: tokens of a row into which the examples of a micro-batch are packed; None for one a row.
     """
 
     answers: Sequence[EncodedAnswer]
@@ -40,6 +42,14 @@ class TrainingSet:
     seed: int
     pad_token_id: int
     num_steps_done: int = 0
+    row_length: int | None = None
+
+    def collated(self, indices: Sequence[int]) -> AnswerBatch:
+        """The examples of these indices as tensors."""
+        answers = [self.answers[index] for index in indices]
+        if self.row_length is None:
+            return collate(answers, self.pad_token_id)
+        return collate_packed(answers, self.pad_token_id, self.row_length)
 
 
 def train(engine: Any, data: TrainingSet, stop: StopFlag) -> Iterator[tuple[StepMetrics, bool]]:
@@ -122,7 +132,7 @@ class _MicroBatch:
         self.num_tokens = 0
 
     def __call__(self) -> Tensor:
-        batch = collate([self._data.answers[index] for index in self._indices], self._data.pad_token_id)
+        batch = self._data.collated(self._indices)
         self.num_tokens = int(batch.attention_mask.sum())
         loss_sum = token_loss_sum(self._engine, batch.to(self._engine.device))
         self.loss_sum = loss_sum.detach()
@@ -153,8 +163,7 @@ def token_loss_sum(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
 def _token_loss_sum_in_tiles(model: Callable[..., Any], batch: AnswerBatch) -> Tensor:
     """The same from an engine that computes head and loss together and returns no logits."""
     return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        **batch.model_inputs(),
         logits_to_keep=batch.kept,
         use_cache=False,
         labels=batch.targets,

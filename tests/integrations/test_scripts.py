@@ -206,6 +206,17 @@ def launch(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
     )
 
 
+def test_the_command_knows_both_ranks_where_transformers_makes_the_group(tmp_path: Path) -> None:
+    """trainer.py reads its model before DeepSpeed has a group, with a "train_batch_size" of both ranks."""
+    write_tiny_folder(tmp_path / "start")
+    script, start = str(jobs.SCRIPTS / "trainer.py"), str(tmp_path / "start")
+    command = ["lomo_ds.cli.main", "run", "--num-ranks", "2", script, str(tmp_path / "command"), start]
+    done = launch(command)
+    assert done.returncode == 0, done.stderr
+    run_ranks(2, jobs.run, "trainer", str(tmp_path / "here"), start)
+    assert read_log(tmp_path / "command") == read_log(tmp_path / "here")
+
+
 def test_the_command_starts_two_ranks(tmp_path: Path) -> None:
     script = str(jobs.SCRIPTS / "accelerate_loop.py")
     done = launch(["lomo_ds.cli.main", "run", "--num-ranks", "2", script, str(tmp_path / "command")])

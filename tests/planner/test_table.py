@@ -52,7 +52,7 @@ def test_the_command_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--table", "--search", "gpus"], "--search is for a plan"),
         (["--table", "--num-gpus", "0"], "num-gpus has to be at least 1"),
         (["--table", "--checkpointing", "non-reentrant"], "closed form does not know"),
-        ([], "--model is required, or --table"),
+        ([], "--model is required, or --recipe, or --table"),
     ],
 )
 def test_nonsense_gets_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:

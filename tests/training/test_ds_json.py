@@ -91,6 +91,19 @@ def test_a_frozen_base_needs_no_learning_rate():
         fill_ds_json(ZERO3, recipe(optimizer={}, lora={}), 2)
 
 
+def test_a_classifiers_head_is_trained_with_the_adapters_of_a_frozen_base():
+    """The last group has what no other group names; nothing is kept for what is frozen."""
+    norms = {"params": ["*norm*"], "weight_decay": 0.0}
+    ds_json = ZERO3 | {"optimizer": {"type": "Lomo", "params": {"param_groups": [norms]}}}
+    changes = {"lora": {"train_base": False}, "model_class": "AutoModelForSequenceClassification"}
+    filled = fill_ds_json(ds_json, recipe(**changes), 2)
+    assert filled["optimizer"]["params"]["param_groups"] == [norms, ADAPTERS | {"params": ["*"]}]
+    assert fill_ds_json(filled, recipe(**changes), 2) == filled
+    changes["lora"] = {"train_base": True}
+    filled = fill_ds_json(ds_json, recipe(**changes), 2)
+    assert filled["optimizer"]["params"]["param_groups"] == [ADAPTERS, norms]
+
+
 def test_each_group_keeps_its_peak_under_deepspeeds_scheduler():
     schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
     changes = {"schedule": schedule, "lora": {"lr": 0.25}}

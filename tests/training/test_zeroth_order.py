@@ -119,7 +119,7 @@ def test_adapters_take_the_method_of_the_rest() -> None:
     groups = {}
     for name in ("Lomo", "zo-sgd"):
         optimizer: dict[str, Any] = {"type": name, "params": {"lr": 0.2}}
-        _add_adapters(optimizer, lora)
+        _add_adapters(optimizer, lora, has_classifier=False)
         groups[name] = optimizer["params"]["param_groups"][0]
     assert groups["Lomo"].get("type") == "AdamW" and "type" not in groups["zo-sgd"]
 

@@ -9,7 +9,7 @@ DeepSpeed.
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
-from lomo_ds.zero3._internals.cpu_comm import use_only_gloo_on_cpu
+from lomo_ds.zero3._internals.cpu_comm import group_known_before_init, use_only_gloo_on_cpu
 from lomo_ds.zero3._internals.dtypes import KEEP_KEY, TRAINABLE, Dtypes, convert
 from lomo_ds.zero3._internals.engine import EngineBase
 from lomo_ds.zero3._internals.forward import (
@@ -85,5 +85,6 @@ __all__ = [
     "shard_spec",
     "stored_shard",
     "use_only_gloo_on_cpu",
+    "group_known_before_init",
     "without_backward_hooks",
 ]
