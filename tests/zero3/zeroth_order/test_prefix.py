@@ -19,7 +19,7 @@ from tests.zero3.zeroth_order import jobs
 LAYERS = 3
 WIDTH = 6
 
-# What is taken over, without ranks ---------------------------------------------------------------
+# What is shared, without ranks ------------------------------------------------------------------
 
 
 class Counted(nn.Module):
@@ -75,7 +75,7 @@ def test_what_was_written_to_is_noticed(output: Any) -> None:
     assert not prefix.finished[0].is_unchanged
 
 
-def test_what_keeps_no_count_of_writes_is_not_taken_over() -> None:
+def test_what_keeps_no_count_of_writes_is_not_shared() -> None:
     with torch.inference_mode():
         uncounted = torch.zeros(2)
     for output in (uncounted, (torch.zeros(2), Counted())):
@@ -85,7 +85,7 @@ def test_what_keeps_no_count_of_writes_is_not_taken_over() -> None:
         assert not prefix.finished[0].is_unchanged
 
 
-def test_random_numbers_go_on_after_a_module_as_they_did() -> None:
+def test_random_numbers_continue_after_a_module_as_they_did() -> None:
     dropout, prefix, start = nn.Dropout(), Prefix(), RandomState.now()
     prefix.enter()
     prefix.leave(dropout, dropout(torch.ones(8)))
