@@ -19,7 +19,7 @@ from lomo_ds.zero3._internals import (
     process_group_size,
     set_modules_in_forward,
 )
-from lomo_ds.zero3.zeroth_order.lockstep import Lockstep
+from lomo_ds.zero3.zeroth_order.lockstep import Lockstep, NotShareable
 from lomo_ds.zero3.zeroth_order.perturbation import MoveOf, PerturbedModules, Side
 from lomo_ds.zero3.zeroth_order.prefix import same
 from lomo_ds.zero3.zeroth_order.random_state import RandomState
@@ -94,10 +94,19 @@ class Forwards:
         """
         start = RandomState.now()
         groups = [points[first : first + self._at_once] for first in range(0, len(points), self._at_once)]
-        returned = [self._until_known(closure, group, start) for group in groups]
+        returned = [self._tried(closure, group, start) for group in groups]
         if self._shares is None and self._lockstep is not None and self._lockstep.has_shared:
             returned = self._checked(closure, groups, start, returned)
         return [one for of_group in returned for one in of_group]
+
+    def _tried(self, closure: Callable[[], Any], group: Sequence[MoveOf], start: RandomState) -> list[Any]:
+        """Run a group of forwards; nothing is returned where the check has yet to say what is wrong."""
+        try:
+            return self._until_known(closure, group, start)
+        except NotShareable as error:
+            if self._shares is None:
+                return []
+            raise error.__cause__ or error from None
 
     def _checked(
         self,
@@ -113,8 +122,10 @@ class Forwards:
         """
         self._shares = False
         alone = [self._until_known(closure, group, start) for group in groups]
-        pairs = zip(returned, alone, strict=True)
-        self._shares = all(same(*pair) for of_group in pairs for pair in zip(*of_group, strict=True))
+        self._shares = all(
+            len(ones) == len(others) and all(map(same, ones, others))
+            for ones, others in zip(returned, alone, strict=True)
+        )
         return alone
 
     def _until_known(
@@ -123,17 +134,18 @@ class Forwards:
         """Run forwards; again where they showed how a parameter is used, which was not known before.
 
         Either ZeRO-3 met it in another module than its own, and gathered it there without perturbing it; from
-        now on it comes with that module. Or see ``PerturbedModules.num_used_again``. Or what was shared could
-        not be.
+        now on it comes with that module. Or see ``PerturbedModules.num_used_again``.
         """
         while True:
             known = self._num_known
             start.restore()
-            returned = self._run(closure, points)
-            if returned is None:
-                self._shares = False
-            elif self._num_known == known:
-                return returned
+            try:
+                returned = self._run(closure, points)
+                if self._num_known == known:
+                    return returned
+            except NotShareable:
+                if self._num_known == known:
+                    raise
             self._drop_gathered()
 
     @property
@@ -141,7 +153,7 @@ class Forwards:
         """How much is known about where parameters are used; it only grows."""
         return num_external_params(self._modules.modules) + self._modules.num_used_again
 
-    def _run(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any] | None:
+    def _run(self, closure: Callable[[], Any], points: Sequence[MoveOf]) -> list[Any]:
         if not all(map(is_gathered, self._persistent)):
             self._optimizer.gather_persistent_params(self._optimizer.owned_params())
         stack = modules_in_forward()

@@ -47,9 +47,7 @@ class Lockstep:
         self._modules, self._hooks, self._names = modules, hooks, names
         self.has_shared = False
 
-    def run(
-        self, closure: Callable[[], Any], sides: Sequence[Side], shares: bool = False
-    ) -> list[Any] | None:
+    def run(self, closure: Callable[[], Any], sides: Sequence[Side], shares: bool) -> list[Any]:
         """Call ``closure`` at each point.
 
         Args:
@@ -58,10 +56,12 @@ class Lockstep:
             shares: whether the others begin where their points part from that of the last one.
 
         Returns:
-            What it returned at each; None where beginning there turned out to be wrong.
+            What it returned at each.
 
         Raises:
             RuntimeError: the calls do not run the same modules in the same order; names the key.
+            NotShareable: one that did not begin at the beginning failed, from its error; the leading one has
+                come to its end.
         """
         group = _Group(self._modules, self._hooks, self._names, closure, sides, shares)
         self._modules.on_enter, self._modules.on_leave = group.on_enter, group.on_leave
@@ -74,6 +74,10 @@ class Lockstep:
             self._modules.followers = ()
 
 
+class NotShareable(Exception):
+    """Forwards failed that began with what another one had computed; perhaps for that reason."""
+
+
 class _Follower:
     """A forward that follows.
 
@@ -84,8 +88,10 @@ class _Follower:
     Attributes:
         stack, random_state: ZeRO-3's modules in forward, and torch's generators, as it left them.
         paused_in: the module in which it pauses; None at its end.
-        prefix: what it need not compute; None while the leading forward has not come to where they part.
-        is_lost: whether it failed with a prefix that may have been wrong.
+        prefix: what it need not compute; None while the leading forward has not come to where they part,
+            and empty as soon as it has it.
+        has_shared: whether there was such.
+        error: with which it failed then.
     """
 
     def __init__(self, side: Side, follow: Callable[[_Follower], Any]) -> None:
@@ -94,7 +100,8 @@ class _Follower:
         self.coroutine = Coroutine(lambda: follow(self))
         self.paused_in: Module | None = None
         self.prefix: list[FinishedModule] | None = None
-        self.is_lost = False
+        self.has_shared = False
+        self.error: Exception | None = None
 
 
 class _Group:
@@ -115,7 +122,7 @@ class _Group:
         self._running: _Follower | None = None
         self._prefix: Prefix | None = Prefix()
 
-    def run(self) -> list[Any] | None:
+    def run(self) -> list[Any]:
         try:
             with self._modules.running(self._lead):
                 last = self._closure()
@@ -124,14 +131,15 @@ class _Group:
             for one in self._followers:
                 with self._as_follower(one):
                     one.coroutine.cancel()
-        if any(one.is_lost for one in self._followers):
-            return None
+        for one in self._followers:
+            if one.error is not None:
+                raise NotShareable from one.error
         assert all(one.coroutine.has_ended for one in self._followers), "they follow to their end"
         return [*(one.coroutine.returned for one in self._followers), last]
 
     @property
     def has_shared(self) -> bool:
-        return any(one.prefix for one in self._followers)
+        return any(one.has_shared for one in self._followers)
 
     # Where they part ----------------------------------------------------------------------------
 
@@ -171,7 +179,7 @@ class _Group:
         for one in self._followers:
             if one.prefix is None and module is None:
                 one.prefix = list(self._prefix.finished) if self._prefix else []
-            if one.prefix is not None and not one.is_lost:
+            if one.prefix is not None and one.error is None:
                 self._let_one_follow_to(module, one)
 
     def _let_one_follow_to(self, module: Module | None, one: _Follower) -> None:
@@ -181,14 +189,11 @@ class _Group:
                 one.coroutine.resume()
             if one.paused_in is not module:
                 raise self._parted(one.paused_in, module)
-        except NotGathered as error:
-            one.is_lost = bool(one.prefix)
-            if not one.is_lost:
-                raise self._parted(error.module, module) from None
-        except Exception:
-            one.is_lost = bool(one.prefix)
-            if not one.is_lost:
-                raise
+        except Exception as error:
+            found = self._parted(error.module, module) if isinstance(error, NotGathered) else error
+            if not one.has_shared:
+                raise found from None
+            one.error = found
 
     @contextmanager
     def _catching_up(self, one: _Follower) -> Iterator[None]:
@@ -198,6 +203,7 @@ class _Group:
             return
         assert one.prefix is not None, "they have parted"
         replay = one.side.replay = Replay(one.prefix)
+        one.has_shared, one.prefix = bool(replay), []
         try:
             with replay.in_place_of_forwards():
                 yield

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lomo_ds.zero3.zeroth_order.prefix import Prefix, Replay, same
 from lomo_ds.zero3.zeroth_order.random_state import RandomState
 from tests.harness import run_ranks
+from tests.reference.model import rank_batch
 from tests.zero3 import jobs as engine_jobs
 from tests.zero3.zeroth_order import jobs
 
@@ -123,7 +124,8 @@ class Layered(nn.Module):
 
     Args:
         special: None; "write", and the layers write to what the layer before returned; "collect", and the
-            loss has a term that hooks on the layers collect, as those of transformers do.
+            loss has a term that hooks on the layers collect, as those of transformers do; "require", and
+            it is an error where such a hook has not been called.
     """
 
     def __init__(self, special: str | None) -> None:
@@ -131,7 +133,7 @@ class Layered(nn.Module):
         self.special, self.of_thread = special, threading.local()
         self.embedding, self.head = nn.Embedding(23, WIDTH), nn.Linear(WIDTH, 23)
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        if special == "collect":
+        if special in ("collect", "require"):
             for layer in self.layers:
                 layer.linear.register_forward_hook(
                     lambda *called: self.of_thread.collected.append(called[-1].mean())
@@ -142,6 +144,8 @@ class Layered(nn.Module):
         hidden = self.embedding(tokens)
         for layer in self.layers:
             hidden = layer(hidden.mul_(1.01) if self.special == "write" else hidden)
+        if self.special == "require" and len(collected) != LAYERS:
+            raise ValueError(f"{len(collected)} layers have been computed")
         loss = F.cross_entropy(self.head(hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         return loss + sum(collected)
 
@@ -203,9 +207,38 @@ def without_lockstep(params: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key != "blocks_at_once"}
 
 
-@pytest.mark.parametrize("special", ["write", "collect"])
+@pytest.mark.parametrize("special", ["write", "collect", "require"])
 def test_nothing_is_shared_where_that_would_change_a_loss(special: str) -> None:
     alone, _ = run_ranks(2, train_layered, special, paired=False, **BLOCK_WISE)[0]
     for weights, counted in run_ranks(2, train_layered, special, **BLOCK_WISE):
         assert all(torch.equal(weights[name], alone[name]) for name in alone)
         assert counted[1:] == [ALONE, ALONE]
+
+
+def fail_in_the_third_step() -> tuple[str, bool]:
+    """The message of a closure that fails where it is not called first, and whether a step is made after."""
+    import lomo_ds
+
+    engine = lomo_ds.initialize(model=layered_model(None), config=jobs.zo_json(lr=1e-3, **BLOCK_WISE))[0]
+    batch, calls = rank_batch(0, engine.global_rank, engine.world_size), []
+
+    def closure(fails: bool) -> Tensor:
+        calls.append(fails)
+        loss = engine(batch)
+        if fails and len(calls) > 1:
+            raise KeyError("of the user")
+        return loss
+
+    for _ in range(2):
+        engine.train_batch([lambda: closure(False)])
+    calls.clear()
+    try:
+        engine.train_batch([lambda: closure(True)])
+        message = ""
+    except KeyError as error:
+        message = str(error)
+    return message, bool(engine.train_batch([lambda: closure(False)]) > 0)
+
+
+def test_an_error_of_the_user_is_told_as_it_is() -> None:
+    assert run_ranks(2, fail_in_the_third_step) == [("'of the user'", True)] * 2
