@@ -33,7 +33,7 @@ $(STAMP): constraints.txt pyproject.toml
 
 # Two files of tests at a time: ranks that wait for each other leave a core idle.
 test: $(STAMP)  ## run the default tests on CPU ranks, the cheapest first
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadgroup
 
 test-fast: $(STAMP)  ## run the tests that start no ranks
 	$(PYTEST) -m 'not ranks and not slow and not async_io and not cluster'

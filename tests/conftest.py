@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tiers.mark_ranks(item)
     skip_without_accelerator([item for item in items if item.get_closest_marker("gpu")])
     items.sort(key=tiers.tier_of)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,6 +32,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         guard.item = None
+
+
+def group_of(item: pytest.Item) -> str:
+    """What runs in one process under ``-n``: the tests of a file, or all that share the dry runs."""
+    return "dry_runs" if "dry_runs" in getattr(item, "fixturenames", ()) else str(item.path)
 
 
 def skip_without_accelerator(items: list[pytest.Item]) -> None:

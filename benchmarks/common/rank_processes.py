@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,13 +113,21 @@ def job_environment(device: Device = "cpu") -> dict[str, str]:
 def _start(
     command: list[str], given: Mapping[str, str], out: Path, rank: int, num_ranks: int, port: int
 ) -> subprocess.Popen:
-    """A rank at the head of a process group of its own, so that what it starts ends with it."""
+    """A rank at the head of a process group of its own, so that what it starts ends with it.
+
+    It can be interrupted, also where this program runs in the background of a shell, which ignores that.
+    """
     environment = {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
     with _log_path(out, rank).open("w") as log:
         return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
 

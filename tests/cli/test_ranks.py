@@ -38,6 +38,12 @@ SLEEP = "time.sleep(100)"
 Start = Callable[..., subprocess.Popen]
 
 
+def heed_signals() -> None:
+    """Those that a job in the background, or one under nohup, ignores."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a command whose two ranks do something; returns it when both are ready."""
@@ -53,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+            preexec_fn=heed_signals,
         )
         runs.append(run)
         run.lines = [run.stdout.readline() for _ in range(2)]
