@@ -85,22 +85,27 @@ def best_lr(task: str, method: str, results: Sequence[Found]) -> float | None:
 
 
 def ranked(task: str, methods: Iterable[str], results: Sequence[Found]) -> list[str]:
-    """The baseline, LOMO, then the others, lowest loss on the slice first."""
+    """Lowest loss on the slice first."""
     losses = {name: min(tried(task, name, results).values()) for name in methods}
-    return sorted(losses, key=lambda name: (name != BASELINE, name != FLOOR, losses[name]))
+    return sorted(losses, key=losses.__getitem__)
 
 
-def finalists(task: str, methods: Sequence[str], results: Sequence[Found]) -> list[str]:
-    """The baseline, LOMO, and the best rules of less than a byte of state a parameter."""
-    small = [name for name in methods if METHODS[name].kind == "rule" and _state(task, name, results) < 1]
-    chosen = [name for name in methods if name == BASELINE or name in small]
-    return ranked(task, chosen, results)[: 2 + NUM_FINALISTS]
+def finalists(tasks: Sequence[str], methods: Sequence[str], results: Sequence[Found]) -> list[str]:
+    """The baseline, LOMO, and the rules of less than a byte of state a parameter with the best places.
+
+    A rule's places on the tasks, among such rules, are added. The grids of all tasks have to be finished.
+    """
+    rules = [name for name in methods if METHODS[name].kind == "rule" and METHODS[name].tasks is None]
+    small = [name for name in rules if name != FLOOR and _state(name, results) < 1]
+    places = {name: sum(ranked(task, small, results).index(name) for task in tasks) for name in small}
+    best = sorted(small, key=places.__getitem__)[:NUM_FINALISTS]
+    return [name for name in (BASELINE, FLOOR) if name in methods] + best
 
 
-def _state(task: str, method: str, results: Sequence[Found]) -> float:
-    """Bytes of state a parameter."""
-    run = next(found for found in results if (found["task"], found["method"]) == (task, method))
-    return run["state_bytes"] / run["num_params"]
+def _state(method: str, results: Sequence[Found]) -> float:
+    """Bytes of state a parameter, of the task where it is most."""
+    runs = [found for found in results if found["method"] == method]
+    return max(found["state_bytes"] / found["num_params"] for found in runs)
 
 
 def grid_cells(task: str, methods: Sequence[str], results: Sequence[Found]) -> list[Cell]:
@@ -112,18 +117,9 @@ def grid_cells(task: str, methods: Sequence[str], results: Sequence[Found]) -> l
     ]
 
 
-def seed_cells(task: str, methods: Sequence[str], results: Sequence[Found], with_all: bool) -> list[Cell]:
-    """What is missing of the runs whose losses are reported; all grids have to be finished.
-
-    Args:
-        task: of ``BUDGETS``.
-        methods: their names.
-        results: of finished runs.
-        with_all: whether methods that are no finalists get their seeds, too.
-    """
-    own = methods_of(task, methods)
-    seeded = ranked(task, own, results) if with_all else finalists(task, own, results)
-    runs = [cell(task, name, best_lr(task, name, results), seed) for seed in SEEDS for name in seeded]
+def seed_cells(task: str, methods: Sequence[str], results: Sequence[Found]) -> list[Cell]:
+    """What is missing of the runs whose losses are reported, of methods whose grids are finished."""
+    runs = [cell(task, name, best_lr(task, name, results), seed) for seed in SEEDS for name in methods]
     return [one for one in runs if found_of(one, results) is None]
 
 

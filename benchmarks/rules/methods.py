@@ -145,5 +145,5 @@ SEEDS = (1, 2, 3, 4, 5)
 MAX_EXTENSIONS = 3
 """Learning rates that are added at either end of a grid whose best is its first or last."""
 NUM_FINALISTS = 3
-"""Rules of less than a byte of state a parameter that get all seeds first, after AdamW and LOMO."""
+"""Rules of less than a byte of state a parameter that get all seeds, as do AdamW and LOMO."""
 WARMUP_RATIO = 0.1

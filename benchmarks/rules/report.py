@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.paths import PAGES
-from benchmarks.rules.methods import BASELINE, BUDGETS, GRID_SEED, METHODS, SEEDS, WARMUP_RATIO
+from benchmarks.rules.methods import BASELINE, BUDGETS, GRID_SEED, METHODS, NUM_FINALISTS, SEEDS, WARMUP_RATIO
 from benchmarks.rules.summary import SMALL_STATE, beats_floor, matches_baseline, summarize
 
 Found = dict[str, Any]
@@ -29,7 +29,10 @@ def markdown(results: Found, summary: Found) -> str:
     parts = [
         "# Update rules compared by held-out loss\n",
         _INTRODUCTION.format(
-            seeds=", ".join(map(str, SEEDS)), grid_seed=GRID_SEED, warmup=f"{WARMUP_RATIO:.0%}"
+            seeds=", ".join(map(str, SEEDS)),
+            grid_seed=GRID_SEED,
+            warmup=f"{WARMUP_RATIO:.0%}",
+            num_finalists=NUM_FINALISTS,
         ),
         f"Written by `python -m benchmarks.rules.run --data DIR` on {machine['cores']} cores of "
         f"{machine['cpu']},\n{machine['memory']}, with {versions}.\n"
@@ -52,7 +55,9 @@ but for AdaLomo.
 
 Seed {grid_seed} tries a grid of at least four learning rates, in factors of about the root of 10; where the
 best is at an end of the grid, further ones. The one with the lowest loss on a slice of the training data, on
-which no run trains, is used with the seeds {seeds}, which change batches, initial values and rounding.
+which no run trains, is used with the seeds {seeds}, which change batches, initial values and rounding, by
+AdamW, LOMO and the {num_finalists} rules of less than a byte of state a parameter that have the best places
+on the tasks' slices.
 "Difference" is that of the held-out loss to AdamW's (or LOMO's) of the same seed, as a mean over the seeds,
 with its standard error: below 0 is better.
 """

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.machine import describe_machine, describe_versions
 from benchmarks.common.paths import PAGES, ROOT
-from benchmarks.rules.cells import Cell, Found, grid_cells, seed_cells
+from benchmarks.rules.cells import Cell, Found, finalists, grid_cells, methods_of, seed_cells
 from benchmarks.rules.data import TASKS, TaskData, load
 from benchmarks.rules.methods import BUDGETS, METHODS
 from benchmarks.rules.report import write_report
@@ -51,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of SST-2 and the instructions")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--all-seeds", action="store_true", help="for all methods, not for the finalists alone"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--downloads", type=Path, default=ROOT / "downloads")
     parser.add_argument("--out", type=Path, default=PAGES)
@@ -127,14 +130,21 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     with ProcessPoolExecutor(args.workers, mp_context=get_context("fork")) as workers:
-        for stage in (grid_cells, partial(seed_cells, with_all=False), partial(seed_cells, with_all=True)):
-            for task in args.tasks:
-                while todo := stage(task, args.methods, results):
-                    for done in as_completed([workers.submit(run_cell, cell) for cell in todo]):
-                        results.append(done.result())
-                        write_results(path, results)
-                        write_report(args.out)
-                        console.print(one_line(results[-1]), highlight=False, soft_wrap=True)
+
+        def run_all(todo: Callable[[], Sequence[Cell]]) -> None:
+            """Run cells, and those that are missing then."""
+            while cells := todo():
+                for done in as_completed([workers.submit(run_cell, cell) for cell in cells]):
+                    results.append(done.result())
+                    write_results(path, results)
+                    write_report(args.out)
+                    console.print(one_line(results[-1]), highlight=False, soft_wrap=True)
+
+        for task in args.tasks:
+            run_all(partial(grid_cells, task, args.methods, results))
+        seeded = args.methods if args.all_seeds else finalists(args.tasks, args.methods, results)
+        for task in args.tasks:
+            run_all(partial(seed_cells, task, methods_of(task, seeded), results))
 
 
 def one_line(found: Found) -> str:

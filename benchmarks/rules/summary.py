@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from benchmarks.rules.cells import Found, best_lr, cell, found_of, grid_cells, methods_of, tried
+from benchmarks.rules.cells import (
+    Found,
+    best_lr,
+    cell,
+    finalists,
+    found_of,
+    grid_cells,
+    methods_of,
+    tried,
+)
 from benchmarks.rules.methods import BASELINE, BUDGETS, FLOOR, METHODS, SEEDS
 
 SMALL_STATE = 0.1
@@ -18,13 +27,17 @@ def summarize(results: Sequence[Found]) -> dict[str, Any]:
 
     Returns:
         ``tasks``: task -> method -> see ``_method``, for methods of which something was tried.
-        ``missing``: per task how many runs are left of the grids, and methods without all seeds.
+        ``finalists``: methods that get all seeds; none while a grid is unfinished.
+        ``missing``: per task how many runs are left of the grids, and finalists without all seeds.
         ``cpu_s``: processor time of all runs.
     """
     tasks = {task: _task(task, results) for task in BUDGETS}
+    num_left = {task: len(grid_cells(task, methods_of(task, METHODS), results)) for task in BUDGETS}
+    seeded = [] if any(num_left.values()) else finalists(list(BUDGETS), list(METHODS), results)
     return {
         "tasks": tasks,
-        "missing": {task: _missing(task, results, methods) for task, methods in tasks.items()},
+        "finalists": seeded,
+        "missing": {task: _missing(num_left[task], methods, seeded) for task, methods in tasks.items()},
         "cpu_s": sum(found["cpu_s"] for found in results),
     }
 
@@ -100,11 +113,10 @@ def beats_floor(figures: dict[str, Any]) -> bool | None:
     return None if difference is None else difference["mean"] < -2 * difference["error"]
 
 
-def _missing(task: str, results: Sequence[Found], methods: dict[str, Any]) -> dict[str, Any]:
-    names = methods_of(task, METHODS)
+def _missing(num_grid_runs: int, methods: dict[str, Any], seeded: Sequence[str]) -> dict[str, Any]:
     return {
-        "num_grid_runs": len(grid_cells(task, names, results)),
+        "num_grid_runs": num_grid_runs,
         "without_all_seeds": [
-            METHODS[name].label for name in names if len(methods.get(name, {}).get("seeds", ())) < len(SEEDS)
+            METHODS[name].label for name in seeded if len(methods[name]["seeds"]) < len(SEEDS)
         ],
     }

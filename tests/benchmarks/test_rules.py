@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.rules import report, summary
-from benchmarks.rules.cells import best_lr, cell, finalists, grid_cells, missing_lrs, seed_cells
+from benchmarks.rules.cells import best_lr, cell, finalists, grid_cells, methods_of, missing_lrs, seed_cells
 from benchmarks.rules.data import pretraining
 from benchmarks.rules.methods import BUDGETS, METHODS, SEEDS, neighbour
 from benchmarks.rules.training import packed, schedule, token_losses
@@ -66,21 +66,25 @@ def test_a_learning_rate_that_diverged_is_not_the_best():
     assert best_lr("sst2", "lomo", results) == 0.3
 
 
+TASKS = list(BUDGETS)
+
+
 def test_grids_come_first_then_the_seeds_of_the_finalists():
-    names = ["adamw", "lomo", "sink_gd", "scale", "sign_sgd", "adalomo", "rmnp"]
-    assert len(grid_cells("sst2", names, [])) == 4 * len(names)
-    results = [found for name in names[:-1] for found in grid("sst2", name, 1)]
-    assert {one.method for one in grid_cells("sst2", names, results)} == {"rmnp"}
-    results += grid("sst2", "rmnp", 1, state_bytes=101)
+    names = ["adamw", "lomo", "sink_gd", "scale", "sign_sgd", "adalomo", "rmnp", "lora", "sink_gd_5"]
+    assert len(grid_cells("sst2", names, [])) == 4 * (len(names) - 1)
+    assert [len(methods_of(task, names)) for task in TASKS] == [8, 8, 8]
+    results = [found for task in TASKS for name in names[:-3] for found in grid(task, name, 1)]
+    assert {one.method for one in grid_cells("sst2", names, results)} == {"rmnp", "lora"}
+    results += [found for task in TASKS for found in grid(task, "rmnp", 1, state_bytes=101)]
+    losses = {"sink_gd": (3, 1, 2), "scale": (1, 2, 1), "sign_sgd": (4, 4, 4), "adalomo": (2, 3, 3)}
     for found in results:
-        if found["method"] == "sign_sgd":
-            found["loss"]["slice"] += 1
-    assert finalists("sst2", names, results) == ["adamw", "lomo", "sink_gd", "scale", "adalomo"]
-    todo = seed_cells("sst2", names, results, with_all=False)
-    assert [(one.method, one.seed) for one in todo[:6]][-1] == ("adamw", 2) and len(todo) == 5 * len(SEEDS)
-    assert len(seed_cells("sst2", names, results, with_all=True)) == len(names) * len(SEEDS)
+        found["loss"]["slice"] += losses.get(found["method"], (0, 0, 0))[TASKS.index(found["task"])]
+    assert finalists(TASKS, names, results) == ["adamw", "lomo", "scale", "sink_gd", "adalomo"]
+    assert finalists(["sst2"], names, results)[2:] == ["sink_gd", "scale", "adalomo"]
+    todo = seed_cells("sst2", ["adamw", "lomo", "scale"], results)
+    assert [(one.method, one.seed) for one in todo[:4]][-1] == ("adamw", 2) and len(todo) == 3 * len(SEEDS)
     results.append(run("sst2", "adamw", 1e-4, 1, 0.5))
-    assert len(seed_cells("sst2", names, results, with_all=False)) == len(todo) - 1
+    assert len(seed_cells("sst2", ["adamw", "lomo", "scale"], results)) == len(todo) - 1
 
 
 def test_differences_are_those_of_equal_seeds():
