@@ -158,6 +158,7 @@ class Recipe:
         model_class: of transformers, an auto class or a model's own; one for sequence classification gets
             a classifier of the task's options.
         weights: a universal checkpoint of DeepSpeed, whose parameters replace the model's own.
+        chat_template_path: Jinja file that replaces the tokenizer's chat template; None keeps that.
         max_sequence_length: in tokens; longer prompts lose their beginning.
         packing: several examples of a micro-batch share a row of ``max_sequence_length`` tokens, in place of
             padding.
@@ -187,6 +188,7 @@ class Recipe:
     trust_remote_code: bool = False
     model_class: str = "AutoModelForCausalLM"
     weights: str | None = None
+    chat_template_path: str | None = None
     max_sequence_length: AtLeastOne = 512
     packing: bool = False
     epochs: AtLeastOne | None = None
@@ -212,6 +214,8 @@ class Recipe:
             raise ValueError(
                 "resume has to be auto or the folder of a checkpoint, not empty; delete it to start a new run"
             )
+        if self.chat_template_path is not None and self.task != "chat":
+            raise ValueError("chat_template_path is for conversations: set task to chat, or delete it")
         if self.has_classifier and self.packing:
             raise ValueError("packing is for causal language models: a classifier scores a row as a whole")
 

@@ -8,6 +8,8 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+from jinja2 import TemplateError
+
 from lomo_ds.tasks.prompts import ChatExample, ChoiceExample, ResponseExample
 
 
@@ -116,13 +118,20 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]], max_length: 
         The encoded answer; without targets where the messages before fill ``max_length``.
 
     Raises:
-        ValueError: no chat template, or one that writes the beginning in another way when the end is there.
+        ValueError: no chat template, a broken one, or one that writes the beginning in another way when the
+            end is there.
     """
     if not tokenizer.chat_template:
-        raise ValueError("task: chat needs a tokenizer with a chat template, and the model's has none")
+        raise ValueError(
+            "task: chat needs a tokenizer with a chat template, and the model's has none: set "
+            "chat_template_path to one"
+        )
     template = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
-    prompt_ids = list(template(list(messages[:-1]), add_generation_prompt=True))
-    whole_ids = list(template(list(messages)))
+    try:
+        prompt_ids = list(template(list(messages[:-1]), add_generation_prompt=True))
+        whole_ids = list(template(list(messages)))
+    except TemplateError as error:  # of its syntax, or its own objection to the roles
+        raise ValueError(f"task: the chat template refuses a conversation: {error}") from None
     if whole_ids[: len(prompt_ids)] != prompt_ids or len(whole_ids) == len(prompt_ids):
         raise ValueError(
             "task: the tokenizer's chat template does not write a conversation as the same text when the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
@@ -23,10 +24,13 @@ from lomo_ds.zero3.collective_errors import failing_together
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    """The model's tokenizer. Collective: a rank that fails lets the others fail, too."""
+    """The model's tokenizer, with the recipe's chat template. Collective: ranks fail together."""
     folder = model_folder(recipe.model)
     with failing_together():
-        return tokenizer_of(folder, recipe.trust_remote_code)
+        tokenizer = tokenizer_of(folder, recipe.trust_remote_code)
+        if recipe.chat_template_path is not None:
+            tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")
+        return tokenizer
 
 
 def load_model(plan: RunPlan) -> Any:

@@ -17,7 +17,7 @@ from lomo_ds.recipe_data import DatasetRecipe
 _MODEL_OR_DATA = ("model", "data.train.dataset", "data.evaluation.dataset")
 """Keys whose value may also be a name on the hub."""
 
-PATH_KEYS = (*_MODEL_OR_DATA, "weights", "deepspeed", "data.train", "data.evaluation")
+PATH_KEYS = (*_MODEL_OR_DATA, "weights", "chat_template_path", "deepspeed", "data.train", "data.evaluation")
 """Keys with a path, relative to the recipe's folder (of an override: to the working directory)."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -128,14 +128,20 @@ def _absolute(key: str, text: str, folder: Path) -> str:
 
 
 def _require_inputs(recipe: Recipe, path: str | Path) -> None:
-    files = {"deepspeed": recipe.deepspeed, "data.train": recipe.data.train}
-    if recipe.data.evaluation is not None:
-        files["data.evaluation"] = recipe.data.evaluation
+    files = {
+        "deepspeed": recipe.deepspeed,
+        "chat_template_path": recipe.chat_template_path,
+        "data.train": recipe.data.train,
+        "data.evaluation": recipe.data.evaluation,
+    }
+    folders = ("data.train", "data.evaluation") if isinstance(recipe.task, str) else ()
     for key, source in files.items():
+        if source is None:
+            continue
         if isinstance(source, DatasetRecipe):
             if Path(source.dataset).is_absolute() and not Path(source.dataset).is_dir():
                 raise ValueError(f"{path}: {key}.dataset: there is no folder {source.dataset}")
-        elif not (Path(source).exists() if isinstance(recipe.task, str) else Path(source).is_file()):
+        elif not (Path(source).is_file() or (key in folders and Path(source).is_dir())):
             raise ValueError(f"{path}: {key}: there is no file {source}")
     if recipe.weights is not None and not Path(recipe.weights).is_dir():
         raise ValueError(f"{path}: weights: there is no folder {recipe.weights}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lomo_ds.tasks.batching import IGNORED, collate
@@ -176,10 +178,30 @@ def test_a_conversation_is_written_by_the_chat_template() -> None:
     assert tokenizer.decode(cut.target_ids) == "Ok" and cut.is_cut
 
 
+def test_vicuna_reads_its_own_prompt() -> None:
+    """Version 1.1: a sentence about the assistant, then turns; an answer ends with the end-of-text token."""
+    template = Path(__file__).parents[2] / "recipes" / "chat_templates" / "vicuna.jinja"
+    tokenizer = tokenizer_with_bos(chat_template=template.read_text())
+    turns = ("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "Ok")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    answer = encode_chat(tokenizer, messages, 400)
+    whole = [*answer.input_ids, answer.target_ids[-1]]
+    assert tokenizer.decode(whole) == f"<s>{system} USER: Hi ASSISTANT: Yo</s>USER: Bye ASSISTANT: Ok</s>"
+    assert tokenizer.decode(answer.target_ids) == " Ok</s>" and whole.count(BOS) == 1
+    own = encode_chat(tokenizer, [{"role": "system", "content": "Be brief."}, *messages[:2]], 400)
+    assert tokenizer.decode(own.input_ids) == "<s>Be brief. USER: Hi ASSISTANT: Yo"
+
+
 def test_conversations_need_a_template_that_writes_the_beginning_alike() -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     with pytest.raises(ValueError, match="the model's has none"):
         encode_chat(tokenizer_with_bos(), messages, 100)
+    with pytest.raises(ValueError, match="refuses a conversation: unexpected"):
+        encode_chat(tokenizer_with_bos(chat_template="{{ }"), messages, 100)
     changing = tokenizer_with_bos(chat_template="{{ messages | length }}" + CHAT)
     with pytest.raises(ValueError, match="the answer cannot be told from the rest"):
         encode_chat(changing, messages, 100)

@@ -95,6 +95,7 @@ def test_mistakes_are_named(recipe_path: Path, override: str, message: str):
         ("data.train=gone.tsv", "data.train: there is no file"),
         ("data.evaluation=gone.tsv", "data.evaluation: there is no file"),
         ("weights=gone", "weights: there is no folder"),
+        ("task=chat chat_template_path=gone", "chat_template_path: there is no file"),
         ("model=./gone", "model: there is no folder"),
         ("model=/gone/too", "model: there is no folder"),
     ],
@@ -102,7 +103,7 @@ def test_mistakes_are_named(recipe_path: Path, override: str, message: str):
 def test_missing_inputs_are_named(recipe_path: Path, override: str, message: str):
     load_recipe(recipe_path)
     with pytest.raises(ValueError, match=message):
-        load_recipe(recipe_path, [override])
+        load_recipe(recipe_path, override.split())
 
 
 @pytest.mark.parametrize(
