@@ -1,0 +1,1 @@
+"""What zeroth order reaches on a task, by forward passes alone."""
