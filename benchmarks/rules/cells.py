@@ -15,6 +15,7 @@ from benchmarks.rules.methods import (
     METHODS,
     NUM_FINALISTS,
     SEEDS,
+    SMALL_STATE,
     neighbour,
 )
 
@@ -91,12 +92,12 @@ def ranked(task: str, methods: Iterable[str], results: Sequence[Found]) -> list[
 
 
 def finalists(tasks: Sequence[str], methods: Sequence[str], results: Sequence[Found]) -> list[str]:
-    """The baseline, LOMO, and the rules of less than a byte of state a parameter with the best places.
+    """The baseline, LOMO, and the rules of at most ``SMALL_STATE`` with the best places.
 
-    A rule's places on the tasks, among such rules, are added. The grids of all tasks have to be finished.
+    A rule's places on the tasks, among such rules, are added. Their grids have to be finished.
     """
     rules = [name for name in methods if METHODS[name].kind == "rule" and METHODS[name].tasks is None]
-    small = [name for name in rules if name != FLOOR and _state(name, results) < 1]
+    small = [name for name in rules if name != FLOOR and _state(name, results) <= SMALL_STATE]
     places = {name: sum(ranked(task, small, results).index(name) for task in tasks) for name in small}
     best = sorted(small, key=places.__getitem__)[:NUM_FINALISTS]
     return [name for name in (BASELINE, FLOOR) if name in methods] + best

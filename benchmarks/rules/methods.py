@@ -144,6 +144,8 @@ SEEDS = (1, 2, 3, 4, 5)
 """Of the runs whose losses are reported; ``GRID_SEED`` chooses learning rates and is not among them."""
 MAX_EXTENSIONS = 3
 """Learning rates that are added at either end of a grid whose best is its first or last."""
-NUM_FINALISTS = 3
-"""Rules of less than a byte of state a parameter that get all seeds, as do AdamW and LOMO."""
+SMALL_STATE = 0.1
+"""Bytes of state a parameter."""
+NUM_FINALISTS = 2
+"""Rules of at most ``SMALL_STATE`` that get all seeds, as do AdamW and LOMO."""
 WARMUP_RATIO = 0.1

@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.paths import PAGES
-from benchmarks.rules.methods import BASELINE, BUDGETS, GRID_SEED, METHODS, NUM_FINALISTS, SEEDS, WARMUP_RATIO
-from benchmarks.rules.summary import SMALL_STATE, beats_floor, matches_baseline, summarize
+from benchmarks.rules.methods import (
+    BASELINE,
+    BUDGETS,
+    GRID_SEED,
+    METHODS,
+    NUM_FINALISTS,
+    SEEDS,
+    SMALL_STATE,
+    WARMUP_RATIO,
+)
+from benchmarks.rules.summary import beats_floor, matches_baseline, summarize
 
 Found = dict[str, Any]
 
@@ -33,6 +42,7 @@ def markdown(results: Found, summary: Found) -> str:
             grid_seed=GRID_SEED,
             warmup=f"{WARMUP_RATIO:.0%}",
             num_finalists=NUM_FINALISTS,
+            small_state=SMALL_STATE,
         ),
         f"Written by `python -m benchmarks.rules.run --data DIR` on {machine['cores']} cores of "
         f"{machine['cpu']},\n{machine['memory']}, with {versions}.\n"
@@ -56,8 +66,8 @@ but for AdaLomo.
 Seed {grid_seed} tries a grid of at least four learning rates, in factors of about the root of 10; where the
 best is at an end of the grid, further ones. The one with the lowest loss on a slice of the training data, on
 which no run trains, is used with the seeds {seeds}, which change batches, initial values and rounding, by
-AdamW, LOMO and the {num_finalists} rules of less than a byte of state a parameter that have the best places
-on the tasks' slices.
+AdamW, LOMO and the {num_finalists} rules of at most {small_state} byte of state a parameter that have the
+best places on the tasks' slices.
 "Difference" is that of the held-out loss to AdamW's (or LOMO's) of the same seed, as a mean over the seeds,
 with its standard error: below 0 is better.
 """
@@ -96,7 +106,7 @@ def _missing(missing: Found) -> str:
 def _verdicts(tasks: Found) -> str:
     """What the rules with little state reach."""
     rows = [
-        "| at most 0.1 byte of state a parameter | as good as AdamW | better than LOMO |",
+        f"| at most {SMALL_STATE} byte of state a parameter | as good as AdamW | better than LOMO |",
         "|---|---|---|",
     ]
     for name, method in METHODS.items():

@@ -18,9 +18,6 @@ from benchmarks.rules.cells import (
 )
 from benchmarks.rules.methods import BASELINE, BUDGETS, FLOOR, METHODS, SEEDS
 
-SMALL_STATE = 0.1
-"""Bytes of state a parameter."""
-
 
 def summarize(results: Sequence[Found]) -> dict[str, Any]:
     """Figures of each task and method, from whatever runs are finished.
