@@ -66,6 +66,32 @@ def resumed(ds_json: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     return train(engine, SAVE_AT, NUM_STEPS)
 
 
+def saved_whole(ds_json: dict[str, Any], folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights when they are saved, weights after another step)."""
+    engine = start(ds_json, 0)
+    before = train(engine, 0, SAVE_AT)
+    assert engine.save_16bit_model(folder, "model.bin")
+    return before, train(engine, SAVE_AT, SAVE_AT + 1)
+
+
+@pytest.mark.parametrize("persistence_threshold", [0, 100_000])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_whole_model_is_saved_with_every_shape(
+    tmp_path: Path, dtype: str, persistence_threshold: int
+) -> None:
+    """By DeepSpeed's method, which transformers' Trainer calls at each checkpoint."""
+    ds_json = odd_json("Lomo", "immediate") | {"bf16": {"enabled": dtype == "bf16"}}
+    ds_json["zero_optimization"]["stage3_param_persistence_threshold"] = persistence_threshold
+    ds_json["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    before, after = run_ranks(2, saved_whole, ds_json, tmp_path)[0]
+    found = torch.load(tmp_path / "model.bin")
+    assert found.pop("head.weight") is not None  # tied, and under both names
+    assert found.keys() == before.keys()
+    for name, param in before.items():
+        assert found[name].shape == param.shape and torch.equal(found[name], param), name
+    assert after["temperature"].shape == () and not torch.equal(after["temperature"], before["temperature"])
+
+
 def oracle(rule: str, max_grad_norm: float, world_size: int) -> OddModel:
     torch.manual_seed(0)
     model = OddModel()

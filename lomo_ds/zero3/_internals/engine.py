@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lomo_ds.zero3._internals.dtypes import Dtypes, convert
-from lomo_ds.zero3._internals.params import dtype_of, numbers_as_vectors
+from lomo_ds.zero3._internals.params import cut_numbers_as_vectors, dtype_of, full_shape, numbers_as_vectors
 from lomo_ds.zero3._internals.stage3 import Stage3Base
 from lomo_ds.zero3.private_names import STAGE3_ARGUMENTS
 
@@ -60,6 +60,17 @@ class EngineBase(DeepSpeedEngine):
             dtypes=self.dtypes,
             **arguments,
         )
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor] | None:
+        """As DeepSpeed's, also of parameters without dimensions. Collective."""
+        with cut_numbers_as_vectors(self.module.parameters()):
+            whole = super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+        for name, param in self.module.named_parameters(remove_duplicate=False):
+            if whole is not None and name in whole:
+                whole[name] = whole[name].view(full_shape(param))
+        return whole
 
 
 def _timers(engine: DeepSpeedEngine) -> Any:

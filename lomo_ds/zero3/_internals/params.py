@@ -106,6 +106,24 @@ def numbers_as_vectors(params: Iterable[Parameter]) -> Iterator[None]:
                 param.data = param.data.view(())
 
 
+@contextmanager
+def cut_numbers_as_vectors(params: Iterable[Parameter]) -> Iterator[None]:
+    """The same for parameters that are cut: DeepSpeed's broadcast of what it gathers needs a dimension."""
+    numbers = [param for param in params if is_sharded(param) and full_shape(param) == ()]
+
+    def give(shape: tuple[int, ...]) -> None:
+        for param in numbers:
+            param.ds_shape = torch.Size(shape)
+            if param.numel():  # gathered
+                param.data = param.data.view(shape)
+
+    give((1,))
+    try:
+        yield
+    finally:
+        give(())
+
+
 class CuttingInit(partition_parameters.Init):
     """``deepspeed.zero.Init`` that also cuts parameters without dimensions."""
 
