@@ -1,4 +1,4 @@
-"""A pytest plugin for transformers' own tests of DeepSpeed: CPU ranks, and this engine where the JSON says so.
+"""A pytest plugin for transformers' own tests of DeepSpeed: CPU ranks, and this engine by the JSON.
 
 It is loaded before the tests are imported, and changes the test helpers of transformers, not the tests.
 """
