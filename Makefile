@@ -11,7 +11,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 PYTEST := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults test-signals \
+.PHONY: help venv test test-fast test-slow test-nvme test-gpu test-faults test-signals test-transformers \
 	test-slurm test-multinode docs lint format quickstart clean \
 	bench bench-checkpoint bench-adapters bench-quality bench-rules bench-rounding bench-plan \
 	bench-checkpoint-memory bench-wire bench-zeroth-order gpu-check
@@ -43,6 +43,9 @@ test-slow: $(STAMP)  ## run the tests that are too slow for every change, those 
 
 test-nvme: $(STAMP)  ## run the tests of gradients in a file; builds DeepSpeed's async_io op (libaio), once, in minutes
 	$(PYTEST) -m async_io tests/zero3/apply
+
+test-transformers: $(STAMP)  ## run transformers' own tests of Trainer with DeepSpeed, fetched from GitHub, with LOMO
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(RUN) -m tests.transformers_own.run $(if $(SOURCE),--source $(SOURCE))
 
 test-signals: $(STAMP)  ## send every signal in every phase of a run: the table of docs/reliability.md
 	$(PYTEST) -m 'slow or not slow' -rP tests/launch/test_signals.py

@@ -13,7 +13,6 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import log_dist
 from torch.nn import Parameter
 from torch.utils.data import Dataset
 
@@ -103,7 +102,6 @@ def initialize(
         nvme = NvmeSettings.of(optimizer.nvme_path, ds_json.get("aio")) if optimizer.nvme_path else None
         refuse_for_zeroth_order(ds_json, optimizer)
         refuse_unreadable(ds_json)
-    log_dist(f"DeepSpeed info: version={deepspeed.__version__}, engine=lomo_ds", ranks=[0])
     ds_config = _checked_config(ds_json, model, optimizer, ranks := dist.get_world_size())
     with init_context_suspended():
         engine = _engine_type(model, optimizer, ds_config, ranks, nvme)(

@@ -5,13 +5,16 @@ It is loaded before the tests are imported, and changes the test helpers of tran
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from deepspeed.accelerator import get_accelerator
+from left_out import reason_of
 from transformers import testing_utils
 
 import lomo_ds.integrations
@@ -73,7 +76,12 @@ def this_engine() -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {item: reason_of(item.nodeid) for item in items}
+    items[:] = [item for item, reason in reasons.items() if reason is None]
+    left_out = {item.nodeid.partition("::")[2]: reason for item, reason in reasons.items() if reason}
+    config.hook.pytest_deselected(items=[item for item, reason in reasons.items() if reason])
+    Path(os.environ["LOMO_DS_LEFT_OUT"]).write_text(json.dumps(left_out))
     for module in {item.module for item in items if isinstance(item, pytest.Function)}:
         launcher = getattr(module, "DeepSpeedCommandsMixin", None)
         if launcher is not None:

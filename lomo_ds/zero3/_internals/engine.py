@@ -5,8 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import log_dist
 
 from lomo_ds.zero3._internals.dtypes import Dtypes, convert
 from lomo_ds.zero3._internals.params import cut_numbers_as_vectors, dtype_of, full_shape, numbers_as_vectors
@@ -18,6 +20,7 @@ class EngineBase(DeepSpeedEngine):
     """DeepSpeed's engine, with the ZeRO-3 optimizer that ``make_sharded_optimizer`` returns."""
 
     def __init__(self, **engine_arguments: Any) -> None:
+        log_dist(f"DeepSpeed info: version={deepspeed.__version__}, engine=lomo_ds", ranks=[0])
         with numbers_as_vectors(engine_arguments["model"].parameters()):
             super().__init__(**engine_arguments)
         self._configure_python_gc()
