@@ -168,6 +168,11 @@ CONTRACT: tuple[PrivateName, ...] = (
         ),
         **{method: ("self",) for method in STAGE3_ARGUMENTS.values()},
     ),
+    *_methods(
+        _ENGINE,
+        "saving a parameter without dimensions",
+        _zero3_consolidated_16bit_state_dict=("self", "exclude_frozen_parameters"),
+    ),
     *_attributes(
         _ENGINE,
         "building our optimizer in DeepSpeed's engine",

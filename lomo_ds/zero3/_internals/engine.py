@@ -65,11 +65,11 @@ class EngineBase(DeepSpeedEngine):
         )
 
     def _zero3_consolidated_16bit_state_dict(
-        self, *args: Any, **kwargs: Any
+        self, exclude_frozen_parameters: bool = False
     ) -> dict[str, torch.Tensor] | None:
         """As DeepSpeed's, also of parameters without dimensions. Collective."""
         with cut_numbers_as_vectors(self.module.parameters()):
-            whole = super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+            whole = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
         for name, param in self.module.named_parameters(remove_duplicate=False):
             if whole is not None and name in whole:
                 whole[name] = whole[name].view(full_shape(param))
