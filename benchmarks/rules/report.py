@@ -11,6 +11,7 @@ from benchmarks.common.paths import PAGES
 from benchmarks.rules.methods import (
     BASELINE,
     BUDGETS,
+    FLOOR,
     GRID_SEED,
     METHODS,
     NUM_FINALISTS,
@@ -48,7 +49,7 @@ def markdown(results: Found, summary: Found) -> str:
         f"{machine['cpu']},\n{machine['memory']}, with {versions}.\n"
         f"Processor time of all runs: {summary['cpu_s'] / 3600:.1f} hours.\n",
         _missing(summary["missing"]),
-        _verdicts(summary["tasks"]),
+        _verdicts(summary["tasks"], summary["finalists"]),
         *(_task(task, results["sizes"][task], found) for task, found in summary["tasks"].items() if found),
         "![differences to AdamW](rules.png)\n",
         _SETTINGS,
@@ -103,15 +104,15 @@ def _missing(missing: Found) -> str:
     return "**Not finished yet** (the same command resumes):\n\n" + "\n".join(lines) + "\n"
 
 
-def _verdicts(tasks: Found) -> str:
-    """What the rules with little state reach."""
+def _verdicts(tasks: Found, finalists: list[str]) -> str:
+    """What the rules with little state reach; once they are known, of the finalists."""
     rows = [
         f"| at most {SMALL_STATE} byte of state a parameter | as good as AdamW | better than LOMO |",
         "|---|---|---|",
     ]
     for name, method in METHODS.items():
         figures = {task: found[name] for task, found in tasks.items() if name in found}
-        if not figures or method.kind != "rule" or name == "lomo":
+        if not figures or method.kind != "rule" or name == FLOOR or name not in (finalists or METHODS):
             continue
         if max(one["state_bytes"] for one in figures.values()) > SMALL_STATE:
             continue
@@ -158,7 +159,7 @@ def _table(found: Found) -> str:
         cells += [str(len(one["seeds"])), _spread(one["loss"], 4)]
         cells += [_spread(one["accuracy"], 3)] * has_accuracy
         cells += ["" if name == BASELINE else _difference(one["to_baseline"])]
-        cells += ["" if name == "lomo" else _difference(one["to_floor"])]
+        cells += ["" if name == FLOOR else _difference(one["to_floor"])]
         cells += [f"{one['step_s']:.2f}", f"{one['update_s']:.2f}"]
         rows.append("| " + " | ".join(cells) + " |")
     note = "State is in bytes a parameter; seconds are of processor time, the median of all runs.\n"

@@ -34,12 +34,12 @@ class Row:
 
 
 RULES: dict[str, Row] = {
-    "Lomo": Row(rule=LomoRule, title="LOMO", lr=0.03),
+    "Lomo": Row(rule=LomoRule, title="LOMO", lr=0.1),
     "AdaLomo": Row(rule=AdaLomoRule, title="AdaLomo", lr=1e-3),
     "SignSGD": Row(rule=SignSGDRule, title="SignSGD", lr=1e-4),
     "SinkGD": Row(rule=SinkGDRule, title="SinkGD", lr=1e-4),
-    "Scale": Row(rule=ScaleRule, title="SCALE", lr=1e-4),
-    "ApolloMini": Row(rule=ApolloMiniRule, title="APOLLO-Mini", lr=3e-4),
+    "Scale": Row(rule=ScaleRule, title="SCALE", lr=3e-5),
+    "ApolloMini": Row(rule=ApolloMiniRule, title="APOLLO-Mini", lr=1e-4),
     "RMNP": Row(rule=RMNPRule, title="RMNP", lr=1e-3),
     "AdamW": Row(rule=AdamWRule, title="AdamW", lr=1e-3, groups_only=True),
 }
