@@ -52,6 +52,7 @@ def prepare(source: Path, folder: Path) -> None:
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source / "tests", folder / "tests")
+    (folder / "pytest.ini").write_text("[pytest]\n")  # not this project's settings
     content = json.loads((folder / JSON).read_text())
     (folder / JSON).write_text(json.dumps(content | {"optimizer": OPTIMIZER}, indent=1) + "\n")
     sizes = {"vocab_size": 299, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 256}
