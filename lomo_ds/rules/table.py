@@ -34,7 +34,7 @@ class Row:
 
 
 RULES: dict[str, Row] = {
-    "Lomo": Row(rule=LomoRule, title="LOMO", lr=0.1),
+    "Lomo": Row(rule=LomoRule, title="LOMO", lr=0.03),
     "AdaLomo": Row(rule=AdaLomoRule, title="AdaLomo", lr=1e-3),
     "SignSGD": Row(rule=SignSGDRule, title="SignSGD", lr=1e-4),
     "SinkGD": Row(rule=SinkGDRule, title="SinkGD", lr=1e-4),
