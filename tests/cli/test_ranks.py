@@ -115,9 +115,8 @@ def test_a_stop_is_passed_to_the_ranks(start: Start, number: signal.Signals) -> 
 
 @pytest.mark.ranks
 def test_a_signal_before_the_handlers_are_there_is_not_lost(start: Start) -> None:
-    run = start(
-        SLEEP, before="print('early\\n', end='', flush=True); time.sleep(0.7)"
-    )  # in one piece, in a shared pipe
+    in_one_piece = "print('early\\n', end='', flush=True)"  # the ranks share a pipe
+    run = start(SLEEP, before=f"{in_one_piece}; time.sleep(0.7)")
     assert run.lines == ["early\n"] * 2
     run.send_signal(signal.SIGTERM)
     code, text = end(run)
