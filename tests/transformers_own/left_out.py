@@ -16,10 +16,11 @@ STAGE_2 = (
 )
 REASONS: dict[str, tuple[str, ...]] = {
     "ZeRO stage 2": STAGE_2,
-    "DeepSpeed's own engine and AdamW, since the test takes the method out of the JSON": (
+    "DeepSpeed's own engine: the test, or Trainer to evaluate alone, takes the method out of the JSON": (
         "_hf_optim_",
         "test_optimizer_with_cpu_offload_zero3_True",
         "test_load_best_model",
+        "Common::test_eval",
     ),
     "no engine: transformers loads a model": ("TestNonTrainerIntegrationDeepSpeed",),
     "models of the hub": ("TestDeepSpeedModelZoo",),

@@ -50,21 +50,16 @@ transformers.TrainingArguments.__post_init__ = on_cpu(transformers.TrainingArgum
 
 
 def launched_with_this_engine(command_of: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Commands of ``accelerate launch`` with ``lomo_ds.run`` before the script and a model on this disk."""
+    """Commands of ``accelerate launch`` with ``lomo_ds.run`` before the script and a model on this disk.
+
+    ``with_this_engine`` is what runs the script: a launch that left DeepSpeed out would pass, too.
+    """
 
     def command(*args: Any, **kwargs: Any) -> list[str]:
         words = command_of(*args, **kwargs)
         at = next(place for place, word in enumerate(words) if word.endswith(".py"))
-        return [
-            *words[:at],
-            "--cpu",
-            "--module",
-            "lomo_ds.run",
-            *words[at:],
-            "--model_name",
-            MODEL,
-            "--use_cpu",
-        ]
+        own = ["--module", "lomo_ds.run", str(Path(__file__).with_name("with_this_engine.py"))]
+        return [*words[:at], *own, *words[at:], "--model_name", MODEL, "--use_cpu"]
 
     return command
 
